@@ -1,0 +1,38 @@
+# make search: install into .venv and run the main job on the embedded digits.
+# make test:   install into .venv and run the tests.
+# make check:  the whole gate, exactly as CI runs it.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: install search test check lint types contracts constraints clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[export,dev]"
+	touch $@
+
+search: install
+	$(BIN)/python -m tuner.search
+
+test: install
+	$(BIN)/python -m pytest
+
+check: lint types contracts test
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/mypy
+
+contracts: install
+	$(BIN)/lint-imports
+
+constraints: install
+	$(BIN)/pip freeze --exclude-editable | sed 's/+cpu//' > constraints.txt
+
+clean:
+	rm -rf .venv runs
