@@ -1,0 +1,144 @@
+"""Data sets as uint8 tensors with fixed splits.
+
+`load` gives the training and validation splits and nothing else; the test split has a function of its
+own, `load_test`, which only the export calls.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NAMES = ("digits", "mnist")
+IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+MNIST_VALIDATION = 10_000
+DIGITS_VALIDATION = DIGITS_TEST = 400
+SPLIT_SEED = 0  # part of the data's definition: a run's own seed never moves an image to another split
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images (N, 1, 28, 28) uint8, ink is 255; labels (N,) int64 in 0..9."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over pixels and labels, in hex."""
+        digest = hashlib.sha256(self.images.contiguous().numpy().tobytes())
+        digest.update(self.labels.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Data:
+    train: Split
+    validation: Split
+
+
+def pixels(images: Tensor) -> Tensor:
+    """uint8 (B, 1, 28, 28) -> float32 in [0, 1]."""
+    return images.float().div_(255)
+
+
+def load(name: str, directory: Path, download: bool = True) -> Data:
+    """The training and validation splits of a data set in `NAMES`.
+
+    Raises ValueError, naming the folder and the files, when MNIST is neither there nor can be downloaded,
+    or when one of its files is damaged.
+    """
+    if name == "digits":
+        train, validation, _ = _digits()
+        return Data(train, validation)
+    everything = _mnist(directory, train=True, download=download)
+    order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(SPLIT_SEED))
+    held_out, rest = order[:MNIST_VALIDATION], order[MNIST_VALIDATION:]
+    return Data(_take(everything, rest), _take(everything, held_out))
+
+
+def load_test(name: str, directory: Path, download: bool = True) -> Split:
+    """The test split: for the export alone, once. Raises as `load` does."""
+    return _digits()[2] if name == "digits" else _mnist(directory, train=False, download=download)
+
+
+def _take(split: Split, index: Tensor | np.ndarray) -> Split:
+    return Split(split.images[index], split.labels[index])
+
+
+def _digits() -> tuple[Split, Split, Split]:
+    """scikit-learn's 1,797 handwritten digits (UCI, 8x8, 17 greys), resized to 28x28; 997 / 400 / 400."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    small, labels = load_digits(return_X_y=True)
+    grey = torch.from_numpy(small).float().reshape(-1, 1, 8, 8) / 16
+    resized = F.interpolate(grey, size=(28, 28), mode="bicubic", align_corners=False).clamp(0, 1)
+    everything = Split(resized.mul(255).round().to(torch.uint8), torch.from_numpy(labels).long())
+    rest, test = train_test_split(
+        np.arange(len(labels)), test_size=DIGITS_TEST, random_state=SPLIT_SEED, stratify=labels
+    )
+    train, validation = train_test_split(
+        rest, test_size=DIGITS_VALIDATION, random_state=SPLIT_SEED, stratify=labels[rest]
+    )
+    return _take(everything, train), _take(everything, validation), _take(everything, test)
+
+
+def _mnist(directory: Path, train: bool, download: bool) -> Split:
+    raw = directory / "MNIST" / "raw"
+    for name in IDX_FILES:
+        if (raw / name).exists():
+            _check_idx(raw / name)
+    MNIST = _torchvision_datasets().MNIST
+    try:
+        data = MNIST(str(directory), train=train, download=download)
+    except (RuntimeError, OSError) as error:
+        raise ValueError(
+            f"no MNIST in {raw} (wanted: {', '.join(IDX_FILES)}) and "
+            f"{'the download failed' if download else 'downloading is off'} ({_first_line(error)}); "
+            "put the files there, or use the embedded data set: data.name=digits"
+        ) from error
+    return Split(data.data.unsqueeze(1), data.targets.long())
+
+
+def _check_idx(path: Path) -> None:
+    """Raise ValueError unless the file is as long as its IDX header says (LeCun's format: magic, sizes, bytes)."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(4)
+        axes = head[3] if len(head) == 4 and head[:3] == b"\0\0\x08" else 0
+        sizes = np.frombuffer(file.read(4 * axes), ">u4").astype(np.int64)
+    expected = 4 + 4 * axes + int(np.prod(sizes)) if axes and len(sizes) == axes else None
+    if size != expected:
+        wanted = f"{expected:,} bytes by its header" if expected else "an IDX header of unsigned bytes"
+        raise ValueError(f"{path}: damaged IDX file, {size:,} bytes where {wanted} are expected")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _torchvision_datasets() -> Any:
+    """torchvision.datasets, also where a CUDA build of torchvision meets a CPU build of torch.
+
+    That mix is what package indexes hand out; `import torchvision` then dies because the schemas of its
+    compiled operators are missing. Declared, they are never called: data sets and transforms need none.
+    """
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for schema in (
+        "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+        "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    ):
+        if not hasattr(torch.ops.torchvision, schema.partition("(")[0]):
+            library.define(schema)
+    from torchvision import datasets
+
+    _torchvision_datasets.library = library  # type: ignore[attr-defined]  # dropping it would undeclare the operators
+    return datasets

@@ -1,0 +1,79 @@
+"""The judge: a small classifier trained on the training split and frozen; its features measure samples."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from tuner.vae.data import Data, pixels
+
+FEATURES = 64
+BATCH = 100
+MOST_STEPS, MOST_EPOCHS = 2_000, 50  # 4 epochs of MNIST: 98 % right
+
+
+class Judge(nn.Module):
+    """conv 1 -> width -> 2 width (3x3, stride 2), fully connected 64 (the features), 10 classes."""
+
+    def __init__(self, width: int = 16):
+        super().__init__()
+        self.width = width
+        self.trunk = nn.Sequential(
+            nn.Conv2d(1, width, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(2 * width * 7 * 7, FEATURES),
+            nn.ReLU(),
+        )
+        self.classes = nn.Linear(FEATURES, 10)
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """Images (B, 1, 28, 28) in [0, 1] -> (B, 64), the penultimate layer."""
+        return torch.cat([self.trunk(batch) for batch in images.split(500)])
+
+    @torch.no_grad()
+    def accuracy(self, images: Tensor, labels: Tensor) -> float:
+        """Share of images (B, 1, 28, 28) whose class is right."""
+        return float((self.classes(self.features(images)).argmax(1) == labels).double().mean())
+
+
+def train_judge(data: Data, seed: int, width: int = 16) -> Judge:
+    """Train and freeze a judge: Adam 4e-3 with cosine decay on the training split, no augmentation."""
+    steps = min(MOST_STEPS, MOST_EPOCHS * len(data.train) // BATCH)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        judge = Judge(width)
+        optimizer = torch.optim.Adam(judge.parameters(), lr=4e-3, fused=True)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        order = torch.empty(0, dtype=torch.long)
+        for _ in range(steps):
+            if len(order) < BATCH:
+                order = torch.cat([order, torch.randperm(len(data.train))])
+            index, order = order[:BATCH], order[BATCH:]
+            logits = judge.classes(judge.trunk(pixels(data.train.images[index])))
+            optimizer.zero_grad(set_to_none=True)
+            F.cross_entropy(logits, data.train.labels[index]).backward()
+            optimizer.step()
+            schedule.step()
+    return judge.eval().requires_grad_(False)
+
+
+def to_bytes(judge: Judge) -> bytes:
+    """The frozen judge as a safetensors file."""
+    return save(judge.state_dict(), {"width": str(judge.width)})
+
+
+def load_judge(path: Path, sha256: str) -> Judge:
+    """Read a judge back. Raises ValueError when the file is not the one that was frozen."""
+    if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+        raise ValueError(f"{path}: not the judge this run was scored with (its SHA-256 differs)")
+    weights = load_file(path)
+    judge = Judge(weights["trunk.0.weight"].shape[0])
+    judge.load_state_dict(weights)
+    return judge.eval().requires_grad_(False)

@@ -1,0 +1,42 @@
+"""The parameters of one trial: every one of them can be searched or fixed by a spec."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Parameters(BaseModel):
+    """One trial's parameters; the defaults are the classic settings of the MNIST tutorials.
+
+    Raises `pydantic.ValidationError` on unknown names and on values out of range.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+    model: Literal["vae", "autoencoder"] = Field(
+        "vae", description="autoencoder: no sampling, no KL term; what the VAE is taught against"
+    )
+    latent_dim: int = Field(16, ge=1, le=512, description="size of the latent vector")
+    width: int = Field(
+        32, ge=1, le=512, description="channels after the first convolution; twice as many after the second"
+    )
+    likelihood: Literal["gaussian", "bernoulli"] = Field(
+        "gaussian", description="gaussian: summed squared error; bernoulli: summed binary cross-entropy"
+    )
+    learning_rate: float = Field(1e-3, gt=0, description="Adam's step size at the top of the schedule")
+    schedule: Literal["constant", "cosine"] = Field(
+        "constant", description="cosine: from learning_rate to zero over the trial's max_epochs"
+    )
+    warmup_steps: int = Field(
+        0, ge=0, description="steps over which the learning rate rises linearly to its full value"
+    )
+    batch_size: int = Field(128, ge=1, description="images a step")
+    kl_weight: float = Field(1.0, ge=0, description="factor on the KL term against the summed reconstruction error")
+    kl_warmup_epochs: float = Field(0.0, ge=0, description="epochs over which the KL factor rises linearly from 0")
+    prior: Literal["standard_normal", "gaussian_mixture"] = Field(
+        "standard_normal", description="where sampled latents come from; a mixture is fitted on encoded training images"
+    )
+    prior_components: int = Field(10, ge=1, le=1000, description="Gaussians in the mixture")
+
+
+CLASSIC = Parameters()

@@ -1,0 +1,63 @@
+"""Where sampled latents come from: N(0, I), or a Gaussian mixture fitted on encoded training images.
+
+Fitting a density to the codes after training is ex-post density estimation (Ghosh et al. 2020, section 4).
+"""
+
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prior:
+    """A mixture of K Gaussians over Z latents: weights (K,), means (K, Z), covariances (K, Z, Z), float32."""
+
+    weights: Tensor
+    means: Tensor
+    covariances: Tensor
+
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:
+        """(count, Z), each drawn independently: no sorting by component."""
+        component = torch.multinomial(self.weights, count, replacement=True, generator=generator)
+        factors = torch.linalg.cholesky(self.covariances.double()).float()
+        noise = torch.randn(count, self.means.shape[1], generator=generator)
+        return self.means[component] + torch.einsum("bij,bj->bi", factors[component], noise)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"weights": self.weights, "means": self.means, "covariances": self.covariances}
+
+
+def standard_normal(latent_dim: int) -> Prior:
+    """N(0, I) as a mixture of one."""
+    return Prior(torch.ones(1), torch.zeros(1, latent_dim), torch.eye(latent_dim).unsqueeze(0))
+
+
+def fit_mixture(latents: Tensor, components: int, seed: int) -> Prior:
+    """Fit a full-covariance mixture by EM on latents (N, Z); at most one component for every Z + 1 latents.
+
+    Raises ValueError where the latents are not finite or collapse onto a point.
+    """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.mixture import GaussianMixture
+
+    points = latents.double().numpy()
+    spread = float(points.std(0).max())
+    if not (np.isfinite(points).all() and spread > 0):
+        raise ValueError("the encoded training images are not finite or all the same")
+    components = max(1, min(components, len(points) // (points.shape[1] + 1)))
+    mixture = GaussianMixture(
+        components,
+        reg_covar=1e-6 * spread**2 + 1e-12,
+        tol=1e-2,
+        max_iter=50,
+        init_params="k-means++",
+        random_state=seed % 2**32,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # 50 rounds of EM are the method, not an accident
+        mixture.fit(points)
+    weights, means, covariances = mixture.weights_, mixture.means_, mixture.covariances_
+    return Prior(*(torch.from_numpy(np.asarray(a)).float() for a in (weights, means, covariances)))

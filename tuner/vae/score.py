@@ -1,0 +1,189 @@
+"""The yardsticks: what a model is judged by, none of which contains a parameter that is searched.
+
+Axes: N images, D features of the judge, Z latent.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tuner.vae.data import Split, pixels
+from tuner.vae.judge import Judge
+from tuner.vae.losses import PIXELS, bernoulli_nll, calibrated_distortion, kl_divergence, squared_error
+from tuner.vae.model import VAE
+from tuner.vae.parameters import Parameters
+from tuner.vae.prior import Prior, fit_mixture, standard_normal
+from tuner.vae.train import Diverged, Stream, derive_seed
+
+BATCH = 100  # a decoder's activations at this size stay in the cache
+KERNEL_IMAGES = 1_000  # the kernel distance is unbiased: fewer images cost noise, not truth
+ACTIVE_VARIANCE = 0.01  # Burda et al. 2016, section 5.2
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One score: which way is better, its unit and what it says."""
+
+    direction: str  # minimize | maximize
+    unit: str
+    meaning: str
+    needs_vae: bool = False  # a plain autoencoder has no rate
+
+
+METRICS = {
+    "frechet_distance": Metric("minimize", "judge units", "samples from the trial's prior against held-out images"),
+    "frechet_distance_standard_normal": Metric("minimize", "judge units", "the same for samples from N(0, I)"),
+    "frechet_distance_reconstruction": Metric("minimize", "judge units", "reconstructions against held-out images"),
+    "kernel_distance": Metric("minimize", "unitless", "unbiased squared MMD, cubic kernel, samples against held-out"),
+    "calibrated_nll": Metric("minimize", "nats/image", "rate + distortion, the decoder's variance fitted", True),
+    "rate": Metric("minimize", "nats/image", "KL to N(0, I)", True),
+    "distortion": Metric("minimize", "nats/image", "-log p(x|z), the decoder's variance fitted"),
+    "mse": Metric("minimize", "1/pixel", "mean squared error of reconstructions of held-out images"),
+    "active_units": Metric("maximize", "units", "latents whose mean varies by more than 0.01 over images"),
+    "sharpness": Metric("minimize", "ratio", "share of grey pixels (0.1 to 0.9), samples over real; 1 is as sharp"),
+    "loss": Metric("minimize", "mixed", "the training loss; refused while a weight inside it is searched"),
+}
+
+
+def moments(features: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Mean (D,) and unbiased covariance (D, D) in float64 of features (N, D)."""
+    points = features.double().numpy()
+    return points.mean(0), np.cov(points, rowvar=False)
+
+
+def frechet_distance(a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]) -> float:
+    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of two Gaussians. Heusel et al. 2017, eq. 6.
+
+    The trace of the root is taken from the eigenvalues of C_a^(1/2) C_b C_a^(1/2), which is symmetric.
+    """
+    (mean_a, cov_a), (mean_b, cov_b) = a, b
+    values, vectors = np.linalg.eigh(cov_a)
+    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    cross = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(0)).sum()
+    return float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
+
+
+def kernel_distance(a: Tensor, b: Tensor) -> float:
+    """Unbiased squared MMD of features (N, D) and (M, D), kernel (x.y / D + 1)^3. Binkowski et al. 2018, eq. 4."""
+    a, b = a.double(), b.double()
+
+    def kernel(x: Tensor, y: Tensor) -> Tensor:
+        return (x @ y.T / x.shape[1] + 1) ** 3
+
+    def off_diagonal_mean(k: Tensor) -> Tensor:
+        return (k.sum() - k.trace()) / (len(k) * (len(k) - 1))
+
+    return (off_diagonal_mean(kernel(a, a)) + off_diagonal_mean(kernel(b, b)) - 2 * kernel(a, b).mean()).item()
+
+
+def gap_closed(distance: float, floor: float, baseline: float) -> float:
+    """1 - (distance - floor) / (baseline - floor): 0 is the baseline, 1 is as good as real data."""
+    return 1 - (distance - floor) / (baseline - floor)
+
+
+def grey_share(images: Tensor) -> float:
+    """Share of pixels in (0.1, 0.9) of images in [0, 1]."""
+    return ((images > 0.1) & (images < 0.9)).double().mean().item()
+
+
+class Scorer:
+    """Scores models against one held-out split with one judge.
+
+    `count` samples are drawn for a score, and as many real training images make the floor, so that both
+    carry the same small-sample bias; a mixture is fitted on the codes of `prior_count` training images.
+    Noise depends on `seed` alone: all models face the same draw.
+    """
+
+    def __init__(self, judge: Judge, train: Split, held_out: Split, *, seed: int, count: int, prior_count: int):
+        self.judge = judge
+        self.seed = seed
+        self.count = min(count, len(train))
+        order = torch.randperm(len(train), generator=self._generator(0))
+        self.prior_images = pixels(train.images[order[:prior_count]])
+        self.images = pixels(held_out.images[: self.count])
+        features = judge.features(pixels(held_out.images))
+        self.moments = moments(features)
+        self.kernel_scale = features.square().mean().sqrt()  # the cubic kernel is not free of scale
+        self.kernel_features = features[:KERNEL_IMAGES] / self.kernel_scale
+        self.grey = grey_share(pixels(held_out.images))
+        self.floor = self.distance(pixels(train.images[order[-self.count :]]))
+
+    def _generator(self, purpose: int) -> torch.Generator:
+        return torch.Generator().manual_seed(derive_seed(self.seed, Stream.SCORE, purpose))
+
+    def distance(self, images: Tensor) -> float:
+        """Frechet distance between images (N, 1, 28, 28) in [0, 1] and the held-out split."""
+        return frechet_distance(moments(self.judge.features(images)), self.moments)
+
+    @torch.no_grad()
+    def fit_prior(self, model: VAE, parameters: Parameters) -> Prior:
+        """The prior that `parameters` ask for, fitted on one posterior draw per encoded training image."""
+        if parameters.prior == "standard_normal":
+            return standard_normal(parameters.latent_dim)
+        model.eval()
+        latents, log_variance = _encode(model, self.prior_images)
+        if log_variance is not None:
+            noise = torch.randn(latents.shape, generator=self._generator(1))
+            latents = latents + torch.exp(0.5 * log_variance) * noise
+        if not bool(torch.isfinite(latents).all()):
+            raise Diverged("encoded images not finite")
+        return fit_mixture(latents, parameters.prior_components, derive_seed(self.seed, Stream.SCORE, 2))
+
+    @torch.no_grad()
+    def samples(self, model: VAE, prior: Prior, count: int) -> Tensor:
+        """`count` images (count, 1, 28, 28) drawn from `prior`."""
+        model.eval()
+        latents = prior.sample(count, self._generator(3))
+        return torch.cat([model.draw(batch) for batch in latents.split(BATCH)])
+
+    @torch.no_grad()
+    def __call__(self, model: VAE, parameters: Parameters, prior: Prior) -> dict[str, float]:
+        """Every metric of `METRICS` but the training loss. Raises Diverged when one is not finite."""
+        model.eval()
+        scores: dict[str, float] = {}
+
+        latents, log_variance = means, _ = _encode(model, self.images)
+        if log_variance is not None:
+            noise = torch.randn(latents.shape, generator=self._generator(4))
+            latents = latents + torch.exp(0.5 * log_variance) * noise
+        logits = torch.cat([model.decode(batch) for batch in latents.split(BATCH)])
+        scores["mse"] = squared_error(logits, self.images).double().mean().item() / PIXELS
+        if parameters.likelihood == "gaussian":
+            scores["distortion"] = calibrated_distortion(scores["mse"])
+        else:
+            scores["distortion"] = bernoulli_nll(logits, self.images).double().mean().item()
+        if log_variance is not None:
+            scores["rate"] = kl_divergence(means, log_variance).double().mean().item()
+            scores["calibrated_nll"] = scores["rate"] + scores["distortion"]
+        scores["active_units"] = float((means.var(0) > ACTIVE_VARIANCE).sum())
+        _require_finite(scores)
+        scores["frechet_distance_reconstruction"] = self.distance(torch.sigmoid(logits))
+
+        images = self.samples(model, prior, self.count)
+        features = self.judge.features(images)
+        scores["frechet_distance"] = frechet_distance(moments(features), self.moments)
+        scores["kernel_distance"] = kernel_distance(features[:KERNEL_IMAGES] / self.kernel_scale, self.kernel_features)
+        scores["sharpness"] = grey_share(images) / self.grey
+        if parameters.prior != "standard_normal":
+            images = self.samples(model, standard_normal(parameters.latent_dim), self.count)
+            features = self.judge.features(images)
+        scores["frechet_distance_standard_normal"] = frechet_distance(moments(features), self.moments)
+        _require_finite(scores)
+        return scores
+
+
+def _encode(model: VAE, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    parts = [model.encode(batch) for batch in images.split(BATCH)]
+    means = torch.cat([mean for mean, _ in parts])
+    if not model.variational:
+        return means, None
+    return means, torch.cat([log_variance for _, log_variance in parts if log_variance is not None])
+
+
+def _require_finite(scores: dict[str, float]) -> None:
+    for name, value in scores.items():
+        if not math.isfinite(value):
+            raise Diverged(f"{name} is not finite")
