@@ -1,0 +1,183 @@
+"""Stage 5: encoder, decoder and prior as files that work without this package.
+
+The only module that reads the test split, once. Runs alone as `python -m tuner.export RUN`.
+"""
+
+import io
+import json
+import logging
+import platform
+import shutil
+import warnings
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from tuner.run import sync_directory, write_atomic
+from tuner.vae import codec
+from tuner.vae.data import load_test, pixels
+from tuner.vae.model import VAE
+from tuner.vae.score import gap_closed
+from tuner.vae.sheet import grid, png
+from tuner.workspace import Candidate, Workspace
+
+TOLERANCE = 1e-5
+SAMPLES = 100
+VERSIONS = ("torch", "ray", "optuna", "numpy", "onnx", "onnxruntime", "scikit-learn")
+
+
+class Encoder(nn.Module):
+    """Images (B, 1, 28, 28) in [0, 1] -> mean (B, Z), and log-variance (B, Z) of a VAE."""
+
+    def __init__(self, model: VAE):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        mean, log_variance = self.model.encode(images)
+        return mean if log_variance is None else (mean, log_variance)
+
+
+class Decoder(nn.Module):
+    """Latents (B, Z) -> images (B, 1, 28, 28) in [0, 1]."""
+
+    def __init__(self, model: VAE):
+        super().__init__()
+        self.model = model
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.model.draw(latents)
+
+
+def export(workspace: Workspace) -> dict[str, Any]:
+    """Score baseline, best and retrained on the test split, write `export/` and return the summary.
+
+    The files are made in a temporary folder and checked against the checkpoint to 1e-5 before they take
+    their name. Raises RuntimeError where one disagrees.
+    """
+    run, spec = workspace.run, workspace.spec
+    summary = run.summary()
+    candidates = {"best": workspace.best_of(summary["best"]["trial"])}
+    if "retrain" in summary:
+        candidates["retrained"] = workspace.retrained()
+    chosen = candidates.get("retrained", candidates["best"])
+
+    test = load_test(spec.data.name, workspace.data_directory, spec.data.download)
+    scores = score_test(workspace, candidates, test)
+    temporary = run.export.with_name(f".{run.export.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    info = {
+        "parameters": chosen.parameters.model_dump(),
+        "weights": sum(parameter.numel() for parameter in chosen.model.parameters()),
+        "test": scores.get("retrained", scores["best"]),
+        "lineage": {
+            "run": run.path.name,
+            "trial": summary["best"]["trial"],
+            "epoch": summary["best"]["epoch"],
+            "retrain_epoch": chosen.epoch if "retrained" in candidates else None,
+            "seed": spec.seed,
+            "data": {"name": spec.data.name, "train_sha256": workspace.data.train.fingerprint()},
+            "versions": {name: version(name) for name in VERSIONS} | {"python": platform.python_version()},
+        },
+    }
+    write_files(chosen, info, temporary)
+    check_files(chosen, pixels(test.images[:7]), temporary)
+    sync_directory(temporary)
+    shutil.rmtree(run.export, ignore_errors=True)
+    temporary.rename(run.export)
+    sync_directory(run.path)
+    return run.update_summary(test=scores)
+
+
+def score_test(workspace: Workspace, candidates: dict[str, Candidate], test: Any) -> dict[str, dict[str, float]]:
+    """Every score on the test split, for the baseline with samples from N(0, I) and for each candidate."""
+    scorer = workspace.scorer(held_out=test)
+    result = {}
+    for name, candidate in {"baseline": workspace.last_of(0), **candidates}.items():
+        scores = scorer(candidate.model, candidate.parameters, candidate.prior)
+        if name == "baseline":
+            baseline = scores["frechet_distance"]
+        result[name] = scores | {
+            "floor": scorer.floor,
+            "gap_closed": gap_closed(scores["frechet_distance"], scorer.floor, baseline),
+        }
+    return result
+
+
+def write_files(candidate: Candidate, info: dict[str, Any], directory: Path) -> None:
+    """Everything of an export, into an existing directory."""
+    model = candidate.model.eval().requires_grad_(False)
+    write_atomic(directory / "weights.safetensors", save({k: v.contiguous() for k, v in model.state_dict().items()}))
+    write_atomic(directory / "model.json", json.dumps(info, indent=2) + "\n")
+    prior = io.BytesIO()
+    arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in candidate.prior.state_dict().items()}
+    np.savez(prior, **arrays)
+    write_atomic(directory / "prior.npz", prior.getvalue())
+    images = torch.zeros(2, 1, 28, 28)
+    latents = torch.zeros(2, model.latent_dim)
+    variational = model.variational
+    _write_program(Encoder(model), images, "images", ["mean", "log_variance"][: 1 + variational], directory / "encoder")
+    _write_program(Decoder(model), latents, "latents", ["images"], directory / "decoder")
+    drawn = codec.load(directory).sample(SAMPLES)
+    write_atomic(directory / "samples.png", png(grid(drawn, columns=10, scale=2)))
+
+
+def _write_program(module: nn.Module, example: Tensor, name: str, outputs: list[str], stem: Path) -> None:
+    """One network as `stem`.pt2 and `stem`.onnx, the batch size free."""
+    batch = torch.export.Dim("batch", min=1)
+    program = torch.export.export(module.eval(), (example,), dynamic_shapes=({0: batch},))
+    torch.export.save(program, stem.with_suffix(".pt2"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter warns of its own deprecations
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        onnx_program = torch.onnx.export(
+            module,
+            (example,),
+            dynamo=True,
+            input_names=[name],
+            output_names=outputs,
+            dynamic_shapes=({0: batch},),
+            verbose=False,
+        )
+    assert onnx_program is not None
+    onnx_program.save(str(stem.with_suffix(".onnx")))
+
+
+def check_files(candidate: Candidate, images: Tensor, directory: Path) -> None:
+    """Compare every file with the checkpoint on batches of 1 and of all `images`. Raises RuntimeError."""
+    import onnxruntime
+
+    model = candidate.model.eval()
+    loaded = codec.load(directory)
+    sessions = {
+        stem: onnxruntime.InferenceSession(directory / f"{stem}.onnx", providers=["CPUExecutionProvider"])
+        for stem in ("encoder", "decoder")
+    }
+    programs = {stem: torch.export.load(directory / f"{stem}.pt2").module() for stem in ("encoder", "decoder")}
+    readers: dict[str, Callable[[str, Tensor], Tensor]] = {
+        "safetensors": lambda stem, x: loaded.encode(x) if stem == "encoder" else loaded.decode(x),
+        "onnx": lambda stem, x: torch.from_numpy(
+            sessions[stem].run(None, {sessions[stem].get_inputs()[0].name: x.numpy()})[0]
+        ),
+        "pt2": lambda stem, x: _first(programs[stem](x)),
+    }
+    for batch in (images[:1], images):
+        latents = model.encode(batch)[0]
+        for stem, given, expected in (("encoder", batch, latents), ("decoder", latents, model.draw(latents))):
+            for kind, read in readers.items():
+                error = (read(stem, given) - expected).abs().max().item()
+                allowed = TOLERANCE * max(1.0, expected.abs().max().item())
+                if not error <= allowed:
+                    raise RuntimeError(f"{stem} as {kind} differs from the checkpoint by {error:.2g}")
+
+
+def _first(output: Any) -> Tensor:
+    tensor: Tensor = output[0] if isinstance(output, tuple) else output
+    return tensor

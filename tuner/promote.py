@@ -1,0 +1,63 @@
+"""Stage 3: score the best few checkpoints again, with fresh noise and a judge the search never saw."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tuner.vae.score import gap_closed
+from tuner.workspace import Workspace
+
+CANDIDATES = 5
+BASELINE = 0
+
+
+def promote(workspace: Workspace, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Choose the winner among the rows of trials.csv and write it to the summary.
+
+    A candidate's rank is the mean over both judges of its objective, each judge's scale set by the
+    baseline; ties go to the earlier trial. Floor, baseline and the winner's scores in the summary are those
+    of the search's judge under the fresh noise. Raises ValueError where no trial was ever scored.
+    """
+    objective = workspace.spec.objective[0]
+    metric, sign = objective.metric, 1 if objective.direction == "minimize" else -1
+    scored = [row for row in rows if row.get(metric) not in (None, "") and row["state"] != "failed"]
+    if not any(row["trial"] == BASELINE for row in scored):
+        raise ValueError("the baseline was not scored once, so there is nothing to compare with")
+    best = sorted(scored, key=lambda row: (sign * row[metric], row["trial"]))[:CANDIDATES]
+
+    baseline = workspace.last_of(BASELINE)
+    table: list[dict[str, Any]] = [
+        {"trial": row["trial"], "epoch": row["epoch"], "searched": row[metric]} for row in best
+    ]
+    scores: dict[int, dict[str, float]] = {}
+    floors, baselines = {}, {}
+    for judge in workspace.judges:
+        scorer = workspace.scorer(judge)
+        floors[judge] = scorer.floor
+        reference = scorer(baseline.model, baseline.parameters, baseline.prior)
+        baselines[judge] = reference["frechet_distance"]
+        for entry in table:
+            candidate = workspace.best_of(entry["trial"])
+            result = scorer(candidate.model, candidate.parameters, candidate.prior)
+            if judge == "search":
+                scores[entry["trial"]] = result
+            entry[f"{judge}_{metric}"] = result[metric]
+            entry[f"{judge}_gap_closed"] = gap_closed(result["frechet_distance"], floors[judge], baselines[judge])
+            entry["rank"] = entry.get("rank", 0.0) + sign * result[metric] / abs(reference[metric]) / len(
+                workspace.judges
+            )
+    table.sort(key=lambda entry: (entry["rank"], entry["trial"]))
+
+    winner = table[0]["trial"]
+    candidate = workspace.best_of(winner)
+    return workspace.run.update_summary(
+        floor=floors["search"],
+        baseline=baselines["search"],
+        promotion=table,
+        best={
+            "trial": winner,
+            "params": candidate.parameters.model_dump(),
+            "epoch": candidate.epoch,
+            "gap_closed": gap_closed(scores[winner]["frechet_distance"], floors["search"], baselines["search"]),
+            **scores[winner],
+        },
+    )

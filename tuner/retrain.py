@@ -1,0 +1,102 @@
+"""Stage 4: train the promoted checkpoint on, and keep the best.
+
+Runs alone as `python -m tuner.retrain RUN`; cut off, it goes on from the last finished epoch.
+"""
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from tuner.run import write_atomic
+from tuner.vae.score import Scorer, gap_closed
+from tuner.vae.train import Diverged, State, Stream, derive_seed, train
+from tuner.workspace import Candidate, Workspace
+
+EVALUATIONS = 10  # over the whole retrain; a checkpoint is kept after every epoch
+WARMUP_STEPS = 100  # Adam starts without its moments, so gently
+
+Report = Callable[[dict[str, Any]], None]
+
+
+def retrain(workspace: Workspace, report: Report) -> dict[str, Any]:
+    """Train the promoted checkpoint for `retrain.epochs` with a cosine to zero and keep the best.
+
+    The result is never worse on validation than what it started from, because the start takes part. At the
+    end the mixture's size is chosen on validation. Writes `retrain/model.pt`, calls `report` after each
+    epoch and returns the summary.
+    """
+    run, spec = workspace.run, workspace.spec
+    summary = run.summary()
+    trial, epochs = summary["best"]["trial"], spec.retrain.epochs
+    start, scorer = workspace.best_of(trial), workspace.scorer()
+    schedule = start.parameters.model_copy(
+        update={"schedule": "cosine", "warmup_steps": WARMUP_STEPS, "kl_warmup_epochs": 0.0}
+    )
+    seed = derive_seed(spec.seed, Stream.RETRAIN)
+    state = State.fresh(schedule, seed, trial)
+    contest = _Contest(workspace, scorer)
+    if run.retrain_checkpoint.exists():
+        saved = torch.load(run.retrain_checkpoint, weights_only=True)
+        state.load_state_dict(saved["last"])
+        contest.restore(saved["best"])
+    else:
+        state.model.load_state_dict(start.model.state_dict())
+        contest.enter(Candidate(start.model, start.parameters, start.prior, 0))
+
+    evaluated = {max(1, round(epochs * part / EVALUATIONS)) for part in range(1, EVALUATIONS + 1)}
+    images = workspace.data.train.images
+    try:
+        for record in train(state, schedule, images, range(1, epochs + 1), seed=seed, trial=trial, total_epochs=epochs):
+            line: dict[str, Any] = {"epoch": record.epoch, "loss": record.loss, "seconds_train": record.seconds}
+            if record.epoch in evaluated:
+                prior = scorer.fit_prior(state.model, start.parameters)
+                line |= contest.enter(Candidate(state.model, start.parameters, prior, record.epoch))
+            buffer = io.BytesIO()
+            torch.save({"last": state.state_dict(), "best": contest.state_dict()}, buffer)
+            write_atomic(run.retrain_checkpoint, buffer.getvalue())
+            report(line)
+    except Diverged as error:
+        report({"epoch": state.step, "reason": f"diverged, the best so far is kept: {error}"})
+
+    best = Candidate.from_state_dict(contest.best)
+    if start.parameters.prior == "gaussian_mixture":
+        for components in spec.retrain.prior_components:
+            sized = start.parameters.model_copy(update={"prior_components": components})
+            contest.enter(Candidate(best.model, sized, scorer.fit_prior(best.model, sized), best.epoch))
+    buffer = io.BytesIO()
+    torch.save(contest.best, buffer)
+    write_atomic(run.retrained, buffer.getvalue())
+    return run.update_summary(
+        retrain={
+            "epochs": epochs,
+            "kept_epoch": contest.best["epoch"],
+            "params": contest.best["parameters"],
+            "gap_closed": gap_closed(contest.scores["frechet_distance"], summary["floor"], summary["baseline"]),
+            **contest.scores,
+        }
+    )
+
+
+class _Contest:
+    """Keeps the candidate with the best objective on validation; the first to enter wins a tie."""
+
+    def __init__(self, workspace: Workspace, scorer: Scorer):
+        objective = workspace.spec.objective[0]
+        self.metric, self.sign = objective.metric, 1 if objective.direction == "minimize" else -1
+        self.scorer = scorer
+        self.best: dict[str, Any] = {}
+        self.scores: dict[str, float] = {}
+
+    def enter(self, candidate: Candidate) -> dict[str, float]:
+        scores = self.scorer(candidate.model, candidate.parameters, candidate.prior)
+        if not self.scores or self.sign * scores[self.metric] < self.sign * self.scores[self.metric]:
+            self.best, self.scores = candidate.state_dict(), scores
+        return scores
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.best | {"scores": self.scores}
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        self.best, self.scores = saved, saved["scores"]

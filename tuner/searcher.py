@@ -1,0 +1,219 @@
+"""Optuna behind Ray Tune's Searcher interface, and the rule that stops weak trials.
+
+The journal in the run directory is the one record of the search. It is told the truth: a stopped trial is
+PRUNED with its intermediate values, one that is not finite is FAIL at once, a finished one is COMPLETE.
+"""
+
+import logging
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+from ray.tune.experiment import Trial as RayTrial
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from tuner.spec import Spec
+from tuner.vae.score import METRICS, gap_closed
+from tuner.vae.train import Stream, derive_seed
+
+BASELINE = 0  # the trial of the classic settings
+STUDY = "search"
+OUTCOME = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
+
+
+def open_study(journal: Path, spec: Spec) -> optuna.Study:
+    """The study of a run, made on first use. Raises ValueError where the journal is damaged."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        return optuna.create_study(
+            storage=JournalStorage(JournalFileBackend(str(journal))),
+            study_name=STUDY,
+            directions=[objective.direction for objective in spec.objective],
+            load_if_exists=True,
+        )
+    except (ValueError, KeyError, AssertionError) as error:
+        raise ValueError(f"{journal}: not readable as an Optuna journal: {error}") from error
+
+
+class StudySearcher(Searcher):
+    """Proposes trials with TPE and writes every result to the study.
+
+    The sampler is made anew for every proposal, seeded by (study seed, trial number): what it proposes
+    depends on the journal alone, so a search that was cut off goes on as if nothing had happened.
+    """
+
+    def __init__(self, study: optuna.Study, spec: Spec):
+        super().__init__(metric=[o.metric for o in spec.objective], mode=[o.direction[:3] for o in spec.objective])
+        self.study = study
+        self.spec = spec
+        self.live: dict[str, optuna.trial.Trial] = {}  # by Ray's trial id
+        self.unfinished = [trial for trial in study.get_trials(deepcopy=False) if trial.state == TrialState.RUNNING]
+
+    @property
+    def remaining(self) -> int:
+        """Trials still to be run: those cut off, and those never proposed."""
+        return max(0, self.spec.budget.trials - len(self.study.get_trials(deepcopy=False)) + len(self.unfinished))
+
+    def suggest(self, trial_id: str) -> dict[str, Any]:
+        """The next trial as Ray's config: its number and full parameters."""
+        if self.unfinished:
+            trial = optuna.trial.Trial(self.study, self.unfinished.pop(0)._trial_id)
+            parameters = trial.user_attrs["parameters"]
+        else:
+            trial, parameters = self._ask()
+        self.live[trial_id] = trial
+        return {"trial": trial.number, "parameters": parameters}
+
+    def _ask(self) -> tuple[optuna.trial.Trial, dict[str, Any]]:
+        number = len(self.study.get_trials(deepcopy=False))
+        seed = derive_seed(self.spec.seed, number, Stream.PROPOSAL) % 2**32
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            # group: a baseline outside of the space is a trial without parameters, which must not empty the space
+            self.study.sampler = optuna.samplers.TPESampler(
+                seed=seed, multivariate=True, group=True, constant_liar=True
+            )
+        if number == BASELINE:
+            point = self.spec.baseline_point()
+            if point is None:
+                trial = self.study.ask()
+            else:
+                self.study.enqueue_trial(point)
+                trial = self.study.ask(fixed_distributions=self.spec.distributions)
+            parameters = self.spec.baseline
+        else:
+            if number <= len(self.spec.try_first):
+                self.study.enqueue_trial(self.spec.try_first[number - 1])
+            trial = self.study.ask(fixed_distributions=self.spec.distributions)
+            parameters = self.spec.parameters(trial.params)
+        trial.set_user_attr("parameters", parameters.model_dump())
+        return trial, parameters.model_dump()
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Write one evaluation: its scores, and the objective as the rung's intermediate value."""
+        trial = self.live[trial_id]
+        if result["outcome"] == "diverged" or f"evaluation:{result['rung']}" in trial.user_attrs:
+            return
+        kept = ("epoch", "seconds_train", "seconds_score", *METRICS)
+        trial.set_user_attr(f"evaluation:{result['rung']}", {key: result[key] for key in kept if key in result})
+        if len(self.spec.objective) == 1:
+            trial.report(result[self.spec.objective[0].metric], step=result["rung"])
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """End the trial in the study, with its reason."""
+        trial = self.live.pop(trial_id, None)
+        if trial is None:
+            return
+        self.live[trial_id] = trial
+        if result and "rung" in result:
+            self.on_trial_result(trial_id, result)
+        del self.live[trial_id]
+        if error or not result:
+            self._end(trial, TrialState.FAIL, "error in the worker")
+        elif result.get("outcome") == "diverged":
+            self._end(trial, TrialState.FAIL, result["reason"])
+        elif result.get("outcome") == "complete":
+            self._end(trial, TrialState.COMPLETE, "", [result[o.metric] for o in self.spec.objective])
+        elif result.get("done"):
+            self._end(trial, TrialState.PRUNED, f"among the weaker at epoch {result['epoch']:g}")
+        else:
+            self._end(trial, TrialState.PRUNED, "time limit")
+
+    def close(self) -> None:
+        """End what the time limit cut off between two evaluations."""
+        for trial in self.live.values():
+            self._end(trial, TrialState.PRUNED, "time limit")
+        self.live.clear()
+
+    def _end(
+        self, trial: optuna.trial.Trial, state: TrialState, reason: str, values: list[float] | None = None
+    ) -> None:
+        trial.set_user_attr("reason", reason)
+        self.study.tell(trial, values, state)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing to save: the journal holds all."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing to restore: the journal holds all."""
+
+
+class SuccessiveHalving(FIFOScheduler):
+    """Asynchronous successive halving, the stopping rule of Li et al. 2020 (ASHA).
+
+    At each rung a trial goes on while it is among the best 1/reduction_factor (rounded up) of all that
+    reached the rung so far. The baseline always goes on. Rungs are filled from the study, so a search
+    that was cut off stops the same trials.
+    """
+
+    def __init__(self, study: optuna.Study, spec: Spec):
+        super().__init__()
+        self.sign = 1 if spec.objective[0].direction == "minimize" else -1
+        self.objective = spec.objective[0].metric
+        self.factor = spec.budget.reduction_factor
+        self.active = len(spec.objective) == 1  # "weaker" has no meaning for several objectives at once
+        self.rungs: dict[int, dict[int, float]] = {}
+        for trial in study.get_trials(deepcopy=False):
+            for rung, value in trial.intermediate_values.items():
+                self.rungs.setdefault(rung, {})[trial.number] = self.sign * value
+
+    def on_trial_result(self, tune_controller: Any, trial: RayTrial, result: dict[str, Any]) -> str:
+        if result["done"]:
+            return str(TrialScheduler.STOP)
+        number, value = trial.config["trial"], self.sign * result[self.objective]
+        rung = self.rungs.setdefault(result["rung"], {})
+        rung.setdefault(number, value)
+        better = sum(other < value for other in rung.values())
+        weak = better >= math.ceil(len(rung) / self.factor)
+        return str(TrialScheduler.STOP if self.active and weak and number != BASELINE else TrialScheduler.CONTINUE)
+
+
+def evaluations(trial: FrozenTrial) -> list[dict[str, float]]:
+    """A trial's evaluations in order of their rungs."""
+    found = {
+        int(key.partition(":")[2]): value for key, value in trial.user_attrs.items() if key.startswith("evaluation:")
+    }
+    return [found[rung] for rung in sorted(found)]
+
+
+def table(study: optuna.Study, spec: Spec, floor: float) -> list[dict[str, Any]]:
+    """A row a trial: number, state, reason, searched and fixed parameters, scores of its best evaluation, times.
+
+    `gap_closed` compares with the baseline's last N(0, I) distance and is missing until the baseline ended.
+    """
+    objective = spec.objective[0]
+    sign = 1 if objective.direction == "minimize" else -1
+    trials = study.get_trials(deepcopy=False)
+    baseline = math.nan
+    if trials and trials[BASELINE].state == TrialState.COMPLETE:
+        baseline = evaluations(trials[BASELINE])[-1]["frechet_distance_standard_normal"]
+    rows = []
+    for trial in trials:
+        scored = evaluations(trial)
+        best = min(scored, key=lambda scores: sign * scores[objective.metric], default={})
+        row: dict[str, Any] = {
+            "trial": trial.number,
+            "state": OUTCOME.get(trial.state, "running"),
+            "reason": trial.user_attrs.get("reason", ""),
+            "epoch": best.get("epoch", ""),
+            "epochs_trained": scored[-1]["epoch"] if scored else 0,
+        }
+        row |= trial.user_attrs.get("parameters", {})
+        row |= {metric: best[metric] for metric in METRICS if metric in best}
+        if best and math.isfinite(baseline):
+            row["gap_closed"] = gap_closed(best["frechet_distance"], floor, baseline)
+        row["seconds_train"] = round(sum(scores["seconds_train"] for scores in scored), 3)
+        row["seconds_score"] = round(sum(scores["seconds_score"] for scores in scored), 3)
+        row["started"] = trial.datetime_start.isoformat(timespec="milliseconds") if trial.datetime_start else ""
+        row["ended"] = trial.datetime_complete.isoformat(timespec="milliseconds") if trial.datetime_complete else ""
+        rows.append(row)
+    return rows
+
+
+logging.getLogger("ray.tune.search").setLevel(logging.ERROR)

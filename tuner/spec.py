@@ -1,0 +1,390 @@
+"""YAML -> checked, frozen Spec; the only place that knows YAML.
+
+A spec is checked once, here; inside the package it is trusted. Whatever is wrong is a `ValueError` whose
+one-line text names the file, the key and the value.
+"""
+
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+
+from tuner.vae.data import NAMES
+from tuner.vae.parameters import CLASSIC, Parameters
+from tuner.vae.score import METRICS
+
+SCHEMA_LINE = "# yaml-language-server: $schema=schema.json\n"
+Value = bool | int | float | str
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def parse_seconds(value: Any) -> Any:
+    """'90s', '30m', '1.5h' or a plain number of seconds -> seconds. Raises ValueError on anything else."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh]?)\s*", value)
+    if not match:
+        raise ValueError(f"{value!r} is not a time such as 90s, 30m or 1.5h")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+Seconds = Annotated[
+    float, BeforeValidator(parse_seconds), Field(gt=0, json_schema_extra={"type": ["number", "string"]})
+]
+
+
+class DataSpec(_Frozen):
+    name: Literal["digits", "mnist"] = Field("digits", description="digits is embedded and needs no download")
+    directory: Path = Field(Path("data"), description="where MNIST lies, or is downloaded to")
+    download: bool = Field(True, description="fetch MNIST when it is not in the directory")
+
+
+class _Range(_Frozen):
+    log: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> "_Range":
+        low, high, step = self.low, self.high, self.step  # type: ignore[attr-defined]
+        if low > high:
+            raise ValueError(f"low {low:g} is above high {high:g}")
+        if self.log and low <= 0:
+            raise ValueError(f"log needs low above 0, not {low:g}")
+        if self.log and step is not None:
+            raise ValueError("log and step exclude each other")
+        if step is not None and not math.isclose((high - low) / step, round((high - low) / step), abs_tol=1e-9):
+            raise ValueError(f"high {high:g} is not low {low:g} plus whole steps of {step:g}")
+        return self
+
+
+class IntRange(_Range):
+    """Whole numbers from low to high, both included."""
+
+    type: Literal["int"]
+    low: int
+    high: int
+    step: int | None = Field(None, ge=1)
+
+    def ends(self) -> list[Value]:
+        return [self.low, self.high]
+
+    def distribution(self) -> BaseDistribution:
+        return IntDistribution(self.low, self.high, log=self.log, step=self.step or 1)
+
+
+class FloatRange(_Range):
+    """Real numbers from low to high, both included."""
+
+    type: Literal["float"]
+    low: float
+    high: float
+    step: float | None = Field(None, gt=0)
+
+    def ends(self) -> list[Value]:
+        return [self.low, self.high]
+
+    def distribution(self) -> BaseDistribution:
+        return FloatDistribution(self.low, self.high, log=self.log, step=self.step)
+
+
+class Choices(_Frozen):
+    """One of a list of values."""
+
+    choices: tuple[Value, ...] = Field(min_length=1)
+
+    def ends(self) -> list[Value]:
+        return list(self.choices)
+
+    def distribution(self) -> BaseDistribution:
+        return CategoricalDistribution(self.choices)
+
+
+def _entry_kind(entry: Any) -> str:
+    if not isinstance(entry, dict):
+        return str(getattr(entry, "type", "choices"))
+    return "choices" if "choices" in entry else str(entry.get("type"))
+
+
+Entry = Annotated[
+    Annotated[IntRange, Tag("int")] | Annotated[FloatRange, Tag("float")] | Annotated[Choices, Tag("choices")],
+    Discriminator(
+        _entry_kind,
+        custom_error_type="space_entry",
+        custom_error_message="give type: int or float with low and high, or choices: [...]",
+    ),
+]
+
+
+class Objective(_Frozen):
+    metric: Literal[tuple(METRICS)]  # type: ignore[valid-type]
+    direction: Literal["minimize", "maximize"]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_direction(cls, value: Any) -> Any:
+        """A metric alone means its own better direction."""
+        value = {"metric": value} if isinstance(value, str) else value
+        if isinstance(value, dict):
+            known = METRICS.get(str(value.get("metric")))
+            return {"direction": known.direction if known else "minimize"} | value
+        return value
+
+
+def _as_list(value: Any) -> Any:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+class Budget(_Frozen):
+    trials: int = Field(24, ge=1, description="trials in all, the baseline among them")
+    max_epochs: float = Field(9, gt=0, description="epochs of a trial that is never stopped")
+    grace_epochs: float = Field(1, gt=0, description="no trial is stopped before; a fraction of an epoch is allowed")
+    reduction_factor: float = Field(3, gt=1, description="one trial in this many survives each rung")
+    time_limit: Seconds | None = Field(None, description="stop the search after so long: seconds, or 90s, 30m, 2h")
+
+    @property
+    def rungs(self) -> tuple[float, ...]:
+        """Epochs at which a trial is scored: grace * factor^k below max_epochs, then max_epochs."""
+        rungs, epoch = [], self.grace_epochs
+        while epoch < self.max_epochs:
+            rungs.append(epoch)
+            epoch = self.grace_epochs * self.reduction_factor ** len(rungs)
+        return (*rungs, self.max_epochs)
+
+
+class RetrainSpec(_Frozen):
+    epochs: int = Field(50, ge=1)
+    prior_components: tuple[Annotated[int, Field(ge=1, le=1000)], ...] = Field(
+        (10, 20, 50, 100), min_length=1, description="mixture sizes to choose among on the validation split"
+    )
+
+
+class Spec(_Frozen):
+    """What is searched, on which data, for which objective, with which budget."""
+
+    data: DataSpec = DataSpec()
+    space: dict[str, Entry] = Field(min_length=1, description="searched parameters")
+    fixed: dict[str, Value] = Field({}, description="parameters that all trials share")
+    try_first: tuple[dict[str, Value], ...] = Field((), description="points to run right after the baseline")
+    objective: Annotated[tuple[Objective, ...], BeforeValidator(_as_list), Field(min_length=1)] = (
+        Objective(metric="frechet_distance", direction="minimize"),
+    )
+    budget: Budget = Budget()
+    retrain: RetrainSpec = RetrainSpec()
+    seed: int = Field(0, ge=0, lt=2**32)
+
+    @model_validator(mode="after")
+    def _check(self) -> "Spec":
+        for name, entry in self.space.items():
+            known = Parameters.model_fields.get(name)
+            if isinstance(entry, FloatRange) and known and known.annotation is int:
+                raise ValueError(f"space.{name}: takes whole numbers, so type: int")
+            for value in entry.ends():
+                _check_parameter(f"space.{name}", name, value)
+            if name in self.fixed:
+                raise ValueError(f"fixed.{name}: it is searched in space too")
+        for name, value in self.fixed.items():
+            _check_parameter(f"fixed.{name}", name, value)
+        for index, point in enumerate(self.try_first):
+            for name, value in point.items():
+                if name not in self.space:
+                    raise ValueError(f"try_first.{index}.{name}: not a searched parameter")
+                if not _contains(self.space[name].distribution(), value):
+                    raise ValueError(f"try_first.{index}.{name}: {value!r} is outside of space.{name}")
+        metrics = [objective.metric for objective in self.objective]
+        if len(set(metrics)) < len(metrics):
+            raise ValueError("objective: a metric is named twice")
+        mixed = {"kl_weight", "likelihood", "model", "kl_warmup_epochs"} & self.space.keys()
+        if "loss" in metrics and mixed:
+            raise ValueError(
+                f"objective.metric: the training loss can't be the objective while {min(mixed)} is searched: the loss "
+                "contains it, so the search would tune the yardstick, not the model; use frechet_distance"
+            )
+        models = self.space["model"].ends() if "model" in self.space else [self.fixed.get("model", CLASSIC.model)]
+        for metric in metrics:
+            if "autoencoder" in models and METRICS[metric].needs_vae:
+                raise ValueError(f"objective.metric: {metric} is not defined for model autoencoder")
+        if self.budget.grace_epochs > self.budget.max_epochs:
+            raise ValueError(
+                f"budget.grace_epochs: {self.budget.grace_epochs:g} is above max_epochs {self.budget.max_epochs:g}"
+            )
+        return self
+
+    @property
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """Optuna's distributions, inclusive at both ends as the YAML is."""
+        return {name: entry.distribution() for name, entry in self.space.items()}
+
+    def parameters(self, searched: dict[str, Value]) -> Parameters:
+        """A trial's full parameters from the searched ones."""
+        return Parameters.model_validate(self.fixed | searched)
+
+    @property
+    def baseline(self) -> Parameters:
+        """Trial 0: the classic settings with this spec's batch size, width and likelihood.
+
+        It keeps the spec's prior so that its `frechet_distance` compares with other trials'; the baseline
+        figure is its distance under N(0, I).
+        """
+        kept = {"batch_size", "width", "likelihood", "prior", "prior_components"}
+        return Parameters.model_validate({name: value for name, value in self.fixed.items() if name in kept})
+
+    def baseline_point(self) -> dict[str, Value] | None:
+        """The baseline as a point of the space, or None where the space can't express it."""
+        point = {name: getattr(self.baseline, name) for name in self.space}
+        inside = all(_contains(self.space[name].distribution(), value) for name, value in point.items())
+        return point if inside and self.parameters(point) == self.baseline else None
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    def differences(self, other: "Spec") -> list[str]:
+        """Keys whose values differ, as 'key: ours, theirs'; where the data lie and the time limit don't count."""
+        ours, theirs = _flatten(self.model_dump(mode="json")), _flatten(other.model_dump(mode="json"))
+        free = {"data.directory", "data.download", "budget.time_limit"}
+        return [
+            f"{key}: {ours.get(key, 'unset')} here, {theirs.get(key, 'unset')} there"
+            for key in sorted(ours.keys() | theirs.keys())
+            if key not in free and ours.get(key) != theirs.get(key)
+        ]
+
+
+def load(path: Path, overrides: list[tuple[str, Any]] | None = None) -> Spec:
+    """Read and check a spec; `overrides` are (dotted key, value) pairs laid over the file.
+
+    Raises ValueError, one line naming file, key and value, on anything that is wrong.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text file") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: expected a mapping with space, budget, ..., found {type(raw).__name__}")
+    for key, value in overrides or []:
+        _put(raw, key, value)
+    try:
+        return Spec.model_validate(raw)
+    except ValidationError as error:
+        raise ValueError(f"{path}: {_one_line(error)}") from error
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """'budget.trials=8' -> ('budget.trials', 8), the value read as YAML. Raises ValueError without a key and '='."""
+    key, equals, value = text.partition("=")
+    if not (key.strip() and equals):
+        raise ValueError(f"--set {text}: expected path.to.key=value")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--set {text}: the value is not YAML") from error
+
+
+def schema() -> str:
+    """The JSON schema of a spec file, parameters' names included."""
+    document = Spec.model_json_schema()
+    known = Parameters.model_json_schema()["properties"]
+    for part in ("space", "fixed"):
+        node = document["properties"][part]
+        value_schema = node.pop("additionalProperties")
+        node["properties"] = {
+            name: (value_schema if part == "space" else {}) | {"description": field["description"]}
+            if part == "space"
+            else {key: entry for key, entry in field.items() if key != "title"}
+            for name, field in known.items()
+        }
+        node["additionalProperties"] = False
+    return json.dumps(document, indent=2) + "\n"
+
+
+def _contains(distribution: BaseDistribution, value: Any) -> bool:
+    try:
+        return bool(distribution._contains(distribution.to_internal_repr(value)))
+    except (ValueError, TypeError):
+        return False
+
+
+def _check_parameter(where: str, name: str, value: Any) -> None:
+    if name not in Parameters.model_fields:
+        raise ValueError(f"{where}: unknown parameter; known are {', '.join(Parameters.model_fields)}")
+    try:
+        Parameters.model_validate({name: value})
+    except ValidationError as error:
+        raise ValueError(f"{where}: {value!r}: {error.errors()[0]['msg']}") from error
+
+
+def _put(raw: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for part in parents:
+        raw = raw.setdefault(part, {})
+        if not isinstance(raw, dict):
+            raise ValueError(f"--set {key}: {part} is not a mapping")
+    raw[last] = value
+
+
+def _one_line(error: ValidationError) -> str:
+    lines = []
+    for item in error.errors():
+        tags = {"int", "float", "choices"} if item["loc"][:1] == ("space",) else set()  # pydantic names the union's arm
+        where = ".".join(str(part) for part in item["loc"] if part not in tags)
+        message = str(item["msg"]).removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            message = "unknown key"
+        given = item.get("input")
+        shown = f" (got {given!r})" if isinstance(given, (str, int, float)) and item["type"] != "value_error" else ""
+        lines.append(f"{where}: {message}{shown}" if where else f"{message}{shown}")
+    return "; ".join(lines)
+
+
+def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(node, dict) or not node:
+        return {prefix: node}
+    return {
+        key: leaf
+        for name, child in node.items()
+        for key, leaf in _flatten(child, f"{prefix}.{name}".strip(".")).items()
+    }
+
+
+assert set(DataSpec.model_fields["name"].annotation.__args__) == set(NAMES)  # type: ignore[union-attr]
+
+
+def main() -> int:
+    """`python -m tuner.spec --schema` prints the JSON schema; with files, checks them."""
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="python -m tuner.spec", description="Check spec files or print their schema.")
+    parser.add_argument("spec", nargs="*", type=Path, help="spec files to check")
+    parser.add_argument(
+        "--schema", action="store_true", help="print the JSON schema that editors complete the YAML with"
+    )
+    arguments = parser.parse_args()
+    if arguments.schema:
+        print(schema(), end="")
+    for path in arguments.spec:
+        try:
+            load(path)
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            return 2
+        print(f"{path}: good")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""What every stage works on: a run with its spec, data and judges."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tuner import spec as specs
+from tuner.run import Run, write_atomic
+from tuner.spec import Spec
+from tuner.vae import data as datasets
+from tuner.vae.data import Data, Split, pixels
+from tuner.vae.judge import Judge, load_judge, to_bytes
+from tuner.vae.model import VAE, build
+from tuner.vae.parameters import Parameters
+from tuner.vae.prior import Prior, standard_normal
+from tuner.vae.score import Scorer
+from tuner.vae.train import Stream, derive_seed
+
+FINAL_SAMPLES = 10_000  # outside of the search a score may cost more
+FINAL_PRIOR_IMAGES = 20_000
+JUDGES = {"search": 16, "second": 24}  # name: width; the search never sees the second
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model with the parameters it was trained with and the prior it was scored with."""
+
+    model: VAE
+    parameters: Parameters
+    prior: Prior
+    epoch: float
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, numbers and plain containers only."""
+        return {
+            "parameters": self.parameters.model_dump(),
+            "model": {name: tensor.clone() for name, tensor in self.model.state_dict().items()},
+            "prior": self.prior.state_dict(),
+            "epoch": self.epoch,
+        }
+
+    @classmethod
+    def from_state_dict(cls, saved: dict[str, Any]) -> "Candidate":
+        parameters = Parameters.model_validate(saved["parameters"])
+        model = build(parameters, seed=0)
+        model.load_state_dict(saved["model"])
+        return cls(model.eval(), parameters, Prior(**saved["prior"]), saved["epoch"])
+
+
+@dataclass(frozen=True)
+class Workspace:
+    run: Run
+    spec: Spec
+    data: Data
+    judges: dict[str, Judge]
+    data_directory: Path
+
+    def scorer(self, judge: str = "search", held_out: Split | None = None) -> Scorer:
+        """A scorer with noise that no trial was scored with, on the validation split unless told otherwise."""
+        return Scorer(
+            self.judges[judge],
+            self.data.train,
+            held_out or self.data.validation,
+            seed=derive_seed(self.spec.seed, Stream.PROMOTE),
+            count=FINAL_SAMPLES,
+            prior_count=FINAL_PRIOR_IMAGES,
+        )
+
+    def best_of(self, trial: int) -> Candidate:
+        """The best evaluation of a trial, exactly as it was scored."""
+        return Candidate.from_state_dict(_read(self.run.checkpoint(trial))["best"])
+
+    def last_of(self, trial: int) -> Candidate:
+        """Where a trial ended, with N(0, I) as its prior: what the baseline is."""
+        saved = _read(self.run.checkpoint(trial))
+        parameters = saved["best"]["parameters"] | {"prior": "standard_normal"}
+        prior = standard_normal(parameters["latent_dim"]).state_dict()
+        return Candidate.from_state_dict(
+            {
+                "parameters": parameters,
+                "model": saved["last"]["model"],
+                "prior": prior,
+                "epoch": saved["report"]["epoch"],
+            }
+        )
+
+    def retrained(self) -> Candidate:
+        """What the retrain kept."""
+        return Candidate.from_state_dict(_read(self.run.retrained))
+
+
+def open_workspace(run: Run, data_directory: Path | None = None) -> Workspace:
+    """Load what a finished search left. Raises ValueError, one line, where something is missing or damaged."""
+    if not run.spec.exists():
+        raise ValueError(f"{run.path}: not a run directory (no {run.spec.name})")
+    spec = specs.load(run.spec)
+    directory = data_directory or spec.data.directory
+    data = datasets.load(spec.data.name, directory, spec.data.download)
+    return Workspace(run, spec, data, load_judges(run), directory)
+
+
+def keep_judges(run: Run, data: Data, judges: dict[str, Judge]) -> None:
+    """Write the frozen judges, their hashes and how often they are right on the validation split."""
+    images = pixels(data.validation.images)
+    described = {}
+    for name, judge in judges.items():
+        content = to_bytes(judge)
+        write_atomic(run.judge(name), content)
+        accuracy = judge.accuracy(images, data.validation.labels)
+        described[name] = {"sha256": hashlib.sha256(content).hexdigest(), "accuracy": accuracy, "width": judge.width}
+    run.update_summary(judges=described)
+
+
+def load_judges(run: Run) -> dict[str, Judge]:
+    """The run's judges; empty before they were trained. Raises ValueError where a file is not the frozen one."""
+    described = run.summary().get("judges", {})
+    return {name: load_judge(run.judge(name), entry["sha256"]) for name, entry in described.items()}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        saved: dict[str, Any] = torch.load(path, weights_only=True)
+    except Exception as error:  # torch raises whatever the damage provokes
+        raise ValueError(f"{path}: not readable as a checkpoint: {' '.join(str(error).split())[:200]}") from error
+    return saved
