@@ -8,6 +8,7 @@ import json
 import logging
 import platform
 import shutil
+import sys
 import warnings
 from collections.abc import Callable
 from importlib.metadata import version
@@ -20,12 +21,13 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from tuner.run import sync_directory, write_atomic
+from tuner.terminal import stage
 from tuner.vae import codec
 from tuner.vae.data import load_test, pixels
 from tuner.vae.model import VAE
 from tuner.vae.score import gap_closed
 from tuner.vae.sheet import grid, png
-from tuner.workspace import Candidate, Workspace
+from tuner.workspace import Candidate, Workspace, command_line
 
 TOLERANCE = 1e-5
 SAMPLES = 100
@@ -37,11 +39,12 @@ class Encoder(nn.Module):
 
     def __init__(self, model: VAE):
         super().__init__()
-        self.model = model
+        self.trunk, self.mean, self.log_variance = model.encoder, model.mean, model.log_variance
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        mean, log_variance = self.model.encode(images)
-        return mean if log_variance is None else (mean, log_variance)
+        hidden = self.trunk(images)
+        mean: Tensor = self.mean(hidden)
+        return mean if self.log_variance is None else (mean, self.log_variance(hidden))
 
 
 class Decoder(nn.Module):
@@ -49,10 +52,10 @@ class Decoder(nn.Module):
 
     def __init__(self, model: VAE):
         super().__init__()
-        self.model = model
+        self.decoder = model.decoder
 
     def forward(self, latents: Tensor) -> Tensor:
-        return self.model.draw(latents)
+        return torch.sigmoid(self.decoder(latents))
 
 
 def export(workspace: Workspace) -> dict[str, Any]:
@@ -178,6 +181,23 @@ def check_files(candidate: Candidate, images: Tensor, directory: Path) -> None:
                     raise RuntimeError(f"{stem} as {kind} differs from the checkpoint by {error:.2g}")
 
 
+def export_stage(workspace: Workspace) -> None:
+    """Export with progress on the terminal."""
+    with stage(workspace.run, "export") as progress:
+        export(workspace)
+        progress.done("checked against the checkpoint, scored on the test split")
+
+
+def main(argv: list[str] | None = None) -> int:
+    workspace = command_line("tuner.export", "Score a run on the test split and write its model for use.", argv)
+    export_stage(workspace)
+    return 0
+
+
 def _first(output: Any) -> Tensor:
     tensor: Tensor = output[0] if isinstance(output, tuple) else output
     return tensor
+
+
+if __name__ == "__main__":
+    sys.exit(main())

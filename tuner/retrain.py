@@ -4,15 +4,19 @@ Runs alone as `python -m tuner.retrain RUN`; cut off, it goes on from the last f
 """
 
 import io
+import sys
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 import torch
 
 from tuner.run import write_atomic
+from tuner.terminal import stage
 from tuner.vae.score import Scorer, gap_closed
 from tuner.vae.train import Diverged, State, Stream, derive_seed, train
-from tuner.workspace import Candidate, Workspace
+from tuner.views import TensorBoard
+from tuner.workspace import Candidate, Workspace, command_line
 
 EVALUATIONS = 10  # over the whole retrain; a checkpoint is kept after every epoch
 WARMUP_STEPS = 100  # Adam starts without its moments, so gently
@@ -57,8 +61,8 @@ def retrain(workspace: Workspace, report: Report) -> dict[str, Any]:
             torch.save({"last": state.state_dict(), "best": contest.state_dict()}, buffer)
             write_atomic(run.retrain_checkpoint, buffer.getvalue())
             report(line)
-    except Diverged as error:
-        report({"epoch": state.step, "reason": f"diverged, the best so far is kept: {error}"})
+    except Diverged:
+        pass  # the best so far stands, and the start was part of it
 
     best = Candidate.from_state_dict(contest.best)
     if start.parameters.prior == "gaussian_mixture":
@@ -77,6 +81,27 @@ def retrain(workspace: Workspace, report: Report) -> dict[str, Any]:
             **contest.scores,
         }
     )
+
+
+def retrain_stage(workspace: Workspace) -> None:
+    """Retrain with progress on the terminal and a run of its own in TensorBoard."""
+    epochs = workspace.spec.retrain.epochs
+    with stage(workspace.run, "retrain") as progress, closing(TensorBoard(workspace.run.tensorboard)) as board:
+
+        def on_epoch(line: dict[str, Any]) -> None:
+            board.report("retrain", line)
+            progress.show(f"epoch {line['epoch']:g} of {epochs}, loss {line['loss']:.2f}")
+
+        kept = retrain(workspace, on_epoch)["retrain"]
+        progress.done(
+            f"{epochs} epochs, epoch {kept['kept_epoch']:g} kept, frechet_distance {kept['frechet_distance']:.4g}, "
+            f"gap closed {kept['gap_closed']:.3f}"
+        )
+
+
+def main(argv: list[str] | None = None) -> int:
+    retrain_stage(command_line("tuner.retrain", "Train the promoted checkpoint of a run on and keep the best.", argv))
+    return 0
 
 
 class _Contest:
@@ -100,3 +125,7 @@ class _Contest:
 
     def restore(self, saved: dict[str, Any]) -> None:
         self.best, self.scores = saved, saved["scores"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -8,9 +8,9 @@ import logging
 import os
 import secrets
 import sys
-import time
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -20,19 +20,20 @@ import ray
 from ray import tune
 
 from tuner import spec as specs
-from tuner.export import export
+from tuner.export import export_stage
 from tuner.promote import promote
-from tuner.retrain import retrain
+from tuner.retrain import retrain_stage
 from tuner.run import Run, write_atomic
-from tuner.searcher import StudySearcher, SuccessiveHalving, open_study, table
+from tuner.searcher import BASELINE, StudySearcher, SuccessiveHalving, open_study, table
 from tuner.spec import Spec
-from tuner.terminal import Progress, console, final_words, search_line
+from tuner.terminal import Progress, console, final_words, promotion_table, search_line, stage
 from tuner.trainable import TrialTrainable, search_scorer
 from tuner.vae import data as datasets
-from tuner.vae.judge import train_judge
+from tuner.vae.data import Data
+from tuner.vae.judge import Judge, train_judge
 from tuner.vae.train import Stream, derive_seed
 from tuner.views import TensorBoard, trial_name
-from tuner.workspace import JUDGES, Workspace, keep_judges, load_judges
+from tuner.workspace import JUDGES, Workspace, keep_judges, load_judges, open_workspace
 
 LOOPBACK = "127.0.0.2"  # Ray replaces 127.0.0.1 by the address other machines see
 SHIPPED_SPECS = Path(__file__).parent.parent / "search_spaces"
@@ -42,46 +43,29 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     try:
         run, spec = open_run(arguments)
-        if "test" in run.summary():
-            return finish(run)
+        tested = run.summary().get("test", {})
+        if "retrained" in tested or (tested and arguments.no_retrain):
+            return finish(run, spec)
         directory = arguments.data_dir or spec.data.directory
         data = datasets.load(spec.data.name, directory, spec.data.download)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    board = TensorBoard(run.tensorboard)
 
     if "best" not in run.summary():
         with cluster(arguments.address, arguments.concurrency):
-            with stage(run, "judge") as progress:
-                workspace = Workspace(run, spec, data, judges(run, spec, data), directory)
-                accuracies = {name: judge["accuracy"] for name, judge in run.summary()["judges"].items()}
-                progress.done(", ".join(f"{name} judge {share:.1%} right" for name, share in accuracies.items()))
-            with stage(run, "search") as progress:
-                rows = search(workspace, arguments.concurrency, progress, board)
-        with stage(run, "promote") as progress:
-            if not any(row["trial"] == 0 and row["epochs_trained"] for row in rows):
-                progress.done("nothing was scored: " + (rows[0]["reason"] if rows else "no trial started"))
-                return 1
-            promote(workspace, rows)
-            progress.done(f"trial {run.summary()['best']['trial']} of {len(run.summary()['promotion'])} candidates")
-    workspace = Workspace(run, spec, data, load_judges(run), directory)
-
+            workspace = Workspace(run, spec, data, judge_stage(run, spec, data), directory)
+            rows = search_stage(workspace, arguments.concurrency)
+        if not any(row["trial"] == BASELINE and row["epochs_trained"] for row in rows):
+            reasons = Counter(row["reason"] for row in rows)
+            print("error: the baseline was never scored:", reasons.most_common(1)[0][0], file=sys.stderr)
+            return 1
+        promote_stage(workspace, rows)
+    workspace = open_workspace(run, directory)
     if not arguments.no_retrain and "retrain" not in run.summary():
-        with stage(run, "retrain") as progress:
-
-            def on_epoch(line: dict[str, Any]) -> None:
-                board.report("retrain", line)
-                progress.show(f"epoch {line['epoch']:g} of {spec.retrain.epochs}, loss {line['loss']:.2f}")
-
-            kept = retrain(workspace, on_epoch)["retrain"]
-            progress.done(f"{spec.retrain.epochs} epochs, kept {kept['kept_epoch']:g}, {kept['frechet_distance']:.4g}")
-
-    with stage(run, "export") as progress:
-        export(workspace)
-        progress.done("checked against the checkpoint, scored on the test split")
-    board.close()
-    return finish(run)
+        retrain_stage(workspace)
+    export_stage(workspace)
+    return finish(run, spec)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -153,45 +137,43 @@ def cluster(address: str | None, concurrency: int | None) -> Iterator[None]:
         ray.shutdown()
 
 
-@contextmanager
-def stage(run: Run, name: str) -> Iterator[Progress]:
-    """Show a stage's progress and add its seconds to the summary."""
-    started = time.monotonic()
-    with Progress(name) as progress:
-        yield progress
-    spent = run.summary().get("seconds", {}).get(name, 0.0)
-    run.update_summary(seconds={name: round(spent + time.monotonic() - started, 2)})
-
-
-def judges(run: Run, spec: Spec, data: datasets.Data) -> dict[str, Any]:
+def judge_stage(run: Run, spec: Spec, data: Data) -> dict[str, Judge]:
     """The run's frozen judges, trained side by side on the first call."""
-    if not load_judges(run):
-        train = ray.remote(num_cpus=1)(train_judge)
-        reference = ray.put(data)
-        tasks = [
-            train.remote(reference, derive_seed(spec.seed, Stream.JUDGE, index), width)
-            for index, width in enumerate(JUDGES.values())
-        ]
-        keep_judges(run, data, dict(zip(JUDGES, ray.get(tasks), strict=True)))
+    with stage(run, "judge") as progress:
+        if not load_judges(run):
+            train = ray.remote(num_cpus=1)(train_judge)
+            reference = ray.put(data)
+            tasks = [
+                train.remote(reference, derive_seed(spec.seed, Stream.JUDGE, index), width)
+                for index, width in enumerate(JUDGES.values())
+            ]
+            keep_judges(run, data, dict(zip(JUDGES, ray.get(tasks), strict=True)))
+        described = run.summary()["judges"]
+        progress.done(", ".join(f"{name} judge {judge['accuracy']:.1%} right" for name, judge in described.items()))
     return load_judges(run)
 
 
-def search(
-    workspace: Workspace, concurrency: int | None, progress: Progress, board: TensorBoard
-) -> list[dict[str, Any]]:
+def search_stage(workspace: Workspace, concurrency: int | None) -> list[dict[str, Any]]:
     """Run the trials that are left and return the rows of trials.csv."""
-    run, spec = workspace.run, workspace.spec
+    run, spec, judge = workspace.run, workspace.spec, workspace.judges["search"]
     study = open_study(run.journal, spec)
-    judge = workspace.judges["search"]
     floor = search_scorer(spec, workspace.data, judge).floor
-    driver = Driver(run, spec, study, floor, progress, board)
     trainable = tune.with_parameters(TrialTrainable, spec=spec, run=run, data=workspace.data, judge=judge)
-    run_trials(study, spec, trainable, run.ray.absolute(), concurrency, [driver])
-    rows = driver.keep_table()
-    states = [row["state"] for row in rows]
-    run.update_summary(trials={state: states.count(state) for state in ("complete", "pruned", "failed")})
-    progress.done(driver.line(rows))
-    return rows
+    with stage(run, "search") as progress, closing(TensorBoard(run.tensorboard)) as board:
+        driver = Driver(run, spec, study, floor, progress, board)
+        run_trials(study, spec, trainable, run.ray.absolute(), concurrency, [driver])
+        driver.keep_table()
+        progress.done(driver.line())
+    states = Counter(row["state"] for row in driver.rows)
+    run.update_summary(trials={state: states[state] for state in ("complete", "pruned", "failed")})
+    return driver.rows
+
+
+def promote_stage(workspace: Workspace, rows: list[dict[str, Any]]) -> None:
+    with stage(workspace.run, "promote") as progress:
+        summary = promote(workspace, rows)
+        progress.done(f"trial {summary['best']['trial']} won among {len(summary['promotion'])} under two judges")
+    console().print(promotion_table(summary["promotion"], workspace.spec.objective[0].metric))
 
 
 def run_trials(
@@ -236,7 +218,7 @@ class Driver(tune.Callback):
     def __init__(self, run: Run, spec: Spec, study: optuna.Study, floor: float, progress: Progress, board: TensorBoard):
         self.run, self.spec, self.study, self.floor = run, spec, study, floor
         self.progress, self.board = progress, board
-        self.rows = self.keep_table()
+        self.keep_table()
 
     def __reduce__(self) -> tuple[type[tune.Callback], tuple[()]]:
         """Ray pickles callbacks for a restore of its own, which the journal replaces."""
@@ -244,6 +226,7 @@ class Driver(tune.Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.board.start_trial(trial.config["trial"], trial.config["parameters"])
+        self.keep_table()
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -254,28 +237,27 @@ class Driver(tune.Callback):
             self.board.report(trial_name(result["trial"]), result, sheet)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.rows = self.keep_table()
+        self.keep_table()
         self.board.end_trial(trial.config["trial"], self.rows[trial.config["trial"]]["state"])
 
     on_trial_error = on_trial_complete
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        self.progress.show(self.line(self.rows))
+        self.progress.show(self.line())
 
-    def keep_table(self) -> list[dict[str, Any]]:
-        rows = table(self.study, self.spec, self.floor)
-        self.run.write_trials(rows)
-        return rows
+    def keep_table(self) -> None:
+        self.rows = table(self.study, self.spec, self.floor)
+        self.run.write_trials(self.rows)
 
-    def line(self, rows: list[dict[str, Any]]) -> str:
+    def line(self) -> str:
         objective = self.spec.objective[0]
         sign = 1 if objective.direction == "minimize" else -1
-        return search_line(rows, self.spec.budget.trials, objective.metric, sign, self.progress.seconds)
+        return search_line(self.rows, self.spec.budget.trials, objective.metric, sign, self.progress.seconds)
 
 
-def finish(run: Run) -> int:
+def finish(run: Run, spec: Spec) -> int:
     """The closing table, and where to look."""
-    for part in final_words(run):
+    for part in final_words(run, list(spec.space)):
         console().print(part)
     return 0
 

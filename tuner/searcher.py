@@ -72,7 +72,7 @@ class StudySearcher(Searcher):
 
     def _ask(self) -> tuple[optuna.trial.Trial, dict[str, Any]]:
         number = len(self.study.get_trials(deepcopy=False))
-        seed = derive_seed(self.spec.seed, number, Stream.PROPOSAL) % 2**32
+        seed = derive_seed(self.spec.seed, Stream.PROPOSAL, number) % 2**32
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             # group: a baseline outside of the space is a trial without parameters, which must not empty the space

@@ -3,7 +3,8 @@
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -25,6 +26,16 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+
+
+@contextmanager
+def stage(run: Run, name: str) -> Iterator["Progress"]:
+    """Show a stage's progress and add its seconds to the summary."""
+    started = time.monotonic()
+    with Progress(name) as progress:
+        yield progress
+    spent = run.summary().get("seconds", {}).get(name, 0.0)
+    run.update_summary(seconds={name: round(spent + time.monotonic() - started, 2)})
 
 
 class Progress:
@@ -87,37 +98,53 @@ def search_line(rows: Sequence[Mapping[str, Any]], trials: int, metric: str, sig
     return " | ".join(part for part in parts if part)
 
 
-def result_table(summary: Mapping[str, Any]) -> Table:
-    """Baseline, best trial and retrained on the validation split, and on the test split where it was read."""
-    table = Table(title="Frechet distance, and share of the gap to real data that is closed", title_justify="left")
-    for column in ("", "parameters", "validation", "gap closed", "test", "gap closed"):
-        table.add_column(column, justify="left" if column in ("", "parameters") else "right")
-    test = summary.get("test", {})
-
-    def row(name: str, parameters: str, part: Mapping[str, Any], key: str) -> None:
-        tested = test.get(key, {})
-        cells = [
-            f"{value:.4g}" if value is not None else "" for value in (part["frechet_distance"], part["gap_closed"])
-        ]
-        cells += [f"{tested[name]:.4g}" if name in tested else "" for name in ("frechet_distance", "gap_closed")]
-        table.add_row(name, parameters, *cells)
-
-    best = summary["best"]
-    searched = ", ".join(f"{name} {best['params'][name]:.3g}" for name in ("latent_dim", "learning_rate", "kl_weight"))
-    test = {"floor": {"frechet_distance": test["best"]["floor"], "gap_closed": 1.0}, **test} if test else {}
-    row("real data", "the floor", {"frechet_distance": summary["floor"], "gap_closed": 1.0}, "floor")
-    row("baseline", "classic, N(0, I)", {"frechet_distance": summary["baseline"], "gap_closed": 0.0}, "baseline")
-    row(f"best (trial {best['trial']})", searched, best, "best")
-    if "retrain" in summary:
-        row("retrained", f"{summary['retrain']['epochs']} more epochs", summary["retrain"], "retrained")
+def promotion_table(promotion: Sequence[Mapping[str, Any]], metric: str) -> Table:
+    """The candidates in the order they came out, under both judges."""
+    table = Table(title=f"Promotion: {metric} under fresh noise, and gap closed", title_justify="left")
+    for column in ("trial", "epoch", "in the search", "search judge", "gap closed", "second judge", "gap closed"):
+        table.add_column(column, justify="right")
+    for entry in promotion:
+        values = [entry["searched"], entry[f"search_{metric}"], entry["search_gap_closed"]]
+        values += [entry[f"second_{metric}"], entry["second_gap_closed"]]
+        table.add_row(str(entry["trial"]), f"{entry['epoch']:g}", *(f"{value:.4g}" for value in values))
     return table
 
 
-def final_words(run: Run) -> list[Table | str]:
-    """The closing table of a finished run, and the paths to look at."""
+def result_table(summary: Mapping[str, Any]) -> Table:
+    """Baseline, best trial and retrained on the validation split, and on the test split where it was read."""
+    table = Table(title="Frechet distance, and the share of the gap to real data that is closed", title_justify="left")
+    table.add_column("")
+    for column in ("validation", "gap closed", "test", "gap closed"):
+        table.add_column(column, justify="right")
+    test = summary.get("test", {})
+    floor = {"frechet_distance": test["best"]["floor"], "gap_closed": 1.0} if test else {}
+
+    def row(name: str, validation: Mapping[str, Any], tested: Mapping[str, Any]) -> None:
+        keys = ("frechet_distance", "gap_closed")
+        cells = [f"{part[key]:.4g}" if key in part else "" for part in (validation, tested) for key in keys]
+        table.add_row(name, *cells)
+
+    best = summary["best"]
+    row("real images", {"frechet_distance": summary["floor"], "gap_closed": 1.0}, floor)
+    row("classic settings", {"frechet_distance": summary["baseline"], "gap_closed": 0.0}, test.get("baseline", {}))
+    row(f"best trial ({best['trial']})", best, test.get("best", {}))
+    if "retrain" in summary:
+        row(f"after {summary['retrain']['epochs']} more epochs", summary["retrain"], test.get("retrained", {}))
+    return table
+
+
+def final_words(run: Run, searched: Sequence[str]) -> list[Table | str]:
+    """The closing table of a finished run, the winner's searched parameters and the paths to look at."""
+    summary = run.summary()
+    params = summary["best"]["params"]
+    shown = (
+        f"{name} {params[name]:.3g}" if isinstance(params[name], float) else f"{name} {params[name]}"
+        for name in searched
+    )
     return [
-        result_table(run.summary()),
-        f"model    {run.export}  (samples.png, model.json, encoder and decoder as .onnx and .pt2)",
+        result_table(summary),
+        f"winner   {', '.join(shown)}",
+        f"model    {run.export}: samples.png, model.json, encoder and decoder as .onnx and .pt2",
         f"trials   {run.trials}",
         f"look     tensorboard --logdir {run.tensorboard}",
     ]

@@ -56,18 +56,15 @@ class TrialTrainable(tune.Trainable):
         self.best: dict[str, Any] | None = None
         self.repeat: dict[str, Any] | None = None
         path = self.run.checkpoint(self.number)
-        behind = 0
         if path.exists():
             saved = torch.load(path, weights_only=True)
             self.state.load_state_dict(saved["last"])
             self.best, self.repeat = saved["best"], saved["report"]
-            behind = saved["report"]["rung"]
-        self.rungs = iter(list(enumerate(self.spec.budget.rungs, 1))[behind:])
         self.records = train(
             self.state,
             self.parameters,
             self.images,
-            self.spec.budget.rungs[behind:],
+            self.spec.budget.rungs,
             seed=self.spec.seed,
             trial=self.number,
             total_epochs=self.spec.budget.max_epochs,
@@ -76,10 +73,8 @@ class TrialTrainable(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         if self.repeat is not None:
-            report, self.repeat = self.repeat, None
-            return report
-        rung, epoch = next(self.rungs)
-        report = {"trial": self.number, "rung": rung, "epoch": epoch}
+            repeated, self.repeat = self.repeat, None
+            return repeated
         try:
             record = next(self.records)
             started = time.perf_counter()
@@ -87,9 +82,13 @@ class TrialTrainable(tune.Trainable):
             scores = self.scorer(self.state.model, self.parameters, prior)
         except Diverged as error:
             missing = {objective.metric: float("nan") for objective in self.spec.objective}
-            return report | missing | {"outcome": "diverged", "reason": f"diverged: {error}", "done": True}
-        last = epoch >= self.spec.budget.max_epochs
-        report |= scores | {
+            return missing | {"outcome": "diverged", "reason": f"diverged: {error}", "done": True}
+        rungs = self.spec.budget.rungs
+        last = record.epoch == rungs[-1]
+        report: dict[str, Any] = scores | {
+            "trial": self.number,
+            "rung": rungs.index(record.epoch) + 1,
+            "epoch": record.epoch,
             "loss": record.loss,
             "images_per_second": record.images / record.seconds,
             "seconds_train": record.seconds,

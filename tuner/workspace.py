@@ -1,6 +1,8 @@
 """What every stage works on: a run with its spec, data and judges."""
 
+import argparse
 import hashlib
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,6 +102,28 @@ def open_workspace(run: Run, data_directory: Path | None = None) -> Workspace:
     directory = data_directory or spec.data.directory
     data = datasets.load(spec.data.name, directory, spec.data.download)
     return Workspace(run, spec, data, load_judges(run), directory)
+
+
+def command_line(module: str, description: str, argv: list[str] | None) -> Workspace:
+    """The workspace a stage run alone is asked for: `python -m MODULE RUN [--data-dir DIR]`.
+
+    Ends the process with one line and status 2 where the run can't be worked on.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory of a search")
+    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="where MNIST lies or is downloaded to")
+    arguments = parser.parse_args(argv)
+    try:
+        run = Run(arguments.run)
+        workspace = open_workspace(run, arguments.data_dir)
+        if "best" not in run.summary():
+            raise ValueError(
+                f"{run.path}: its search has not ended; go on with python -m tuner.search --run {run.path}"
+            )
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    return workspace
 
 
 def keep_judges(run: Run, data: Data, judges: dict[str, Judge]) -> None:

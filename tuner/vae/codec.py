@@ -63,6 +63,11 @@ def load(path: Path | str) -> Codec:
         file = path / "prior.npz"
         with np.load(file, allow_pickle=False) as arrays:
             prior = Prior(*(torch.from_numpy(arrays[name]) for name in ("weights", "means", "covariances")))
+        latents = (parameters.latent_dim, parameters.latent_dim)
+        if prior.covariances.shape[1:] != latents:
+            raise ValueError(
+                f"covariances of shape {tuple(prior.covariances.shape)}, expected (K, {latents[0]}, {latents[1]})"
+            )
     except Exception as error:  # each reader has its own exceptions for a damaged file
         raise ValueError(f"{file}: not readable as part of an export: {' '.join(str(error).split())}") from error
     return Codec(model.eval().requires_grad_(False), prior, info)

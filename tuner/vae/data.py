@@ -5,6 +5,7 @@ own, `load_test`, which only the export calls.
 """
 
 import hashlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,20 +106,25 @@ def _mnist(directory: Path, train: bool, download: bool) -> Split:
             f"{'the download failed' if download else 'downloading is off'} ({_first_line(error)}); "
             "put the files there, or use the embedded data set: data.name=digits"
         ) from error
+    if len(data.data) != len(data.targets):
+        raise ValueError(f"{raw}: {len(data.data):,} images but {len(data.targets):,} labels")
     return Split(data.data.unsqueeze(1), data.targets.long())
 
 
 def _check_idx(path: Path) -> None:
-    """Raise ValueError unless the file is as long as its IDX header says (LeCun's format: magic, sizes, bytes)."""
+    """Raise ValueError unless the file is what its name and its IDX header say (LeCun's format: magic, sizes, bytes)."""
     size = path.stat().st_size
+    axes = 3 if "idx3" in path.name else 1
     with path.open("rb") as file:
-        head = file.read(4)
-        axes = head[3] if len(head) == 4 and head[:3] == b"\0\0\x08" else 0
-        sizes = np.frombuffer(file.read(4 * axes), ">u4").astype(np.int64)
-    expected = 4 + 4 * axes + int(np.prod(sizes)) if axes and len(sizes) == axes else None
+        head = file.read(4 + 4 * axes)
+    sizes = np.frombuffer(head[4:], ">u4").tolist() if len(head) == 4 + 4 * axes else []
+    if head[:4] != bytes((0, 0, 8, axes)) or (axes == 3 and sizes[1:] != [28, 28]):
+        raise ValueError(
+            f"{path}: damaged IDX file, its header is not that of {'28x28 images' if axes == 3 else 'labels'}"
+        )
+    expected = len(head) + math.prod(sizes)
     if size != expected:
-        wanted = f"{expected:,} bytes by its header" if expected else "an IDX header of unsigned bytes"
-        raise ValueError(f"{path}: damaged IDX file, {size:,} bytes where {wanted} are expected")
+        raise ValueError(f"{path}: damaged IDX file, {size:,} bytes where its header says {expected:,}")
 
 
 def _first_line(error: BaseException) -> str:
@@ -131,14 +137,14 @@ def _torchvision_datasets() -> Any:
     That mix is what package indexes hand out; `import torchvision` then dies because the schemas of its
     compiled operators are missing. Declared, they are never called: data sets and transforms need none.
     """
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for schema in (
-        "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-        "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    ):
-        if not hasattr(torch.ops.torchvision, schema.partition("(")[0]):
-            library.define(schema)
-    from torchvision import datasets
-
-    _torchvision_datasets.library = library  # type: ignore[attr-defined]  # dropping it would undeclare the operators
+    try:
+        from torchvision import datasets
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _torchvision_datasets.library = library  # type: ignore[attr-defined]  # dropped, it would undeclare them
+        from torchvision import datasets
     return datasets

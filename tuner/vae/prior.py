@@ -44,8 +44,8 @@ def fit_mixture(latents: Tensor, components: int, seed: int) -> Prior:
     from sklearn.mixture import GaussianMixture
 
     points = latents.double().numpy()
-    spread = float(points.std(0).max())
-    if not (np.isfinite(points).all() and spread > 0):
+    spread = float(points.std(0).max()) if np.isfinite(points).all() else 0.0
+    if not spread > 0:
         raise ValueError("the encoded training images are not finite or all the same")
     components = max(1, min(components, len(points) // (points.shape[1] + 1)))
     mixture = GaussianMixture(

@@ -120,7 +120,10 @@ class Scorer:
 
     @torch.no_grad()
     def fit_prior(self, model: VAE, parameters: Parameters) -> Prior:
-        """The prior that `parameters` ask for, fitted on one posterior draw per encoded training image."""
+        """The prior that `parameters` ask for, fitted on one posterior draw per encoded training image.
+
+        Raises Diverged where the codes are not finite or all the same.
+        """
         if parameters.prior == "standard_normal":
             return standard_normal(parameters.latent_dim)
         model.eval()
@@ -128,9 +131,10 @@ class Scorer:
         if log_variance is not None:
             noise = torch.randn(latents.shape, generator=self._generator(1))
             latents = latents + torch.exp(0.5 * log_variance) * noise
-        if not bool(torch.isfinite(latents).all()):
-            raise Diverged("encoded images not finite")
-        return fit_mixture(latents, parameters.prior_components, derive_seed(self.seed, Stream.SCORE, 2))
+        try:
+            return fit_mixture(latents, parameters.prior_components, derive_seed(self.seed, Stream.SCORE, 2))
+        except ValueError as error:
+            raise Diverged(str(error)) from error
 
     @torch.no_grad()
     def samples(self, model: VAE, prior: Prior, count: int) -> Tensor:

@@ -38,8 +38,8 @@ class Stream(IntEnum):
 
 
 def derive_seed(seed: int, *path: int) -> int:
-    """A well-mixed 63-bit seed for (seed, *path); all non-negative."""
-    return int(np.random.SeedSequence((seed, *path)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    """A well-mixed 63-bit seed for (seed, *path), all non-negative; the path starts with a Stream."""
+    return int(np.random.SeedSequence(seed, spawn_key=path).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 class Diverged(ValueError):
@@ -56,7 +56,7 @@ class State:
 
     @classmethod
     def fresh(cls, parameters: Parameters, seed: int, trial: int, device: str = "cpu") -> "State":
-        model = build(parameters, derive_seed(seed, trial, Stream.INITIALISATION)).to(device)
+        model = build(parameters, derive_seed(seed, Stream.INITIALISATION, trial)).to(device)
         return cls(model, adam(model, parameters.learning_rate))
 
     def state_dict(self) -> dict[str, Any]:
@@ -114,6 +114,8 @@ def train(
 ) -> Iterator[Record]:
     """Train `state` in place and yield at each of `epochs` (increasing; those already behind are skipped).
 
+    An epoch is rounded to whole steps, one at least; of epochs that share a step the last is yielded.
+
     `images` is (N, 1, 28, 28) uint8 on the device of the model. The cosine schedule ends at `total_epochs`.
     Raises Diverged as soon as a loss is seen not to be finite.
     """
@@ -125,8 +127,8 @@ def train(
     model, optimizer = state.model, state.optimizer
     order_epoch, order = -1, torch.empty(0)
 
-    for epoch in epochs:
-        last_step = max(1, round(epoch * per_epoch))
+    stops = {max(1, round(epoch * per_epoch)): epoch for epoch in epochs}
+    for last_step, epoch in stops.items():
         if last_step <= state.step:
             continue
         started = time.perf_counter()
@@ -137,7 +139,7 @@ def train(
             step = state.step
             if step // per_epoch != order_epoch:
                 order_epoch = step // per_epoch
-                order = torch.randperm(len(images), generator=_generator(seed, trial, Stream.ORDER, order_epoch))
+                order = torch.randperm(len(images), generator=_generator(seed, Stream.ORDER, trial, order_epoch))
                 order = order.to(images.device)
             begin = step % per_epoch * parameters.batch_size
             batch = pixels(images[order[begin : begin + parameters.batch_size]])
@@ -147,7 +149,7 @@ def train(
             if variational:
                 assert log_variance is not None
                 kl = kl_divergence(latents, log_variance)
-                noise = torch.randn(latents.shape, generator=_generator(seed, trial, Stream.NOISE, step))
+                noise = torch.randn(latents.shape, generator=_generator(seed, Stream.NOISE, trial, step))
                 latents = latents + torch.exp(0.5 * log_variance) * noise.to(latents.device)
             reconstruction = reconstruction_loss(model.decode(latents), batch)
             factor = parameters.kl_weight * (min(1.0, step / warmup_steps) if warmup_steps else 1.0)

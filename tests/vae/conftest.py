@@ -1,0 +1,27 @@
+"""The digits, one judge and one scorer, shared by all tests of the model side."""
+
+from pathlib import Path
+
+import pytest
+
+from tuner.vae import data
+from tuner.vae.data import Data, _torchvision_datasets
+from tuner.vae.judge import Judge, train_judge
+from tuner.vae.score import Scorer
+
+_torchvision_datasets()  # torchmetrics imports torchvision, which beside a CPU torch dies without this
+
+
+@pytest.fixture(scope="session")
+def digits() -> Data:
+    return data.load("digits", Path("never read"))
+
+
+@pytest.fixture(scope="session")
+def judge(digits: Data) -> Judge:
+    return train_judge(digits, seed=0, width=8)
+
+
+@pytest.fixture(scope="session")
+def scorer(digits: Data, judge: Judge) -> Scorer:
+    return Scorer(judge, digits.train, digits.validation, seed=0, count=400, prior_count=997)

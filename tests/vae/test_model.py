@@ -1,0 +1,64 @@
+"""The network: shapes, size and a start that depends on nothing but its seed."""
+
+import pytest
+import torch
+from torch.nn.utils import parameters_to_vector
+
+from tuner.vae.model import build
+from tuner.vae.parameters import CLASSIC, Parameters
+
+IMAGES = torch.rand(5, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+
+
+def _weights(parameters: Parameters, seed: int) -> torch.Tensor:
+    return parameters_to_vector(build(parameters, seed).parameters()).detach()
+
+
+@pytest.mark.parametrize(("latent_dim", "width"), [(1, 1), (3, 2), (16, 32)])
+def test_images_go_to_latents_and_back(latent_dim, width):
+    model = build(Parameters(latent_dim=latent_dim, width=width), seed=0)
+    mean, log_variance = model.encode(IMAGES)
+    assert mean.shape == log_variance.shape == (5, latent_dim)
+    assert model.decode(mean).shape == IMAGES.shape
+
+
+def test_the_classic_network_has_496545_weights():
+    encoder = (32 * 9 + 32) + (64 * 32 * 9 + 64) + (64 * 7 * 7 * 128 + 128)
+    heads = 2 * (128 * 16 + 16)
+    decoder = (16 * 64 * 7 * 7 + 64 * 7 * 7) + (64 * 32 * 9 + 32) + (32 * 9 + 1)
+    assert encoder + heads + decoder == 496_545
+    assert len(_weights(CLASSIC, 0)) == 496_545
+
+
+def test_a_plain_autoencoder_lacks_exactly_the_log_variance_head():
+    plain = CLASSIC.model_copy(update={"model": "autoencoder"})
+    assert len(_weights(CLASSIC, 0)) - len(_weights(plain, 0)) == 128 * 16 + 16
+    mean, log_variance = build(plain, seed=0).encode(IMAGES)
+    assert mean.shape == (5, 16)
+    assert log_variance is None
+
+
+def test_a_drawing_is_the_sigmoid_of_the_logits():
+    model = build(Parameters(latent_dim=3, width=2), seed=0)
+    latents = 100 * torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
+    drawing = model.draw(latents)
+    torch.testing.assert_close(drawing, 1 / (1 + torch.exp(-model.decode(latents))))
+    assert drawing.min() >= 0
+    assert drawing.max() <= 1
+
+
+def test_the_same_seed_gives_the_same_weights_whatever_ran_before():
+    first = _weights(CLASSIC, 2**62 + 1)
+    torch.manual_seed(123)
+    torch.randn(1000)
+    assert torch.equal(_weights(CLASSIC, 2**62 + 1), first)
+
+
+def test_another_seed_gives_other_weights():
+    assert not torch.equal(_weights(CLASSIC, 0), _weights(CLASSIC, 1))
+
+
+def test_building_leaves_the_global_random_state_alone():
+    before = torch.random.get_rng_state()
+    build(CLASSIC, seed=7)
+    assert torch.equal(torch.random.get_rng_state(), before)

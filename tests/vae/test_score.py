@@ -1,0 +1,314 @@
+"""Scores against closed forms, torchmetrics and scipy."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import KernelInceptionDistance
+
+from tuner.vae.data import pixels
+from tuner.vae.losses import PIXELS
+from tuner.vae.model import VAE, build
+from tuner.vae.parameters import Parameters
+from tuner.vae.prior import standard_normal
+from tuner.vae.score import METRICS, Scorer, frechet_distance, gap_closed, grey_share, kernel_distance, moments
+from tuner.vae.train import Diverged
+
+VARIATIONAL = Parameters(latent_dim=4, width=4)
+PLAIN = Parameters(latent_dim=4, width=4, model="autoencoder")
+
+
+class _Features(nn.Module):
+    """What torchmetrics calls a feature network: here the features themselves."""
+
+    num_features = 6
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return features
+
+
+def _features(count: int, seed: int, shift: float = 0.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(6, 6, generator=torch.Generator().manual_seed(100 + seed), dtype=torch.float64)
+    return torch.randn(count, 6, generator=generator, dtype=torch.float64) @ mixing + shift
+
+
+def _score(scorer: Scorer, model: VAE, parameters: Parameters) -> dict[str, float]:
+    return scorer(model, parameters, scorer.fit_prior(model, parameters))
+
+
+def _silent(parameters: Parameters) -> VAE:
+    """All weights zero: latents N(0, I) for every image, every picture grey 0.5."""
+    model = build(parameters, seed=4)
+    for weight in model.parameters():
+        nn.init.zeros_(weight)
+    return model
+
+
+def test_moments_are_the_mean_and_the_unbiased_covariance():
+    mean, covariance = moments(torch.tensor([[1.0, 0.0], [3.0, 0.0], [5.0, 6.0]]))
+    assert mean.tolist() == [3, 2]
+    assert covariance.tolist() == [[4, 6], [6, 12]]
+
+
+def test_frechet_distance_equals_torchmetrics():
+    a, b = _features(300, 1), _features(200, 2, shift=0.5)
+    reference = FrechetInceptionDistance(feature=_Features()).set_dtype(torch.float64)
+    reference.update(a, real=True)
+    reference.update(b, real=False)
+    assert frechet_distance(moments(a), moments(b)) == pytest.approx(reference.compute().item(), rel=1e-6)
+
+
+def test_frechet_distance_equals_the_formula_with_scipys_matrix_root():
+    (mean_a, cov_a), (mean_b, cov_b) = moments(_features(300, 3)), moments(_features(200, 4, shift=1.0))
+    root = scipy.linalg.sqrtm(cov_a @ cov_b).real
+    expected = ((mean_a - mean_b) ** 2).sum() + np.trace(cov_a + cov_b - 2 * root)
+    assert frechet_distance((mean_a, cov_a), (mean_b, cov_b)) == pytest.approx(expected, rel=1e-9)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.tuples(*[st.floats(-9, 9)] * 2, *[st.floats(0, 9)] * 2), min_size=1, max_size=5))
+def test_frechet_distance_of_diagonal_gaussians_is_the_distance_of_means_and_deviations(axes):
+    mean_a, mean_b, deviation_a, deviation_b = np.array(axes).T
+    expected = ((mean_a - mean_b) ** 2 + (deviation_a - deviation_b) ** 2).sum()
+    distance = frechet_distance((mean_a, np.diag(deviation_a**2)), (mean_b, np.diag(deviation_b**2)))
+    assert distance == pytest.approx(expected, rel=1e-6, abs=1e-5)
+
+
+def test_frechet_distance_of_a_set_to_itself_is_zero_also_where_features_are_dead():
+    features = _features(50, 5)
+    features[:, 2] = 0
+    features[:, 3] = features[:, 4]
+    assert frechet_distance(moments(features), moments(features)) == pytest.approx(0, abs=1e-6)
+
+
+def test_frechet_distance_is_symmetric():
+    a, b = moments(_features(60, 6)), moments(_features(70, 7))
+    assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:Metric `Kernel Inception Distance`")
+def test_kernel_distance_equals_torchmetrics():
+    a, b = _features(80, 1), _features(80, 2, shift=0.5)
+    reference = KernelInceptionDistance(feature=_Features(), subsets=1, subset_size=80)  # gamma 1/D, coef 1, degree 3
+    reference.update(a, real=True)
+    reference.update(b, real=False)
+    assert kernel_distance(a, b) == pytest.approx(reference.compute()[0].item(), rel=1e-9)
+
+
+def test_kernel_distance_of_unequal_counts_is_the_sum_over_pairs():
+    a, b = _features(7, 1).numpy(), _features(4, 2).numpy()
+
+    def k(x, y):
+        return (x @ y / 6 + 1) ** 3
+
+    def within(points):
+        return np.mean([k(x, y) for i, x in enumerate(points) for j, y in enumerate(points) if i != j])
+
+    expected = within(a) + within(b) - 2 * np.mean([k(x, y) for x in a for y in b])
+    assert kernel_distance(torch.from_numpy(a), torch.from_numpy(b)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_kernel_distance_of_the_same_distribution_averages_to_zero():
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randn(400, 2, 20, 4, generator=generator)
+    distances = np.array([kernel_distance(a, b) for a, b in draws])
+    assert abs(distances.mean()) < 3 * distances.std() / math.sqrt(len(distances))
+    assert (distances < 0).any()
+    assert (distances > 0).any()
+
+
+def test_kernel_distance_of_two_points_is_in_closed_form():
+    a, b = torch.tensor([[2.0], [2.0]]), torch.tensor([[-1.0], [-1.0]])
+    assert kernel_distance(a, b) == 5**3 + 2**3 - 2 * (-1) ** 3
+
+
+def test_gap_closed_is_zero_at_the_baseline_and_one_at_the_floor():
+    distances = (131, 66.5, 2, 260)
+    assert [gap_closed(distance, 2, 131) for distance in distances] == pytest.approx([0, 0.5, 1, -1])
+
+
+def test_grey_is_what_lies_strictly_between_a_tenth_and_nine_tenths():
+    assert grey_share(torch.tensor([0.0, 0.05, 0.11, 0.5, 0.89, 0.95, 1.0, 1.0])) == 3 / 8
+
+
+def test_the_floor_is_positive_and_far_below_an_untrained_model(scorer):
+    untrained = _score(scorer, build(VARIATIONAL, seed=4), VARIATIONAL)["frechet_distance"]
+    assert 0 < scorer.floor < 0.1 * untrained
+
+
+def test_held_out_images_have_distance_zero_and_real_ones_less_than_an_untrained_models(scorer, digits):
+    untrained = scorer.distance(scorer.samples(build(VARIATIONAL, seed=4), standard_normal(4), 400))
+    assert scorer.distance(pixels(digits.validation.images)) == pytest.approx(0, abs=1e-3)
+    assert 0 < scorer.distance(pixels(digits.train.images[:400])) < untrained
+
+
+def test_the_floor_is_the_distance_of_as_many_real_training_images(judge, digits):
+    few = Scorer(judge, digits.train, digits.validation, seed=0, count=100, prior_count=50)
+    features = judge.features(pixels(digits.train.images))
+    held_out = moments(judge.features(pixels(digits.validation.images)))
+    draws = [
+        frechet_distance(
+            moments(features[torch.randperm(997, generator=torch.Generator().manual_seed(seed))[:100]]), held_out
+        )
+        for seed in range(20)
+    ]
+    assert min(draws) * 0.8 < few.floor < max(draws) * 1.2
+
+
+@pytest.mark.parametrize("parameters", [VARIATIONAL, VARIATIONAL.model_copy(update={"prior": "gaussian_mixture"})])
+def test_the_same_model_gets_the_same_scores_twice(scorer, parameters):
+    model = build(parameters, seed=4)
+    first = _score(scorer, model, parameters)
+    torch.manual_seed(3)
+    assert _score(scorer, model, parameters) == first
+
+
+def test_another_seed_draws_other_samples(scorer, judge, digits):
+    model = build(VARIATIONAL, seed=4)
+    other = Scorer(judge, digits.train, digits.validation, seed=1, count=400, prior_count=997)
+    assert (
+        _score(scorer, model, VARIATIONAL)["frechet_distance"] != _score(other, model, VARIATIONAL)["frechet_distance"]
+    )
+
+
+def test_a_score_holds_every_metric_but_the_training_loss(scorer):
+    assert _score(scorer, build(VARIATIONAL, seed=4), VARIATIONAL).keys() == METRICS.keys() - {"loss"}
+
+
+def test_a_plain_autoencoder_lacks_exactly_the_metrics_that_need_a_vae(scorer):
+    scores = _score(scorer, build(PLAIN, seed=4), PLAIN)
+    assert METRICS.keys() - {"loss"} - scores.keys() == {name for name, metric in METRICS.items() if metric.needs_vae}
+
+
+def test_under_the_standard_normal_prior_both_frechet_distances_are_one(scorer):
+    scores = _score(scorer, build(VARIATIONAL, seed=4), VARIATIONAL)
+    assert scores["frechet_distance"] == scores["frechet_distance_standard_normal"]
+
+
+def test_a_fitted_prior_leaves_the_standard_normal_figure_as_it_is(scorer):
+    model = build(VARIATIONAL, seed=4)
+    mixture = _score(scorer, model, VARIATIONAL.model_copy(update={"prior": "gaussian_mixture"}))
+    plain = _score(scorer, model, VARIATIONAL)
+    assert mixture["frechet_distance_standard_normal"] == plain["frechet_distance_standard_normal"]
+    assert mixture["frechet_distance"] != plain["frechet_distance"]
+
+
+def test_a_silent_model_has_every_score_in_closed_form(scorer, digits):
+    model = _silent(VARIATIONAL)
+    nn.init.constant_(model.mean.bias, 1.0)
+    scores = _score(scorer, model, VARIATIONAL)
+    images = pixels(digits.validation.images)
+    mse = (images.double() - 0.5).square().mean().item()
+    assert scores["mse"] == pytest.approx(mse, rel=1e-6)
+    assert scores["rate"] == 4 * 0.5
+    assert scores["distortion"] == pytest.approx(392 * (1 + math.log(2 * math.pi * mse)), rel=1e-6)
+    assert scores["calibrated_nll"] == scores["rate"] + scores["distortion"]
+    assert scores["active_units"] == 0
+    assert scores["sharpness"] == pytest.approx(1 / grey_share(images))
+    mean, covariance = moments(scorer.judge.features(images))
+    grey = scorer.judge.features(torch.full((1, 1, 28, 28), 0.5))[0].double().numpy()
+    expected = ((grey - mean) ** 2).sum() + np.trace(covariance)
+    assert scores["frechet_distance"] == pytest.approx(expected, rel=1e-4)
+    assert scores["frechet_distance_reconstruction"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_bernoulli_likelihood_is_scored_in_its_own_nats(scorer):
+    parameters = VARIATIONAL.model_copy(update={"likelihood": "bernoulli"})
+    scores = _score(scorer, _silent(parameters), parameters)
+    assert scores["distortion"] == pytest.approx(PIXELS * math.log(2), rel=1e-6)
+
+
+def test_active_units_are_latents_whose_mean_varies_by_more_than_a_hundredth(scorer):
+    model = build(VARIATIONAL, seed=4)
+    with torch.no_grad():
+        means, _ = model.encode(scorer.images)
+        variances = torch.tensor([1.0, 0.011, 0.009, 0.0])
+        model.mean.weight *= (variances / means.var(0)).sqrt().unsqueeze(1)
+    assert _score(scorer, model, VARIATIONAL)["active_units"] == 2
+
+
+def test_a_fitted_prior_has_the_moments_of_the_encoded_training_images(scorer, digits):
+    parameters = PLAIN.model_copy(update={"prior": "gaussian_mixture", "prior_components": 3})
+    model = build(parameters, seed=4)
+    prior = scorer.fit_prior(model, parameters)
+    with torch.no_grad():
+        codes, _ = model.encode(pixels(digits.train.images))
+    torch.testing.assert_close(prior.weights @ prior.means, codes.mean(0), rtol=1e-3, atol=1e-4)
+
+
+def test_a_fitted_prior_of_a_vae_covers_the_posteriors_and_not_only_their_means(scorer):
+    parameters = VARIATIONAL.model_copy(update={"prior": "gaussian_mixture", "prior_components": 1})
+    model = _silent(parameters)
+    nn.init.constant_(model.log_variance.bias, math.log(9))  # every posterior is N(0, 9 I)
+    prior = scorer.fit_prior(model, parameters)
+    torch.testing.assert_close(prior.covariances[0], 9 * torch.eye(4), rtol=0, atol=9 * 5 * math.sqrt(2 / 997))
+    torch.testing.assert_close(prior.means[0], torch.zeros(4), rtol=0, atol=3 * 5 / math.sqrt(997))
+
+
+def test_reconstructions_are_drawn_from_the_posterior(scorer):
+    model = _silent(VARIATIONAL)
+    nn.init.constant_(model.log_variance.bias, math.log(9))
+    model.decoder = nn.Sequential(nn.Linear(4, PIXELS, bias=False), nn.Unflatten(1, (1, 28, 28)))
+    model.decoder[0].weight.data = torch.tensor([1.0, 0, 0, 0]).expand(PIXELS, 4)  # each logit is the first latent
+    points, weights = np.polynomial.hermite_e.hermegauss(99)
+    square = (weights / (1 + np.exp(-3 * points)) ** 2).sum() / weights.sum()  # of the sigmoid, under N(0, 9)
+    images = scorer.images.double()
+    expected = square - images.mean().item() + images.square().mean().item()
+    assert _score(scorer, model, VARIATIONAL)["mse"] == pytest.approx(expected, abs=0.02)
+
+
+def test_the_scale_of_the_judges_features_does_not_change_the_kernel_distance(scorer, digits):
+    louder = copy.deepcopy(scorer.judge)
+    for part in (louder.trunk[5].weight, louder.trunk[5].bias):
+        part *= 3
+    other = Scorer(louder, digits.train, digits.validation, seed=0, count=400, prior_count=997)
+    model = build(VARIATIONAL, seed=4)
+    quiet, loud = _score(scorer, model, VARIATIONAL), _score(other, model, VARIATIONAL)
+    assert loud["kernel_distance"] == pytest.approx(quiet["kernel_distance"], rel=1e-4)
+    assert loud["frechet_distance"] == pytest.approx(9 * quiet["frechet_distance"], rel=1e-4)
+
+
+def test_the_standard_normal_prior_is_not_fitted(scorer):
+    fitted, expected = scorer.fit_prior(build(VARIATIONAL, seed=4), VARIATIONAL), standard_normal(4)
+    torch.testing.assert_close(fitted.state_dict(), expected.state_dict(), rtol=0, atol=0)
+
+
+def test_samples_are_drawings_of_the_prior_with_the_same_noise_each_time(scorer):
+    model, prior = build(VARIATIONAL, seed=4), standard_normal(4)
+    images = scorer.samples(model, prior, 130)  # more than one batch
+    assert images.shape == (130, 1, 28, 28)
+    assert images.min() > 0
+    assert images.max() < 1
+    assert torch.equal(scorer.samples(model, prior, 130), images)
+
+
+def test_no_more_images_are_compared_than_there_are_training_images(judge, digits):
+    assert Scorer(judge, digits.train, digits.validation, seed=0, count=5_000, prior_count=10).count == 997
+
+
+@pytest.mark.parametrize("prior", ["standard_normal", "gaussian_mixture"])
+def test_a_model_with_broken_weights_is_named_diverged(scorer, prior):
+    parameters = VARIATIONAL.model_copy(update={"prior": prior})
+    model = build(parameters, seed=4)
+    nn.init.constant_(model.mean.bias, math.nan)
+    with pytest.raises(Diverged, match="not finite"):
+        _score(scorer, model, parameters)
+
+
+def test_a_plain_autoencoder_that_maps_all_images_to_one_point_is_named_diverged(scorer):
+    parameters = PLAIN.model_copy(update={"prior": "gaussian_mixture"})
+    with pytest.raises(Diverged):
+        _score(scorer, _silent(parameters), parameters)
+
+
+def test_each_metric_says_its_direction_unit_and_meaning():
+    assert {metric.direction for metric in METRICS.values()} == {"minimize", "maximize"}
+    assert all(metric.unit and metric.meaning for metric in METRICS.values())
