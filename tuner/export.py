@@ -11,6 +11,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,16 +22,19 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from tuner.run import sync_directory, write_atomic
+from tuner.study import BASELINE
 from tuner.terminal import stage
 from tuner.vae import codec
 from tuner.vae.data import load_test, pixels
 from tuner.vae.model import VAE
 from tuner.vae.score import gap_closed
 from tuner.vae.sheet import grid, png
-from tuner.workspace import Candidate, Workspace, command_line
+from tuner.views import TensorBoard
+from tuner.workspace import Candidate, Workspace, best_of, command_line, last_of, retrained
 
 TOLERANCE = 1e-5
 SAMPLES = 100
+PROJECTED = 1_000  # test images in TensorBoard's projector
 VERSIONS = ("torch", "ray", "optuna", "numpy", "onnx", "onnxruntime", "scikit-learn")
 
 
@@ -66,9 +70,9 @@ def export(workspace: Workspace) -> dict[str, Any]:
     """
     run, spec = workspace.run, workspace.spec
     summary = run.summary()
-    candidates = {"best": workspace.best_of(summary["best"]["trial"])}
+    candidates = {"best": best_of(workspace.run, summary["best"]["trial"])}
     if "retrain" in summary:
-        candidates["retrained"] = workspace.retrained()
+        candidates["retrained"] = retrained(workspace.run)
     chosen = candidates.get("retrained", candidates["best"])
 
     test = load_test(spec.data.name, workspace.data_directory, spec.data.download)
@@ -93,6 +97,9 @@ def export(workspace: Workspace) -> dict[str, Any]:
     write_files(chosen, info, temporary)
     check_files(chosen, pixels(test.images[:7]), temporary)
     sync_directory(temporary)
+    with closing(TensorBoard(run.tensorboard, spec)) as board:
+        images = pixels(test.images[:PROJECTED])
+        board.embed(chosen.model.encode(images)[0], test.labels[:PROJECTED], images)
     shutil.rmtree(run.export, ignore_errors=True)
     temporary.rename(run.export)
     sync_directory(run.path)
@@ -103,7 +110,7 @@ def score_test(workspace: Workspace, candidates: dict[str, Candidate], test: Any
     """Every score on the test split, for the baseline with samples from N(0, I) and for each candidate."""
     scorer = workspace.scorer(held_out=test)
     result = {}
-    for name, candidate in {"baseline": workspace.last_of(0), **candidates}.items():
+    for name, candidate in {"baseline": last_of(workspace.run, BASELINE), **candidates}.items():
         scores = scorer(candidate.model, candidate.parameters, candidate.prior)
         if name == "baseline":
             baseline = scores["frechet_distance"]

@@ -3,11 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tuner.study import BASELINE
+from tuner.terminal import console, promotion_table, stage
 from tuner.vae.score import gap_closed
-from tuner.workspace import Workspace
+from tuner.workspace import Workspace, best_of, last_of
 
 CANDIDATES = 5
-BASELINE = 0
 
 
 def promote(workspace: Workspace, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -24,7 +25,7 @@ def promote(workspace: Workspace, rows: Sequence[Mapping[str, Any]]) -> dict[str
         raise ValueError("the baseline was not scored once, so there is nothing to compare with")
     best = sorted(scored, key=lambda row: (sign * row[metric], row["trial"]))[:CANDIDATES]
 
-    baseline = workspace.last_of(BASELINE)
+    baseline = last_of(workspace.run, BASELINE)
     table: list[dict[str, Any]] = [
         {"trial": row["trial"], "epoch": row["epoch"], "searched": row[metric]} for row in best
     ]
@@ -36,7 +37,7 @@ def promote(workspace: Workspace, rows: Sequence[Mapping[str, Any]]) -> dict[str
         reference = scorer(baseline.model, baseline.parameters, baseline.prior)
         baselines[judge] = reference["frechet_distance"]
         for entry in table:
-            candidate = workspace.best_of(entry["trial"])
+            candidate = best_of(workspace.run, entry["trial"])
             result = scorer(candidate.model, candidate.parameters, candidate.prior)
             if judge == "search":
                 scores[entry["trial"]] = result
@@ -48,7 +49,7 @@ def promote(workspace: Workspace, rows: Sequence[Mapping[str, Any]]) -> dict[str
     table.sort(key=lambda entry: (entry["rank"], entry["trial"]))
 
     winner = table[0]["trial"]
-    candidate = workspace.best_of(winner)
+    candidate = best_of(workspace.run, winner)
     return workspace.run.update_summary(
         floor=floors["search"],
         baseline=baselines["search"],
@@ -61,3 +62,10 @@ def promote(workspace: Workspace, rows: Sequence[Mapping[str, Any]]) -> dict[str
             **scores[winner],
         },
     )
+
+
+def promote_stage(workspace: Workspace, rows: list[dict[str, Any]]) -> None:
+    with stage(workspace.run, "promote") as progress:
+        summary = promote(workspace, rows)
+        progress.done(f"trial {summary['best']['trial']} won among {len(summary['promotion'])} under two judges")
+    console().print(promotion_table(summary["promotion"], workspace.spec.objective[0].metric))

@@ -16,7 +16,7 @@ from tuner.terminal import stage
 from tuner.vae.score import Scorer, gap_closed
 from tuner.vae.train import Diverged, State, Stream, derive_seed, train
 from tuner.views import TensorBoard
-from tuner.workspace import Candidate, Workspace, command_line
+from tuner.workspace import Candidate, Workspace, best_of, command_line
 
 EVALUATIONS = 10  # over the whole retrain; a checkpoint is kept after every epoch
 WARMUP_STEPS = 100  # Adam starts without its moments, so gently
@@ -34,7 +34,7 @@ def retrain(workspace: Workspace, report: Report) -> dict[str, Any]:
     run, spec = workspace.run, workspace.spec
     summary = run.summary()
     trial, epochs = summary["best"]["trial"], spec.retrain.epochs
-    start, scorer = workspace.best_of(trial), workspace.scorer()
+    start, scorer = best_of(workspace.run, trial), workspace.scorer()
     schedule = start.parameters.model_copy(
         update={"schedule": "cosine", "warmup_steps": WARMUP_STEPS, "kl_warmup_epochs": 0.0}
     )
@@ -86,7 +86,10 @@ def retrain(workspace: Workspace, report: Report) -> dict[str, Any]:
 def retrain_stage(workspace: Workspace) -> None:
     """Retrain with progress on the terminal and a run of its own in TensorBoard."""
     epochs = workspace.spec.retrain.epochs
-    with stage(workspace.run, "retrain") as progress, closing(TensorBoard(workspace.run.tensorboard)) as board:
+    with (
+        stage(workspace.run, "retrain") as progress,
+        closing(TensorBoard(workspace.run.tensorboard, workspace.spec)) as board,
+    ):
 
         def on_epoch(line: dict[str, Any]) -> None:
             board.report("retrain", line)

@@ -50,6 +50,7 @@ class Run:
         self.retrain_checkpoint = self.retrain / "checkpoint.pt"
         self.retrained = self.retrain / "model.pt"
         self.export = path / "export"
+        self.report = path / "report.html"
         self.summary_file = path / "summary.json"
 
     def checkpoint(self, trial: int) -> Path:
@@ -92,3 +93,22 @@ class Run:
         writer.writeheader()
         writer.writerows(rows)
         write_atomic(self.trials, text.getvalue())
+
+    def read_trials(self) -> list[dict[str, Any]]:
+        """The rows of trials.csv with numbers as numbers and empty cells left out; none before the search began."""
+        if not self.trials.exists():
+            return []
+        with self.trials.open(newline="") as file:
+            return [
+                {key: _number(value) for key, value in row.items() if value or key == "reason"}
+                for row in csv.DictReader(file)
+            ]
+
+
+def _number(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

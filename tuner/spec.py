@@ -250,6 +250,16 @@ class Spec(_Frozen):
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
+    def digest(self) -> dict[str, Any]:
+        """What a reader of a run's files needs to know without this package's heavier parts."""
+        objective = self.objective[0]
+        return {
+            "trials": self.budget.trials,
+            "metric": objective.metric,
+            "direction": objective.direction,
+            "searched": list(self.space),
+        }
+
     def differences(self, other: "Spec") -> list[str]:
         """Keys whose values differ, as 'key: ours, theirs'; where the data lie and the time limit don't count."""
         ours, theirs = _flatten(self.model_dump(mode="json")), _flatten(other.model_dump(mode="json"))

@@ -5,7 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.live import Live
@@ -13,12 +13,16 @@ from rich.table import Table
 
 from tuner.run import Run
 
+LOG_COLUMNS = 160
 PLAIN_SECONDS = 10  # between lines where output is not a terminal
 
 
-def console() -> Console:
-    """Progress goes to standard error; standard output is left to results."""
-    return Console(file=sys.stderr, highlight=False, soft_wrap=True)
+def console(file: TextIO | None = None) -> Console:
+    """Progress goes to standard error, results to standard output; a log is not as narrow as rich takes it for."""
+    made = Console(file=file or sys.stderr, highlight=False)
+    if not made.is_terminal:
+        made.width = LOG_COLUMNS
+    return made
 
 
 def duration(seconds: float) -> str:
@@ -80,8 +84,10 @@ class Progress:
         self.console.print(f"{self.title:<8} {duration(self.seconds):>6}  {text}")
 
 
-def search_line(rows: Sequence[Mapping[str, Any]], trials: int, metric: str, sign: int, seconds: float) -> str:
-    """Counts, the best so far, the rate and the time left, from the rows of trials.csv."""
+def search_line(rows: Sequence[Mapping[str, Any]], digest: Mapping[str, Any], seconds: float | None = None) -> str:
+    """Counts and the best so far from the rows of trials.csv; with the seconds so far, the rate and the time left."""
+    metric, trials = digest["metric"], digest["trials"]
+    sign = 1 if digest["direction"] == "minimize" else -1
     states = Counter(row["state"] for row in rows)
     ended = len(rows) - states["running"]
     scored = [row for row in rows if metric in row]
@@ -110,41 +116,70 @@ def promotion_table(promotion: Sequence[Mapping[str, Any]], metric: str) -> Tabl
     return table
 
 
-def result_table(summary: Mapping[str, Any]) -> Table:
-    """Baseline, best trial and retrained on the validation split, and on the test split where it was read."""
-    table = Table(title="Frechet distance, and the share of the gap to real data that is closed", title_justify="left")
-    table.add_column("")
-    for column in ("validation", "gap closed", "test", "gap closed"):
-        table.add_column(column, justify="right")
-    test = summary.get("test", {})
+def result_rows(summary: Mapping[str, Any]) -> list[list[str]]:
+    """Real images, classic settings, best trial and retrained: distance and gap closed on validation and on test."""
+    best, test = summary["best"], summary.get("test", {})
     floor = {"frechet_distance": test["best"]["floor"], "gap_closed": 1.0} if test else {}
-
-    def row(name: str, validation: Mapping[str, Any], tested: Mapping[str, Any]) -> None:
-        keys = ("frechet_distance", "gap_closed")
-        cells = [f"{part[key]:.4g}" if key in part else "" for part in (validation, tested) for key in keys]
-        table.add_row(name, *cells)
-
-    best = summary["best"]
-    row("real images", {"frechet_distance": summary["floor"], "gap_closed": 1.0}, floor)
-    row("classic settings", {"frechet_distance": summary["baseline"], "gap_closed": 0.0}, test.get("baseline", {}))
-    row(f"best trial ({best['trial']})", best, test.get("best", {}))
+    parts: list[tuple[str, Mapping[str, Any], Mapping[str, Any]]] = [
+        ("real images", {"frechet_distance": summary["floor"], "gap_closed": 1.0}, floor),
+        ("classic settings", {"frechet_distance": summary["baseline"], "gap_closed": 0.0}, test.get("baseline", {})),
+        (f"best trial ({best['trial']})", best, test.get("best", {})),
+    ]
     if "retrain" in summary:
-        row(f"after {summary['retrain']['epochs']} more epochs", summary["retrain"], test.get("retrained", {}))
+        more = f"after {summary['retrain']['epochs']} more epochs"
+        parts.append((more, summary["retrain"], test.get("retrained", {})))
+    keys = ("frechet_distance", "gap_closed")
+    rows = [["", "validation", "gap closed", "test", "gap closed"]]
+    for name, validation, tested in parts:
+        rows.append(
+            [name, *(f"{part[key]:.4g}" if key in part else "" for part in (validation, tested) for key in keys)]
+        )
+    return rows
+
+
+def result_table(summary: Mapping[str, Any]) -> Table:
+    """`result_rows` for a terminal."""
+    header, *rows = result_rows(summary)
+    table = Table(title="Frechet distance, and the share of the gap to real data that is closed", title_justify="left")
+    for column in header:
+        table.add_column(column, justify="right" if column else "left")
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
-def final_words(run: Run, searched: Sequence[str]) -> list[Table | str]:
+def final_words(run: Run) -> list[Table | str]:
     """The closing table of a finished run, the winner's searched parameters and the paths to look at."""
     summary = run.summary()
-    params = summary["best"]["params"]
-    shown = (
-        f"{name} {params[name]:.3g}" if isinstance(params[name], float) else f"{name} {params[name]}"
-        for name in searched
-    )
+    winner = [f"{name} {summary['best']['params'][name]:.3g}" for name in ("latent_dim", "learning_rate", "kl_weight")]
     return [
         result_table(summary),
-        f"winner   {', '.join(shown)}",
+        f"winner   {', '.join(winner)}",
         f"model    {run.export}: samples.png, model.json, encoder and decoder as .onnx and .pt2",
+        f"report   {run.report}",
         f"trials   {run.trials}",
         f"look     tensorboard --logdir {run.tensorboard}",
     ]
+
+
+def status_words(run: Run) -> list[Table | str]:
+    """How a run stands, from its files: the stages done with their seconds, the trials, and the result so far."""
+    summary, rows = run.summary(), run.read_trials()
+    done = [f"{name} {duration(seconds)}" for name, seconds in summary.get("seconds", {}).items()]
+    words: list[Table | str] = [f"stages   {', '.join(done) or 'none done'}"]
+    if rows:
+        words += [f"search   {search_line(rows, summary['spec'])}", trials_table(rows, summary["spec"])]
+    return words + (final_words(run) if "best" in summary else [])
+
+
+def trials_table(rows: Sequence[Mapping[str, Any]], digest: Mapping[str, Any]) -> Table:
+    """A line a trial: state, epochs, objective, gap closed, searched parameters and the reason it ended."""
+    metric, searched = digest["metric"], digest["searched"]
+    table = Table()
+    for column in ("trial", "state", "epochs", metric, "gap closed", *searched, "reason"):
+        table.add_column(column, justify="left" if column in ("state", "reason") else "right")
+    for row in rows:
+        numbers = [row.get(name, "") for name in ("epochs_trained", metric, "gap_closed", *searched)]
+        cells = [f"{value:.4g}" if isinstance(value, float | int) else value for value in numbers]
+        table.add_row(str(row["trial"]), row["state"], *cells, row["reason"])
+    return table

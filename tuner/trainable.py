@@ -14,13 +14,13 @@ from tuner.vae.judge import Judge
 from tuner.vae.parameters import Parameters
 from tuner.vae.prior import Prior
 from tuner.vae.score import Scorer
-from tuner.vae.sheet import grid
+from tuner.vae.sheet import sheets
 from tuner.vae.train import Diverged, State, train
 from tuner.workspace import Candidate
 
 SEARCH_SAMPLES = 2_500  # of each kind per score: keeps scoring below 15 % of training on MNIST
 SEARCH_PRIOR_IMAGES = 5_000
-SHEET_IMAGES = 64
+SHEET_IMAGES = 32
 
 
 def search_scorer(spec: Spec, data: Data, judge: Judge) -> Scorer:
@@ -44,7 +44,7 @@ class TrialTrainable(tune.Trainable):
     """
 
     def setup(self, config: dict[str, Any], spec: Spec, run: Run, data: Data, judge: Judge) -> None:
-        torch.set_num_threads(1)  # as many as the CPU share that a trial asks for
+        torch.set_num_threads(1)  # Ray's workers are processes of their own
         self.spec, self.run, self.images = spec, run, data.train.images
         self.scorer = search_scorer(spec, data, judge)
         self.reset_config(config)
@@ -99,8 +99,8 @@ class TrialTrainable(tune.Trainable):
         self._keep_best(report, prior)
         buffer = io.BytesIO()
         torch.save({"last": self.state.state_dict(), "best": self.best, "report": report}, buffer)
-        sheet = grid(self.scorer.samples(self.state.model, prior, SHEET_IMAGES), columns=8)
-        return report | {"checkpoint": buffer.getvalue(), "sheet": sheet}
+        pictures = sheets(self.state.model, prior, self.scorer.images[:SHEET_IMAGES])
+        return report | {"checkpoint": buffer.getvalue(), "sheets": pictures}
 
     def _keep_best(self, report: dict[str, Any], prior: Prior) -> None:
         objective = self.spec.objective[0]

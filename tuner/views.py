@@ -1,13 +1,18 @@
-"""What TensorBoard shows: one run per trial, written by the driver alone."""
+"""What TensorBoard shows: one run per trial, written by the driver alone, so that workers share no disk."""
 
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tensorboard.plugins.hparams import api_pb2
-from torch.utils.tensorboard.summary import hparams
+import torch
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
+from tensorboard.plugins.hparams import summary_v2 as hp
 from torch.utils.tensorboard.writer import SummaryWriter
 
+from tuner.spec import Choices, FloatRange, IntRange, Spec
 from tuner.vae.score import METRICS
 
 GROUPS = {
@@ -23,45 +28,96 @@ GROUPS = {
     "speed": ("images_per_second", "seconds_train", "seconds_score"),
 }
 TAGS = {name: f"{group}/{name}" for group, names in GROUPS.items() for name in names}
-EPOCH_STEPS = 1_000  # TensorBoard's steps are whole numbers: thousandths of an epoch
-STATUS = {"complete": api_pb2.STATUS_SUCCESS, "failed": api_pb2.STATUS_FAILURE, "pruned": api_pb2.STATUS_SUCCESS}
+# HParams knows four outcomes and filters by them; a trial stopped early is neither a success nor a failure.
+STATUS = {
+    "complete": api_pb2.STATUS_SUCCESS,
+    "failed": api_pb2.STATUS_FAILURE,
+    "pruned": api_pb2.STATUS_UNKNOWN,
+}
 
 
 class TensorBoard:
-    """Writes event files under a run's `tensorboard/`; one writer a trial, flushed at each report."""
+    """Writes event files under a run's `tensorboard/`, flushed at each report. The x axis counts epochs.
 
-    def __init__(self, directory: Path):
+    Where a rung is a fraction of an epoch, TensorBoard's whole-numbered steps count tenths (hundredths, ...)
+    of an epoch; the text panel says so.
+    """
+
+    def __init__(self, directory: Path, spec: Spec):
         self.directory = directory
+        self.spec = spec
         self.writers: dict[str, SummaryWriter] = {}
+        self.names: dict[int, str] = {}
+        self.steps_per_epoch = next(
+            (scale for scale in (1, 10, 100) if all((rung * scale).is_integer() for rung in spec.budget.rungs)), 1000
+        )
 
-    def start_trial(self, number: int, parameters: dict[str, Any]) -> None:
-        """Name the trial's hyperparameters, so that HParams lists it while it runs."""
-        writer = self._writer(trial_name(number))
-        experiment, session, _ = hparams(parameters, {TAGS[name]: 0.0 for name in METRICS})
-        assert writer.file_writer is not None
-        writer.file_writer.add_summary(experiment)
-        writer.file_writer.add_summary(session)
+    def start_search(self) -> None:
+        """Declare the searched parameters with their domains and the metrics, before any trial ends."""
+        parameters = [hp.HParam("trial", hp.IntInterval(0, max(1, self.spec.budget.trials - 1)))]
+        for name, entry in self.spec.space.items():
+            domain: Any
+            if isinstance(entry, Choices):
+                domain = hp.Discrete(list(entry.choices))
+            else:  # the baseline may lie outside of what is searched
+                classic = getattr(self.spec.baseline, name)
+                low, high = min(entry.low, classic), max(entry.high, classic)
+                domain = hp.IntInterval(int(low), int(high)) if isinstance(entry, IntRange) else None
+                domain = hp.RealInterval(float(low), float(high)) if isinstance(entry, FloatRange) else domain
+            parameters.append(hp.HParam(name, domain))
+        metrics = [hp.Metric(tag, display_name=name) for name, tag in TAGS.items() if name in METRICS]
+        writer = self._writer(".")
+        self._add(writer, hp.hparams_config_pb(parameters, metrics))
+        unit = {1: "epochs", 10: "tenths", 100: "hundredths", 1000: "thousandths"}[self.steps_per_epoch]
+        unit += "" if self.steps_per_epoch == 1 else " of an epoch"
+        writer.add_text(
+            "how_to_read",
+            f"Steps are {unit}. HParams: success = trained to the end, unknown = stopped "
+            "early, failure = failed, running = running.",
+        )
         writer.flush()
 
-    def report(self, name: str, report: dict[str, Any], sheet: np.ndarray | None = None) -> None:
-        """Scalars and the sample sheet (H, W) uint8 of one evaluation."""
-        writer, step = self._writer(name), round(report["epoch"] * EPOCH_STEPS)
+    def start_trial(self, number: int, parameters: Mapping[str, Any]) -> None:
+        """Name the trial and its parameters, so that HParams lists it from its first second."""
+        shown = [f"{name}={_short(parameters[name])}" for name in self.spec.space]
+        self.names[number] = ",".join([f"{number:04d}", *shown])
+        values = {"trial": number} | {name: parameters[name] for name in self.spec.space}
+        writer = self._writer(self.names[number])
+        self._add(writer, hp.hparams_pb(values, trial_id=f"trial {number}"))
+        writer.flush()
+
+    def report_trial(self, number: int, report: Mapping[str, Any], pictures: Mapping[str, np.ndarray]) -> None:
+        """Scalars and pictures (H, W) uint8 of one evaluation of a trial."""
+        self.report(self.names[number], report, pictures)
+
+    def report(self, name: str, report: Mapping[str, Any], pictures: Mapping[str, np.ndarray] | None = None) -> None:
+        """Scalars and pictures of one evaluation, as the run `name`."""
+        writer, step = self._writer(name), round(report["epoch"] * self.steps_per_epoch)
         for key, tag in TAGS.items():
             if key in report:
                 writer.add_scalar(tag, report[key], step)
-        if sheet is not None:
-            writer.add_image("samples", sheet, step, dataformats="HW")
+        for tag, picture in (pictures or {}).items():
+            writer.add_image(tag, picture, step, dataformats="HW")
         writer.flush()
 
-    def end_trial(self, number: int, outcome: str) -> None:
-        """Close a trial's files with its outcome."""
-        name = trial_name(number)
-        writer = self._writer(name)
-        end = hparams({}, {})[2]
-        end.value[0].metadata.plugin_data.content = _session_end(STATUS[outcome])
-        assert writer.file_writer is not None
-        writer.file_writer.add_summary(end)
-        self.writers.pop(name).close()
+    def end_trial(self, number: int, outcome: str, reason: str) -> None:
+        """Close a trial's files with its outcome and the reason for it."""
+        writer = self._writer(self.names[number])
+        if reason:
+            writer.add_text("outcome", f"{outcome}: {reason}")
+        ended = plugin_data_pb2.SessionEndInfo(status=STATUS[outcome], end_time_secs=time.time())
+        content = plugin_data_pb2.HParamsPluginData(session_end_info=ended)
+        end = Summary()
+        end.value.add(tag=metadata.SESSION_END_INFO_TAG, metadata=metadata.create_summary_metadata(content))
+        end.value[0].tensor.CopyFrom(metadata.NULL_TENSOR)
+        self._add(writer, end)
+        self.writers.pop(self.names[number]).close()
+
+    def embed(self, latents: torch.Tensor, labels: torch.Tensor, images: torch.Tensor) -> None:
+        """The projector: latents (N, Z) with labels (N,) and images (N, 1, 28, 28) in [0, 1] as sprites."""
+        writer = self._writer("projector")
+        writer.add_embedding(latents, [str(label) for label in labels.tolist()], 1 - images, tag="test_latents")
+        self.writers.pop("projector").close()
 
     def close(self) -> None:
         for writer in self.writers.values():
@@ -73,15 +129,11 @@ class TensorBoard:
             self.writers[name] = SummaryWriter(str(self.directory / name))
         return self.writers[name]
 
+    def _add(self, writer: SummaryWriter, summary: Any) -> None:
+        """HParams' own summaries are of TensorFlow's message type where TensorFlow is there; bytes fit both."""
+        assert writer.file_writer is not None
+        writer.file_writer.add_summary(Summary.FromString(summary.SerializeToString()))
 
-def trial_name(number: int) -> str:
-    return f"trial-{number:04d}"
 
-
-def _session_end(status: int) -> bytes:
-    import time
-
-    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo
-
-    info = SessionEndInfo(status=status, end_time_secs=time.time())
-    return bytes(HParamsPluginData(session_end_info=info, version=0).SerializeToString())
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

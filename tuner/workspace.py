@@ -54,11 +54,18 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Workspace:
+    """Making one sets PyTorch to a single thread: networks this small gain little from more, and numbers then
+    don't depend on how many cores a machine has.
+    """
+
     run: Run
     spec: Spec
     data: Data
     judges: dict[str, Judge]
     data_directory: Path
+
+    def __post_init__(self) -> None:
+        torch.set_num_threads(1)
 
     def scorer(self, judge: str = "search", held_out: Split | None = None) -> Scorer:
         """A scorer with noise that no trial was scored with, on the validation split unless told otherwise."""
@@ -71,27 +78,29 @@ class Workspace:
             prior_count=FINAL_PRIOR_IMAGES,
         )
 
-    def best_of(self, trial: int) -> Candidate:
-        """The best evaluation of a trial, exactly as it was scored."""
-        return Candidate.from_state_dict(_read(self.run.checkpoint(trial))["best"])
 
-    def last_of(self, trial: int) -> Candidate:
-        """Where a trial ended, with N(0, I) as its prior: what the baseline is."""
-        saved = _read(self.run.checkpoint(trial))
-        parameters = saved["best"]["parameters"] | {"prior": "standard_normal"}
-        prior = standard_normal(parameters["latent_dim"]).state_dict()
-        return Candidate.from_state_dict(
-            {
-                "parameters": parameters,
-                "model": saved["last"]["model"],
-                "prior": prior,
-                "epoch": saved["report"]["epoch"],
-            }
-        )
+def best_of(run: Run, trial: int) -> Candidate:
+    """The best evaluation of a trial, exactly as it was scored. Raises ValueError where the file is damaged."""
+    return Candidate.from_state_dict(_read(run.checkpoint(trial))["best"])
 
-    def retrained(self) -> Candidate:
-        """What the retrain kept."""
-        return Candidate.from_state_dict(_read(self.run.retrained))
+
+def last_of(run: Run, trial: int) -> Candidate:
+    """Where a trial ended, with N(0, I) as its prior: what the baseline is. Raises ValueError as `best_of`."""
+    saved = _read(run.checkpoint(trial))
+    parameters = saved["best"]["parameters"] | {"prior": "standard_normal"}
+    return Candidate.from_state_dict(
+        {
+            "parameters": parameters,
+            "model": saved["last"]["model"],
+            "prior": standard_normal(parameters["latent_dim"]).state_dict(),
+            "epoch": saved["report"]["epoch"],
+        }
+    )
+
+
+def retrained(run: Run) -> Candidate:
+    """What the retrain kept. Raises ValueError where the file is damaged."""
+    return Candidate.from_state_dict(_read(run.retrained))
 
 
 def open_workspace(run: Run, data_directory: Path | None = None) -> Workspace:

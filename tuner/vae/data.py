@@ -112,7 +112,7 @@ def _mnist(directory: Path, train: bool, download: bool) -> Split:
 
 
 def _check_idx(path: Path) -> None:
-    """Raise ValueError unless the file is what its name and its IDX header say (LeCun's format: magic, sizes, bytes)."""
+    """Raise ValueError unless the file is what its name and IDX header say (LeCun: magic, sizes, bytes)."""
     size = path.stat().st_size
     axes = 3 if "idx3" in path.name else 1
     with path.open("rb") as file:

@@ -21,9 +21,19 @@ class Prior:
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
         """(count, Z), each drawn independently: no sorting by component."""
-        component = torch.multinomial(self.weights, count, replacement=True, generator=generator)
-        factors = torch.linalg.cholesky(self.covariances.double()).float()
         noise = torch.randn(count, self.means.shape[1], generator=generator)
+        return self.place(noise, torch.rand(count, generator=generator))
+
+    def place(self, noise: Tensor, uniform: Tensor) -> Tensor:
+        """Turn standard normal noise (B, >= Z) and uniform numbers (B,) in [0, 1) into samples (B, Z).
+
+        The uniform number picks the component, the first Z columns of noise the place in it: models of
+        different latent sizes that are given the same draw can be compared image by image.
+        """
+        edges = self.weights.double().cumsum(0)
+        component = torch.searchsorted(edges / edges[-1], uniform.double(), right=True).clamp(max=len(edges) - 1)
+        factors = torch.linalg.cholesky(self.covariances.double()).float()
+        noise = noise[:, : self.means.shape[1]]
         return self.means[component] + torch.einsum("bij,bj->bi", factors[component], noise)
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -1,0 +1,420 @@
+"""One self-contained page that shows what a run found: `python -m tuner.report RUN` -> `RUN/report.html`.
+
+Made from the run's files alone, so it can be asked for while the search goes on.
+"""
+
+import argparse
+import base64
+import html
+import math
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import optuna
+import plotly.graph_objects as go
+from optuna import visualization
+from optuna.trial import FrozenTrial, TrialState
+from plotly.offline import get_plotlyjs
+
+from tuner import spec as specs
+from tuner.run import Run, write_atomic
+from tuner.spec import Spec
+from tuner.study import BASELINE, evaluations, open_study
+from tuner.terminal import duration, result_rows, stage
+from tuner.vae.prior import standard_normal
+from tuner.vae.score import METRICS
+from tuner.vae.sheet import grid, png, samples
+from tuner.workspace import Candidate, best_of, last_of, retrained
+
+COLOURS = {"complete": "#1f77b4", "pruned": "#b8b8b8", "failed": "#d62728", "running": "#ff9f1c"}
+SHOWN = 40  # samples a picture
+IMPORTANCE_TRIALS = 4  # fewer finished trials say nothing about importance
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 1100px; margin: 0 auto; padding: 1rem; }
+h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { margin: 2.2rem 0 .3rem; font-size: 1.2rem; }
+p.see { margin: 0 0 .6rem; color: #444; } .big { font-size: 1.15rem; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; }
+th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
+th:first-child, td:first-child, td.text { text-align: left; } td.text { white-space: normal; min-width: 6rem; }
+.row { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 420px), 1fr)); gap: 1.2rem; }
+.row figure { margin: 0; }
+.row img { width: 100%; image-rendering: pixelated; border: 1px solid #ddd; } figcaption { font-size: .9rem; }
+.plot { width: 100%; min-height: 420px; }
+@media print { body { max-width: none; } h2 { break-after: avoid; } .plot, figure { break-inside: avoid; } }
+"""
+
+
+@dataclass
+class Page:
+    """Sections of HTML in order; each has a heading and one sentence that says what to see."""
+
+    parts: list[str] = field(default_factory=list)
+    figures: int = 0
+
+    def section(self, title: str, see: str, body: str) -> None:
+        self.parts.append(
+            f"<section><h2>{html.escape(title)}</h2><p class='see'>{html.escape(see)}</p>{body}</section>"
+        )
+
+    def figure(self, title: str, see: str, figure: go.Figure) -> None:
+        figure.update_layout(
+            title=None, template="plotly_white", margin={"l": 60, "r": 20, "t": 20, "b": 60}, autosize=True,
+            width=None, legend={"orientation": "h", "y": 1.08, "yanchor": "bottom"}, font={"size": 13},
+        )  # fmt: skip
+        self.figures += 1
+        name = f"figure-{self.figures}"
+        body = figure.to_html(full_html=False, include_plotlyjs=False, div_id=name, config={"responsive": True})
+        self.section(title, see, f"<div class='plot'>{body}</div>")
+
+
+@dataclass(frozen=True)
+class Material:
+    """All that the sections draw on, read once."""
+
+    run: Run
+    spec: Spec
+    study: optuna.Study
+    trials: list[FrozenTrial]
+    rows: list[dict[str, Any]]
+    summary: dict[str, Any]
+
+    @property
+    def metric(self) -> str:
+        return str(self.spec.objective[0].metric)
+
+
+def report(run: Run) -> Path:
+    """Write `report.html` from what the run's files hold now. Raises ValueError where there is no search yet."""
+    if not run.spec.exists() or not run.journal.exists():
+        raise ValueError(f"{run.path}: no search to report on (no {run.spec.name} or {run.journal.name})")
+    spec = specs.load(run.spec)
+    study = open_study(run.journal, spec)
+    summary = run.summary()
+    rows = run.read_trials()
+    material = Material(run, spec, study, study.get_trials(deepcopy=False)[: len(rows)], rows, summary)
+    page = Page()
+    for section in SECTIONS:
+        section(page, material)
+    document = (
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
+        f"<title>{html.escape(run.path.name)}: VAE search</title><style>{STYLE}</style>"
+        f"<script>{get_plotlyjs()}</script></head><body>{''.join(page.parts)}</body></html>"
+    )
+    write_atomic(run.report, document)
+    return run.report
+
+
+def headline(page: Page, material: Material) -> None:
+    summary, counts = material.summary, Counter(row["state"] for row in material.rows)
+    counted = ", ".join(f"{count} {state}" for state, count in counts.items())
+    page.parts.append(
+        f"<h1>{html.escape(material.run.path.name)}: the search for a VAE on {material.spec.data.name}</h1>"
+    )
+    if "best" not in summary:
+        page.parts.append(
+            f"<p class='big'>The search is under way: {counted} of {material.spec.budget.trials} trials.</p>"
+        )
+        return
+    best = summary["best"]
+    final = summary.get("retrain", best)
+    searched = ", ".join(f"{name} {_text(best['params'][name])}" for name in material.spec.space)
+    page.parts.append(
+        f"<p class='big'>Trial {best['trial']} won ({searched}). Its samples close <b>{final['gap_closed']:.1%}</b> of "
+        f"the gap between the classic settings ({summary['baseline']:.4g}) and real images ({summary['floor']:.4g}): "
+        f"Frechet distance {final['frechet_distance']:.4g} on the validation split. Trials: {counted}.</p>"
+    )
+    page.section(
+        "Who won, and by how much",
+        "Lower distance is better; a gap closed of 1 is as good as real images.",
+        _table(result_rows(summary)),
+    )
+
+
+def pictures(page: Page, material: Material) -> None:
+    run, summary = material.run, material.summary
+    shown: list[tuple[str, Candidate]] = []
+    if run.checkpoint(BASELINE).exists():
+        shown.append(("classic settings, samples from N(0, I)", last_of(run, BASELINE)))
+    if "best" in summary:
+        shown.append((f"best trial ({summary['best']['trial']})", best_of(run, summary["best"]["trial"])))
+    if run.retrained.exists():
+        shown.append(("retrained", retrained(run)))
+    figures = [_picture(caption, samples(who.model, who.prior, SHOWN)) for caption, who in shown]
+    if len(shown) > 1:
+        last = shown[-1][1]
+        plain = samples(last.model, standard_normal(last.parameters.latent_dim), SHOWN)
+        figures.append(_picture("the same model sampled from N(0, I): what the fitted prior is worth", plain))
+    if figures:
+        page.section(
+            "What they draw", "Every model got the same noise; image by image, look for broken strokes and blur.",
+            f"<div class='row'>{''.join(figures)}</div>",
+        )  # fmt: skip
+
+
+def failures(page: Page, material: Material) -> None:
+    failed = [row for row in material.rows if row["state"] == "failed"]
+    if failed:
+        header = ["trial", "why", *material.spec.space]
+        rows = [
+            [str(row["trial"]), row["reason"], *(_text(row[name]) for name in material.spec.space)] for row in failed
+        ]
+        page.section(
+            "Trials that failed",
+            "Each failed for the reason given, with these parameters; the search avoided their like.",
+            _table([header, *rows]),
+        )
+
+
+def gap(page: Page, material: Material) -> None:
+    rows = [row for row in material.rows if "gap_closed" in row]
+    if rows:
+        bars = go.Bar(
+            x=[str(row["trial"]) for row in rows],
+            y=[row["gap_closed"] for row in rows],
+            marker_color=[COLOURS[row["state"]] for row in rows],
+            hovertext=[f"{row['state']} {row['reason']}" for row in rows],
+        )
+        figure = go.Figure(bars, {"xaxis_title": "trial", "yaxis_title": "gap closed"})
+        figure.update_xaxes(type="category")
+        figure.update_yaxes(range=[max(-1.0, min(0.0, *(row["gap_closed"] for row in rows))), 1.05])
+        page.figure(
+            "Gap closed, trial by trial",
+            "Blue bars were trained to the end, grey ones were stopped early; 1 is as good as real images.",
+            figure,
+        )
+
+
+def curves(page: Page, material: Material) -> None:
+    figure = go.Figure(layout={"xaxis_title": "epoch", "yaxis_title": material.metric})
+    for trial, row in zip(material.trials, material.rows, strict=True):
+        scored = evaluations(trial)
+        if not scored:
+            continue
+        symbols = ["circle"] * len(scored)
+        if row["state"] in ("pruned", "failed"):
+            symbols[-1] = "x"
+        figure.add_scatter(
+            x=[scores["epoch"] for scores in scored],
+            y=[scores[material.metric] for scores in scored],
+            mode="lines+markers", name=f"trial {trial.number}", showlegend=False,
+            marker={"symbol": symbols, "size": 8}, line={"color": COLOURS[row["state"]]},
+        )  # fmt: skip
+    if figure.data:
+        if all(value > 0 for line in figure.data for value in line.y):
+            figure.update_yaxes(type="log")
+        page.figure(
+            "Learning curves",
+            "Each line is a trial; a cross marks where a trial was stopped, and lines that go on were worth it.",
+            figure,
+        )
+
+
+def importances(page: Page, material: Material) -> None:
+    finished = [trial for trial in material.trials if trial.state == TrialState.COMPLETE and trial.params]
+    if len(finished) < IMPORTANCE_TRIALS or len(material.spec.objective) > 1 or len(material.spec.space) < 2:
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        study = material.study
+        page.figure(
+            "Which parameters matter",
+            f"Optuna's fANOVA: the share of the differences in {material.metric} that each parameter explains.",
+            visualization.plot_param_importances(study),
+        )
+        page.figure(
+            "One parameter at a time",
+            f"Each dot is a trial; look for where {material.metric} is low.",
+            visualization.plot_slice(study),
+        )
+        for pair in combinations(material.spec.space, 2):
+            page.figure(
+                f"{pair[0]} against {pair[1]}",
+                f"The colour is {material.metric} between the trials (dots): darker is lower.",
+                visualization.plot_contour(study, params=list(pair)),
+            )
+
+
+def plane(page: Page, material: Material) -> None:
+    rows = [row for row in material.rows if "rate" in row]
+    if not rows:
+        return
+    figure = go.Figure(layout={"xaxis_title": "rate: KL, nats/image", "yaxis_title": "distortion, nats/image"})
+    for state in COLOURS:
+        part = [row for row in rows if row["state"] == state]
+        if part:
+            figure.add_scatter(
+                x=[row["rate"] for row in part], y=[row["distortion"] for row in part], mode="markers", name=state,
+                marker={"color": COLOURS[state], "size": 10}, text=[f"trial {row['trial']}" for row in part],
+            )  # fmt: skip
+    front, lowest = [], math.inf
+    for row in sorted(rows, key=lambda row: row["rate"]):
+        if row["distortion"] < lowest:
+            front.append(row)
+            lowest = row["distortion"]
+    figure.add_scatter(
+        x=[row["rate"] for row in front], y=[row["distortion"] for row in front], mode="lines", name="front",
+        line={"color": "#222", "dash": "dot", "shape": "hv"},
+    )  # fmt: skip
+    page.figure(
+        "Rate and distortion",
+        "Left costs fewer nats to encode, lower reconstructs better; no trial beats those on the dotted front in both.",
+        figure,
+    )
+
+
+def units(page: Page, material: Material) -> None:
+    rows = [row for row in material.rows if "active_units" in row]
+    if rows:
+        scatter = go.Scatter(
+            x=[row["latent_dim"] for row in rows], y=[row["active_units"] for row in rows], mode="markers",
+            marker={"color": [COLOURS[row["state"]] for row in rows], "size": 10},
+            text=[f"trial {row['trial']}" for row in rows],
+        )  # fmt: skip
+        page.figure(
+            "Latents in use",
+            "Trials on the diagonal use every latent they have; those below it left some idle.",
+            go.Figure(scatter, {"xaxis_title": "latent_dim", "yaxis_title": "active units"}),
+        )
+
+
+def timeline(page: Page, material: Material) -> None:
+    figure = go.Figure(
+        layout={"barmode": "overlay", "xaxis_title": "seconds since the search began", "yaxis_title": "worker"}
+    )
+    begun = [trial.datetime_start.timestamp() for trial in material.trials if trial.datetime_start]
+    spans: dict[str, list[tuple[float, float, str, int]]] = {}
+    for trial, row in zip(material.trials, material.rows, strict=True):
+        worker = trial.user_attrs.get("worker")
+        if worker and trial.datetime_start:
+            start = trial.datetime_start.timestamp()
+            end = (
+                trial.datetime_complete.timestamp() if trial.datetime_complete else evaluations(trial)[-1]["timestamp"]
+            )
+            spans.setdefault(worker, []).append((start - min(begun), end - start, row["state"], trial.number))
+    if not spans:
+        return
+    for state, colour in COLOURS.items():
+        bars = [(worker, *span) for worker, all_spans in spans.items() for span in all_spans if span[2] == state]
+        if bars:
+            figure.add_bar(
+                y=[bar[0] for bar in bars], base=[bar[1] for bar in bars], x=[bar[2] for bar in bars], orientation="h",
+                name=state, marker={"color": colour, "line": {"color": "white", "width": 1}},
+                text=[str(bar[4]) for bar in bars], textposition="inside",
+            )  # fmt: skip
+    whole = max(start + length for all_spans in spans.values() for start, length, *_ in all_spans)
+    busy = sum(length for all_spans in spans.values() for _, length, *_ in all_spans) / (whole * len(spans))
+    page.figure(
+        "Who ran what",
+        f"One line a worker, one bar a trial; gaps are idle time. Workers were busy {busy:.0%} of the time.",
+        figure,
+    )
+
+
+def promotion(page: Page, material: Material) -> None:
+    if "promotion" in material.summary:
+        columns = [
+            "trial",
+            "epoch",
+            "searched",
+            *(f"{judge}_{what}" for judge in material.summary["judges"] for what in (material.metric, "gap_closed")),
+        ]
+        header = [column.replace("_", " ") for column in columns]
+        rows = [[_text(entry[column]) for column in columns] for entry in material.summary["promotion"]]
+        right = ", ".join(f"{name} judge {judge['accuracy']:.1%}" for name, judge in material.summary["judges"].items())
+        page.section(
+            "Promotion",
+            "The best of the search, scored again with fresh noise and with a judge the search never saw; the top row "
+            f"won. Right on validation: {right}.",
+            _table([header, *rows]),
+        )
+
+
+def test_split(page: Page, material: Material) -> None:
+    test = material.summary.get("test")
+    if test:
+        rows = [["score", *test, "unit", "what it says"]]
+        for name in ("gap_closed", *METRICS):
+            if any(name in scores for scores in test.values()):
+                known = METRICS.get(name)
+                cells = [_text(scores.get(name)) for scores in test.values()]
+                rows.append(
+                    [
+                        name,
+                        *cells,
+                        known.unit if known else "",
+                        known.meaning if known else "1 is as good as real images",
+                    ]
+                )
+        page.section("The test split", "Read once, after every choice was made.", _table(rows))
+
+
+def lineage(page: Page, material: Material) -> None:
+    model = material.run.export / "model.json"
+    spent = ", ".join(f"{name} {duration(seconds)}" for name, seconds in material.summary.get("seconds", {}).items())
+    text = f"time: {spent}\n\n{material.spec.to_yaml()}"
+    if model.exists():
+        text += f"\n{model.read_text()}"
+    page.section(
+        "Where it came from",
+        "The spec as it was run, the time each stage took, and the export's lineage and versions.",
+        f"<details><summary>show</summary><div class='scroll'><pre>{html.escape(text)}</pre></div></details>",
+    )
+
+
+SECTIONS: tuple[Callable[[Page, Material], None], ...] = (
+    headline, pictures, failures, gap, curves, importances, plane, units, timeline, promotion, test_split, lineage,
+)  # fmt: skip
+
+
+def _picture(caption: str, images: Any) -> str:
+    data = base64.b64encode(png(grid(images, columns=8, scale=2))).decode()
+    text = html.escape(caption)
+    return f"<figure><img alt='{text}' src='data:image/png;base64,{data}'><figcaption>{text}</figcaption></figure>"
+
+
+def _table(rows: Iterable[list[str]]) -> str:
+    header, *body = rows
+    lines = ["<tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in header) + "</tr>"]
+    lines += ["<tr>" + "".join(_cell(cell) for cell in row) + "</tr>" for row in body]
+    return f"<div class='scroll'><table>{''.join(lines)}</table></div>"
+
+
+def _cell(text: str) -> str:
+    numeric = text[-1:].isdigit()
+    return f"<td{'' if numeric else ' class=text'}>{html.escape(text)}</td>"
+
+
+def _text(value: Any) -> str:
+    if value is None or value == "":
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def report_stage(run: Run) -> None:
+    with stage(run, "report") as progress:
+        progress.done(str(report(run)))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tuner.report", description="Write RUN/report.html from a run's files."
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory, of a finished search or one under way")
+    try:
+        print(report(Run(parser.parse_args(argv).run)))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""The study of a run: its journal opened, and read as one row a trial. Knows nothing of Ray."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+
+from tuner.spec import Spec
+from tuner.vae.score import METRICS, gap_closed
+
+BASELINE = 0  # the trial of the classic settings
+NAME = "search"
+OUTCOME = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
+
+
+def open_study(journal: Path, spec: Spec) -> optuna.Study:
+    """The study of a run, made on first use. Raises ValueError where the journal is damaged."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        return optuna.create_study(
+            storage=JournalStorage(JournalFileBackend(str(journal))),
+            study_name=NAME,
+            directions=[objective.direction for objective in spec.objective],
+            load_if_exists=True,
+        )
+    except (ValueError, KeyError, AssertionError) as error:
+        raise ValueError(f"{journal}: not readable as an Optuna journal: {error}") from error
+
+
+def evaluations(trial: FrozenTrial) -> list[dict[str, float]]:
+    """A trial's evaluations in order of their rungs."""
+    found = {
+        int(key.partition(":")[2]): value for key, value in trial.user_attrs.items() if key.startswith("evaluation:")
+    }
+    return [found[rung] for rung in sorted(found)]
+
+
+def table(study: optuna.Study, spec: Spec, floor: float) -> list[dict[str, Any]]:
+    """A row a trial: number, state, reason, searched and fixed parameters, scores of its best evaluation, times.
+
+    `gap_closed` compares with the baseline's last N(0, I) distance and is missing until the baseline ended.
+    """
+    objective = spec.objective[0]
+    sign = 1 if objective.direction == "minimize" else -1
+    trials = study.get_trials(deepcopy=False)
+    baseline = math.nan
+    if trials and trials[BASELINE].state == TrialState.COMPLETE:
+        baseline = evaluations(trials[BASELINE])[-1]["frechet_distance_standard_normal"]
+    rows = []
+    for trial in trials:
+        scored = evaluations(trial)
+        best = min(scored, key=lambda scores: sign * scores[objective.metric], default={})
+        row: dict[str, Any] = {
+            "trial": trial.number,
+            "state": OUTCOME.get(trial.state, "running"),
+            "reason": trial.user_attrs.get("reason", ""),
+            "epoch": best.get("epoch", ""),
+            "epochs_trained": scored[-1]["epoch"] if scored else 0,
+        }
+        row |= trial.user_attrs.get("parameters", {})
+        row |= {metric: best[metric] for metric in METRICS if metric in best}
+        if best and math.isfinite(baseline):
+            row["gap_closed"] = gap_closed(best["frechet_distance"], floor, baseline)
+        row["seconds_train"] = round(sum(scores["seconds_train"] for scores in scored), 3)
+        row["seconds_score"] = round(sum(scores["seconds_score"] for scores in scored), 3)
+        row["started"] = trial.datetime_start.isoformat(timespec="milliseconds") if trial.datetime_start else ""
+        row["ended"] = trial.datetime_complete.isoformat(timespec="milliseconds") if trial.datetime_complete else ""
+        rows.append(row)
+    return rows
