@@ -32,7 +32,7 @@ contracts: install
 	$(BIN)/lint-imports
 
 constraints: install
-	$(BIN)/pip freeze --exclude-editable | sed 's/+cpu//' > constraints.txt
+	$(BIN)/pip freeze --all --exclude-editable --exclude pip | sed 's/+cpu//' > constraints.txt
 
 clean:
 	rm -rf .venv runs

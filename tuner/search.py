@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     from tuner.study import BASELINE
     from tuner.trials import cluster, judge_stage, search_stage
     from tuner.vae import data as datasets
-    from tuner.workspace import Workspace, open_workspace
+    from tuner.workspace import Workspace, load_judges
 
     try:
         run, spec = open_run(arguments)
@@ -41,20 +41,23 @@ def main(argv: list[str] | None = None) -> int:
             return finish(run)
         directory = arguments.data_dir or spec.data.directory
         data = datasets.load(spec.data.name, directory, spec.data.download)
+        judges = load_judges(run)
+        begin(run, spec)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
     if "best" not in run.summary():
         with cluster(arguments.address, arguments.concurrency):
-            workspace = Workspace(run, spec, data, judge_stage(run, spec, data), directory)
+            judges = judges or judge_stage(run, spec, data)
+            workspace = Workspace(run, spec, data, judges, directory)
             rows = search_stage(workspace, arguments.concurrency)
         if not any(row["trial"] == BASELINE and row["epochs_trained"] for row in rows):
             reasons = Counter(row["reason"] for row in rows)
             print("error: the baseline was never scored:", reasons.most_common(1)[0][0], file=sys.stderr)
             return 1
         promote_stage(workspace, rows)
-    workspace = open_workspace(run, directory)
+    workspace = Workspace(run, spec, data, judges, directory)
     if not arguments.no_retrain and "retrain" not in run.summary():
         retrain_stage(workspace)
     export_stage(workspace)
@@ -83,7 +86,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def open_run(arguments: argparse.Namespace) -> "tuple[Run, Spec]":
-    """The run directory and its spec, made if new. Raises ValueError where it belongs to another spec."""
+    """The run directory and its spec. Raises ValueError where the directory belongs to another spec."""
     from tuner import spec as specs
 
     if arguments.concurrency is not None and arguments.concurrency < 1:
@@ -108,10 +111,17 @@ def open_run(arguments: argparse.Namespace) -> "tuple[Run, Spec]":
             raise ValueError(f"{run.path}: belongs to another spec: {'; '.join(differences)}")
     elif run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
         raise ValueError(f"{run.path}: exists and is not a run directory")
-    else:
-        write_atomic(run.spec, spec.to_yaml())
-        run.update_summary(spec=spec.digest())
     return run, spec
+
+
+def begin(run: Run, spec: "Spec") -> None:
+    """Write what makes a folder a run. Raises ValueError where it can't be written."""
+    try:
+        if not run.spec.exists():
+            write_atomic(run.spec, spec.to_yaml())
+        run.update_summary(spec=spec.digest())
+    except OSError as error:
+        raise ValueError(f"{run.path}: {error.strerror}") from error
 
 
 def status(path: Path) -> int:
@@ -120,7 +130,12 @@ def status(path: Path) -> int:
     if not run.spec.exists():
         print(f"error: {path}: not a run directory (no {run.spec.name})", file=sys.stderr)
         return 2
-    for part in status_words(run):
+    try:
+        words = status_words(run)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for part in words:
         console(sys.stdout).print(part)
     return 0
 

@@ -28,6 +28,23 @@ SCHEMA_LINE = "# yaml-language-server: $schema=schema.json\n"
 Value = bool | int | float | str
 
 
+class _Loader(yaml.SafeLoader):
+    """PyYAML's loader that also reads 1e-3 as a number, as YAML 1.2 does."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _read_yaml(text: str) -> Any:
+    """Raises ValueError, one line, on text that is not YAML."""
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none is a plain ValueError
+        raise ValueError(f"not YAML: {' '.join(str(error).split())}") from error
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -74,9 +91,9 @@ class IntRange(_Range):
     """Whole numbers from low to high, both included."""
 
     type: Literal["int"]
-    low: int
-    high: int
-    step: int | None = Field(None, ge=1)
+    low: int = Field(ge=-(2**53), le=2**53)  # beyond, a float no longer holds every whole number
+    high: int = Field(ge=-(2**53), le=2**53)
+    step: int | None = Field(None, ge=1, le=2**53)
 
     def ends(self) -> list[Value]:
         return [self.low, self.high]
@@ -277,13 +294,15 @@ def load(path: Path, overrides: list[tuple[str, Any]] | None = None) -> Spec:
     Raises ValueError, one line naming file, key and value, on anything that is wrong.
     """
     try:
-        raw = yaml.safe_load(path.read_text())
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a text file") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    try:
+        raw = _read_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     if not isinstance(raw, dict):
         raise ValueError(f"{path}: expected a mapping with space, budget, ..., found {type(raw).__name__}")
     for key, value in overrides or []:
@@ -300,15 +319,21 @@ def parse_override(text: str) -> tuple[str, Any]:
     if not (key.strip() and equals):
         raise ValueError(f"--set {text}: expected path.to.key=value")
     try:
-        return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ValueError(f"--set {text}: the value is not YAML") from error
+        return key.strip(), _read_yaml(value)
+    except ValueError as error:
+        raise ValueError(f"--set {text}: the value is {error}") from error
 
 
 def schema() -> str:
     """The JSON schema of a spec file, parameters' names included."""
     document = Spec.model_json_schema()
     known = Parameters.model_json_schema()["properties"]
+    document["$defs"]["Objective"]["required"] = ["metric"]
+    metric = document["$defs"]["Objective"]["properties"]["metric"]
+    objective = document["properties"]["objective"]
+    one = {"anyOf": [metric, objective.pop("items")]}
+    del objective["type"], objective["minLength"]
+    objective["anyOf"] = [*one["anyOf"], {"type": "array", "items": one, "minItems": 1}]
     for part in ("space", "fixed"):
         node = document["properties"][part]
         value_schema = node.pop("additionalProperties")
@@ -358,7 +383,7 @@ def _one_line(error: ValidationError) -> str:
         given = item.get("input")
         shown = f" (got {given!r})" if isinstance(given, (str, int, float)) and item["type"] != "value_error" else ""
         lines.append(f"{where}: {message}{shown}" if where else f"{message}{shown}")
-    return "; ".join(lines)
+    return " ".join("; ".join(lines).split())
 
 
 def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
@@ -390,7 +415,7 @@ def main() -> int:
         try:
             load(path)
         except ValueError as error:
-            print(error, file=sys.stderr)
+            print(f"error: {error}", file=sys.stderr)
             return 2
         print(f"{path}: good")
     return 0

@@ -50,17 +50,15 @@ def cluster(address: str | None, concurrency: int | None) -> Iterator[None]:
 
 
 def judge_stage(run: Run, spec: Spec, data: Data) -> dict[str, Judge]:
-    """The run's frozen judges, trained side by side on the first call."""
+    """The run's judges, trained side by side and frozen."""
     with stage(run, "judge") as progress:
-        if not load_judges(run):
-            train = ray.remote(num_cpus=1)(train_judge)
-            reference = ray.put(data)
-            tasks = [
-                train.remote(reference, derive_seed(spec.seed, Stream.JUDGE, index), width)
-                for index, width in enumerate(JUDGES.values())
-            ]
-            keep_judges(run, data, dict(zip(JUDGES, ray.get(tasks), strict=True)))
-        described = run.summary()["judges"]
+        train = ray.remote(num_cpus=1)(train_judge)
+        reference = ray.put(data)
+        tasks = [
+            train.remote(reference, derive_seed(spec.seed, Stream.JUDGE, index), width)
+            for index, width in enumerate(JUDGES.values())
+        ]
+        described = keep_judges(run, data, dict(zip(JUDGES, ray.get(tasks), strict=True)))
         progress.done(", ".join(f"{name} judge {judge['accuracy']:.1%} right" for name, judge in described.items()))
     return load_judges(run)
 

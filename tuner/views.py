@@ -28,12 +28,15 @@ GROUPS = {
     "speed": ("images_per_second", "seconds_train", "seconds_score"),
 }
 TAGS = {name: f"{group}/{name}" for group, names in GROUPS.items() for name in names}
-# HParams knows four outcomes and filters by them; a trial stopped early is neither a success nor a failure.
+# HParams' own status can't tell a running trial from one that was stopped early: both are unknown to it. So the
+# outcome is a metric as well, which its table can be filtered by.
 STATUS = {
     "complete": api_pb2.STATUS_SUCCESS,
     "failed": api_pb2.STATUS_FAILURE,
     "pruned": api_pb2.STATUS_UNKNOWN,
 }
+OUTCOME_TAG = "outcome/state"
+OUTCOMES = ("running", "pruned", "complete", "failed")
 
 
 class TensorBoard:
@@ -65,16 +68,14 @@ class TensorBoard:
                 domain = hp.IntInterval(int(low), int(high)) if isinstance(entry, IntRange) else None
                 domain = hp.RealInterval(float(low), float(high)) if isinstance(entry, FloatRange) else domain
             parameters.append(hp.HParam(name, domain))
-        metrics = [hp.Metric(tag, display_name=name) for name, tag in TAGS.items() if name in METRICS]
+        legend = ", ".join(f"{number} {outcome}" for number, outcome in enumerate(OUTCOMES))
+        metrics = [hp.Metric(OUTCOME_TAG, display_name=f"outcome ({legend})")]
+        metrics += [hp.Metric(tag, display_name=name) for name, tag in TAGS.items() if name in METRICS]
         writer = self._writer(".")
         self._add(writer, hp.hparams_config_pb(parameters, metrics))
         unit = {1: "epochs", 10: "tenths", 100: "hundredths", 1000: "thousandths"}[self.steps_per_epoch]
         unit += "" if self.steps_per_epoch == 1 else " of an epoch"
-        writer.add_text(
-            "how_to_read",
-            f"Steps are {unit}. HParams: success = trained to the end, unknown = stopped "
-            "early, failure = failed, running = running.",
-        )
+        writer.add_text("how_to_read", f"Steps are {unit}. The metric {OUTCOME_TAG} in HParams: {legend}.")
         writer.flush()
 
     def start_trial(self, number: int, parameters: Mapping[str, Any]) -> None:
@@ -84,6 +85,7 @@ class TensorBoard:
         values = {"trial": number} | {name: parameters[name] for name in self.spec.space}
         writer = self._writer(self.names[number])
         self._add(writer, hp.hparams_pb(values, trial_id=f"trial {number}"))
+        writer.add_scalar(OUTCOME_TAG, OUTCOMES.index("running"), 0)
         writer.flush()
 
     def report_trial(self, number: int, report: Mapping[str, Any], pictures: Mapping[str, np.ndarray]) -> None:
@@ -103,8 +105,9 @@ class TensorBoard:
     def end_trial(self, number: int, outcome: str, reason: str) -> None:
         """Close a trial's files with its outcome and the reason for it."""
         writer = self._writer(self.names[number])
+        writer.add_scalar(OUTCOME_TAG, OUTCOMES.index(outcome), 1)
         if reason:
-            writer.add_text("outcome", f"{outcome}: {reason}")
+            writer.add_text("outcome/reason", reason)
         ended = plugin_data_pb2.SessionEndInfo(status=STATUS[outcome], end_time_secs=time.time())
         content = plugin_data_pb2.HParamsPluginData(session_end_info=ended)
         end = Summary()

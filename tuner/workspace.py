@@ -135,8 +135,8 @@ def command_line(module: str, description: str, argv: list[str] | None) -> Works
     return workspace
 
 
-def keep_judges(run: Run, data: Data, judges: dict[str, Judge]) -> None:
-    """Write the frozen judges, their hashes and how often they are right on the validation split."""
+def keep_judges(run: Run, data: Data, judges: dict[str, Judge]) -> dict[str, dict[str, Any]]:
+    """Write the frozen judges; describe each by hash, width and how often it is right on the validation split."""
     images = pixels(data.validation.images)
     described = {}
     for name, judge in judges.items():
@@ -145,6 +145,7 @@ def keep_judges(run: Run, data: Data, judges: dict[str, Judge]) -> None:
         accuracy = judge.accuracy(images, data.validation.labels)
         described[name] = {"sha256": hashlib.sha256(content).hexdigest(), "accuracy": accuracy, "width": judge.width}
     run.update_summary(judges=described)
+    return described
 
 
 def load_judges(run: Run) -> dict[str, Judge]:

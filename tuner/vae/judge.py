@@ -71,7 +71,11 @@ def to_bytes(judge: Judge) -> bytes:
 
 def load_judge(path: Path, sha256: str) -> Judge:
     """Read a judge back. Raises ValueError when the file is not the one that was frozen."""
-    if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    if hashlib.sha256(content).hexdigest() != sha256:
         raise ValueError(f"{path}: not the judge this run was scored with (its SHA-256 differs)")
     weights = load_file(path)
     judge = Judge(weights["trunk.0.weight"].shape[0])

@@ -1,0 +1,67 @@
+"""One small real run, finished once a session; and a Ray cluster for the tests of one module."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+
+from tuner.run import Run
+from tuner.search import main
+from tuner.trials import cluster
+from tuner.workspace import Workspace, open_workspace
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _as_in_a_trial() -> None:
+    """One thread, as each trial has, so that scores are equal to the last bit; and clusters of our own alone."""
+    torch.set_num_threads(1)
+    os.environ.pop("RAY_ADDRESS", None)
+
+
+@pytest.fixture(scope="session")
+def small_flags() -> list[str]:
+    """Five trials of at most four epochs on the digits, and four epochs of retraining."""
+    return [
+        "--trials=5",
+        "--concurrency=2",
+        "--set=budget.max_epochs=4",
+        "--set=budget.grace_epochs=1",
+        "--set=budget.reduction_factor=2",
+        "--set=retrain.epochs=4",
+        "--set=retrain.prior_components=[5,10]",
+    ]
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory, small_flags: list[str]) -> Run:
+    """A run that went through all stages. To be read only: `run_copy` is there to be changed."""
+    assert not ray.is_initialized(), "main() opens a cluster of its own"
+    path = tmp_path_factory.mktemp("finished") / "run"
+    assert main(["--run", str(path), *small_flags]) == 0
+    return Run(path)
+
+
+@pytest.fixture(scope="session")
+def workspace(finished_run: Run) -> Workspace:
+    return open_workspace(finished_run)
+
+
+@pytest.fixture
+def run_copy(finished_run: Run, tmp_path: Path) -> Run:
+    """The finished run once more, to be changed."""
+    return Run(Path(shutil.copytree(finished_run.path, tmp_path / "copy")))
+
+
+@pytest.fixture(scope="module")
+def ray_cluster() -> Iterator[str]:
+    """The address of a local cluster with room for four trials at once, shut down after the module.
+
+    A test that needs `finished_run` too gets that first: pytest sets up the wider scope before.
+    """
+    assert not ray.is_initialized()
+    with cluster(None, 4):
+        yield ray.get_runtime_context().gcs_address

@@ -1,0 +1,349 @@
+"""Bad input: status 2, one line on stderr that names what and where, and nothing made or lost."""
+
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+import tuner.export
+import tuner.report
+import tuner.retrain
+import tuner.search
+from tuner import spec as specs
+from tuner.run import Run
+from tuner.search import SHIPPED_SPECS
+from tuner.vae.data import IDX_FILES
+
+MNIST = SHIPPED_SPECS / "mnist.yaml"
+OFFLINE = ("--set", "data.download=false")
+SEARCH = """
+data: {name: digits}
+space:
+  latent_dim: {type: int, low: 4, high: 32, log: true}
+  learning_rate: {type: float, low: 0.0003, high: 0.01, log: true}
+  kl_weight: {type: float, low: 0.01, high: 3, log: true}
+fixed: {batch_size: 32, prior: gaussian_mixture, prior_components: 10}
+objective: frechet_distance
+budget: {trials: 24, max_epochs: 18, grace_epochs: 2, reduction_factor: 3}
+retrain: {epochs: 50, prior_components: [5, 10, 20]}
+seed: 0
+"""
+
+Refused = Callable[..., str]
+
+
+def _tree(directory: Path) -> dict[str, bytes | None]:
+    """Every file below with its bytes, every folder with None."""
+    return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(directory.rglob("*"))}
+
+
+@pytest.fixture
+def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refused:
+    """Runs a command in tmp_path, checks that it is refused and changes no file -> its one line on stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_ADDRESS", "nowhere")  # so that a search that is not refused ends at once
+
+    def check(*arguments: str | Path, command: Callable[[list[str]], int] = tuner.search.main) -> str:
+        before = _tree(tmp_path)
+        try:
+            status: object = command([str(argument) for argument in arguments])
+        except SystemExit as end:
+            status = end.code
+        out, err = capsys.readouterr()
+        assert (status, out) == (2, ""), err
+        assert len(err.splitlines()) == 1, err
+        assert err.startswith("error: ")
+        assert _tree(tmp_path) == before
+        return err
+
+    return check
+
+
+def _write_mnist(directory: Path) -> Path:
+    """Four whole IDX files of three blank images each -> the folder they are in."""
+    raw = directory / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name in IDX_FILES:
+        sizes = (3, 28, 28) if "images" in name else (3,)
+        header = bytes([0, 0, 8, len(sizes)]) + b"".join(size.to_bytes(4, "big") for size in sizes)
+        (raw / name).write_bytes(header + bytes(math.prod(sizes)))
+    return raw
+
+
+def _run_of(directory: Path, *overrides: tuple[str, object]) -> Run:
+    """A run directory as a search begins it: its spec alone."""
+    run = Run(directory)
+    directory.mkdir()
+    run.spec.write_text(SEARCH)
+    run.spec.write_text(specs.load(run.spec, list(overrides)).to_yaml())
+    return run
+
+
+# Spec files
+
+
+def test_a_missing_spec_file(refused):
+    assert "nowhere.yaml: No such file or directory" in refused("nowhere.yaml")
+    assert "nowhere.yaml: No such file or directory" in refused("nowhere.yaml", "--run", "run")
+
+
+def test_a_spec_that_is_a_folder(refused, tmp_path):
+    (tmp_path / "folder").mkdir()
+    assert "folder: Is a directory" in refused("folder")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("space: {latent_dim: [", ["not YAML", "line 1"]),
+        ("space:\n  a: 1\n b: 2", ["not YAML", "line 3"]),
+        ("- space\n- budget", ["expected a mapping", "found list"]),
+        ("latent_dim", ["expected a mapping", "found str"]),
+        ("", ["expected a mapping", "found NoneType"]),
+        ("\x00", ["not YAML", "#x0000"]),
+    ],
+)
+def test_a_file_that_is_no_mapping(refused, tmp_path, text, words):
+    (tmp_path / "some.yaml").write_text(text)
+    line = refused("some.yaml", "--run", "run")
+    for word in ["error: some.yaml: ", *words]:
+        assert word in line
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("budgets", {"trials": 3}, "budgets: unknown key"),
+        ("budget.trial", 3, "budget.trial: unknown key (got 3)"),
+        ("space.latent_dim.hihg", 3, "space.latent_dim.hihg: unknown key (got 3)"),
+        ("space.latent_dim.low", 33, "space.latent_dim: low 33 is above high 32"),
+        ("space.kl_weight.low", 0, "space.kl_weight: log needs low above 0, not 0"),
+        ("space.learning_rate.low", -1, "space.learning_rate: log needs low above 0, not -1"),
+        ("space.latent", {"choices": [4]}, "space.latent: unknown parameter; known are model, latent_dim"),
+        ("space.latent_dim", {"choices": [4, "x"]}, "space.latent_dim: 'x': Input should be a valid integer"),
+        ("fixed.latnet", 3, "fixed.latnet: unknown parameter; known are model, latent_dim"),
+        ("fixed.prior", "flow", "fixed.prior: 'flow': Input should be 'standard_normal' or 'gaussian_mixture'"),
+        ("try_first", [{"latent_dim": 3}], "try_first.0.latent_dim: 3 is outside of space.latent_dim"),
+        ("objective", "accuracy", "(got 'accuracy')"),
+        (
+            "objective",
+            "loss",
+            "the training loss can't be the objective while kl_weight is searched: the loss contains",
+        ),
+        ("data.name", "cifar10", "data.name: Input should be 'digits' or 'mnist' (got 'cifar10')"),
+        ("budget.time_limit", "soon", "budget.time_limit: 'soon' is not a time such as 90s, 30m or 1.5h"),
+        ("budget.grace_epochs", 19, "budget.grace_epochs: 19 is above max_epochs 18"),
+        ("seed", -1, "seed: Input should be greater than or equal to 0 (got -1)"),
+    ],
+)
+def test_a_spec_that_makes_no_sense(refused, tmp_path, key, value, words):
+    raw = yaml.safe_load(SEARCH)
+    specs._put(raw, key, value)
+    (tmp_path / "some.yaml").write_text(yaml.safe_dump(raw))
+    line = refused("some.yaml", "--run", "run")
+    assert line.startswith("error: some.yaml: ")
+    assert words in line
+
+
+def test_several_faults_are_told_in_one_line(refused, tmp_path):
+    raw = yaml.safe_load(SEARCH) | {"colour": "red", "seed": "x"}
+    (tmp_path / "some.yaml").write_text(yaml.safe_dump(raw))
+    line = refused("some.yaml")
+    assert "colour: unknown key" in line
+    assert "seed: Input should be a valid integer" in line
+
+
+# Flags
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--trials", "0"], ["trials", "greater than or equal to 1", "0"]),
+        (["--trials", "-3"], ["trials", "greater than or equal to 1", "-3"]),
+        (["--max-epochs", "0"], ["max_epochs", "greater than 0"]),
+        (["--max-epochs", "nan"], ["max_epochs", "finite"]),
+        (["--concurrency", "0"], ["--concurrency 0: expected 1 or more"]),
+        (["--time-limit", "soon"], ["time_limit", "'soon' is not a time such as 90s, 30m or 1.5h"]),
+        (["--time-limit", "0"], ["time_limit", "greater than 0"]),
+        (["--seed", "-1"], ["seed", "greater than or equal to 0", "-1"]),
+        (["--set", "budget.trials"], ["--set budget.trials: expected path.to.key=value"]),
+        (["--set", "=3"], ["--set =3: expected path.to.key=value"]),
+        (["--set", "budget.trials={"], ["--set budget.trials={: the value is not YAML"]),
+        (["--set", "seed.x=3"], ["--set seed.x: seed is not a mapping"]),
+        (["--set", "budget.trial=3"], ["budget.trial: unknown key"]),
+        (["--set", "space.latent_dim.low=33"], ["space.latent_dim: low 33 is above high 32"]),
+        (["--set", "objective=loss"], ["training loss can't be the objective while kl_weight is searched"]),
+        (["--set", "seed=2020-13-45"], ["seed=2020-13-45"]),
+    ],
+    ids=" ".join,
+)
+def test_a_flag_with_a_bad_value(refused, tmp_path, flags, words):
+    (tmp_path / "search.yaml").write_text(SEARCH)
+    for where in ([], ["--run", "run"]):
+        line = refused("search.yaml", *flags, *where)
+        for word in words:
+            assert word in line
+
+
+def test_the_flags_of_a_search_are_these(capsys):
+    with pytest.raises(SystemExit) as end:
+        tuner.search.main(["--help"])
+    assert end.value.code == 0
+    assert set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out)) == {
+        "--help",
+        "--run",
+        "--data-dir",
+        "--trials",
+        "--max-epochs",
+        "--time-limit",
+        "--seed",
+        "--concurrency",
+        "--address",
+        "--no-retrain",
+        "--status",
+        "--set",
+    }
+
+
+@pytest.mark.parametrize(
+    "flags", [["--trials", "many"], ["--colour"], ["one.yaml", "two.yaml"], ["--run"]], ids=" ".join
+)
+def test_argparse_refuses_what_it_does_not_know(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        tuner.search.main(flags)
+    assert end.value.code == 2
+    assert "error: " in capsys.readouterr().err.splitlines()[-1]
+    assert _tree(tmp_path) == {}
+
+
+# Data
+
+
+@pytest.mark.parametrize("name", IDX_FILES)
+def test_a_truncated_idx_file(refused, tmp_path, name):
+    path = _write_mnist(tmp_path / "there") / name
+    path.write_bytes(path.read_bytes()[:-1])
+    line = refused(MNIST, "--data-dir", "there", "--run", "run")
+    assert re.search(rf"there/MNIST/raw/{name}: damaged IDX file, [\d,]+ bytes where its header says", line)
+
+
+def test_mnist_that_is_nowhere_and_may_not_be_downloaded(refused):
+    line = refused(MNIST, "--data-dir", "there", *OFFLINE, "--run", "run")
+    for word in ["no MNIST in there/MNIST/raw", *IDX_FILES, "downloading is off", "data.name=digits"]:
+        assert word in line
+    assert "no MNIST in data/MNIST/raw" in refused(MNIST, *OFFLINE)
+
+
+def test_a_data_directory_that_is_a_file(refused, tmp_path):
+    (tmp_path / "there").write_text("mine")
+    assert "no MNIST in there/MNIST/raw" in refused(MNIST, "--data-dir", "there", *OFFLINE, "--run", "run")
+
+
+# Run directories
+
+
+def test_a_run_directory_that_belongs_to_another_spec(refused, tmp_path):
+    run = _run_of(tmp_path / "run", ("budget.trials", 8), ("fixed.width", 16))
+    (run.path / "trials.csv").write_text("kept\n")
+    (tmp_path / "search.yaml").write_text(SEARCH)
+    line = refused("search.yaml", "--run", "run")
+    assert line.startswith("error: run: belongs to another spec: ")
+    assert "budget.trials: 24 here, 8 there" in line
+    assert "fixed.width: unset here, 16 there" in line
+    assert "data.name: mnist here, digits there" in refused(MNIST, "--run", "run")
+    assert "seed: 3 here, 0 there" in refused("--seed", "3", "--run", "run")
+
+
+def test_a_run_directory_with_a_damaged_spec(refused, tmp_path):
+    _run_of(tmp_path / "run").spec.write_text("space: [")
+    assert "run/spec.yaml: not YAML" in refused("--run", "run")
+    assert "run/spec.yaml: not YAML" in refused(MNIST, "--run", "run")
+
+
+def test_a_run_directory_with_a_damaged_summary(refused, tmp_path):
+    run = _run_of(tmp_path / "run")
+    run.summary_file.write_text('{"best": {')
+    for flag in ("--run", "--status"):
+        assert "run/summary.json: not readable as JSON" in refused(flag, "run")
+    for command in (tuner.retrain.main, tuner.export.main):
+        assert "run/summary.json: not readable as JSON" in refused("run", command=command)
+
+
+def test_a_run_whose_judge_is_gone(refused, tmp_path):
+    run = _run_of(tmp_path / "run")
+    run.update_summary(best={"trial": 0}, judges={"search": {"sha256": "0" * 64, "accuracy": 1, "width": 16}})
+    assert "run/judge/search.safetensors" in refused("--run", "run")
+    for command in (tuner.retrain.main, tuner.export.main):
+        assert "run/judge/search.safetensors" in refused("run", command=command)
+
+
+def test_a_run_that_is_a_file(refused, tmp_path):
+    (tmp_path / "run").write_text("mine")
+    assert "run: exists and is not a run directory" in refused("--run", "run")
+    assert "run/deeper" in refused("--run", "run/deeper")
+
+
+def test_a_run_that_is_someone_elses_folder(refused, tmp_path):
+    (tmp_path / "run" / "photos").mkdir(parents=True)
+    (tmp_path / "run" / "photos" / "one.png").write_bytes(b"mine")
+    assert "run: exists and is not a run directory" in refused("--run", "run")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / ".hidden").write_bytes(b"mine")
+    assert "other: exists and is not a run directory" in refused("--run", "other")
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (tuner.retrain.main, "not a run directory (no spec.yaml)"),
+        (tuner.export.main, "not a run directory (no spec.yaml)"),
+        (tuner.report.main, "no search to report on"),
+    ],
+    ids=["retrain", "export", "report"],
+)
+def test_a_stage_on_what_is_no_run(refused, tmp_path, command, words):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    for name in ("nowhere", "file", "empty"):
+        assert f"error: {name}: {words}" in refused(name, command=command)
+
+
+def test_the_status_of_what_is_no_run(refused, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for name in ("nowhere", "file"):
+        assert f"{name}: not a run directory (no spec.yaml)" in refused("--status", name)
+
+
+@pytest.mark.parametrize("command", [tuner.retrain.main, tuner.export.main], ids=["retrain", "export"])
+def test_a_stage_on_a_run_whose_search_has_not_ended(refused, tmp_path, command):
+    _run_of(tmp_path / "run")
+    line = refused("run", command=command)
+    assert "run: its search has not ended; go on with python -m tuner.search --run run" in line
+
+
+# The real commands
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "words"),
+    [
+        ("tuner.search", [MNIST, *OFFLINE, "--run", "run"], "no MNIST in data/MNIST/raw"),
+        ("tuner.export", ["nowhere"], "nowhere: not a run directory"),
+        ("tuner.spec", [MNIST, "nowhere.yaml"], "nowhere.yaml: No such file or directory"),
+    ],
+)
+def test_a_refused_command_ends_with_status_2_and_one_line_without_a_traceback(tmp_path, module, arguments, words):
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert words in done.stderr
+    assert _tree(tmp_path) == {}

@@ -1,0 +1,99 @@
+"""The report in a real browser: it opens without network, every figure is filled, and it says what failed and why."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from optuna.trial import TrialState
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from tuner.report import main, report
+from tuner.run import Run
+from tuner.spec import load
+from tuner.study import open_study, table
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+MEGABYTE = 1_000_000
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        # No sandbox: CI is root in a container, and the page is ours.
+        opened = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+def opened_at(browser: Browser, path: Path, width: int) -> tuple[Page, list[str]]:
+    """The page at a window width, and what it complained of or asked the network for."""
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    troubles: list[str] = []
+    page.on("console", lambda message: troubles.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: troubles.append(str(error)))
+    page.on("request", lambda asked: troubles.append(asked.url) if asked.url.startswith(("http", "ws")) else None)
+    page.goto(path.as_uri())
+    page.wait_for_function("document.querySelectorAll('.plot').length > 0")
+    return page, troubles
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [390, 1440])
+def test_the_page_opens_without_network_or_errors_and_fits_the_window(browser, finished_run, width):
+    page, troubles = opened_at(browser, finished_run.report, width)
+    page.wait_for_timeout(500)
+    assert troubles == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    smallest = page.evaluate(
+        "Math.min(...[...document.querySelectorAll('p')].map(p => parseFloat(getComputedStyle(p).fontSize)))"
+    )
+    assert smallest >= 14
+
+
+@needs_browser
+def test_every_figure_holds_marks_and_every_picture_is_drawn(browser, finished_run):
+    page, _ = opened_at(browser, finished_run.report, 1440)
+    marks = "path.point, .points path, path.js-line, .point path, .contourbg path, .heatmaplayer image, .bars path"
+    counts = page.eval_on_selector_all(".plot", f"plots => plots.map(plot => plot.querySelectorAll('{marks}').length)")
+    assert len(counts) >= 5
+    assert min(counts) > 0
+    assert min(page.eval_on_selector_all("img", "pictures => pictures.map(picture => picture.naturalWidth)")) > 300
+
+
+def test_every_section_says_what_to_see_before_its_picture(finished_run):
+    sections = finished_run.report.read_text().split("<section>")[1:]
+    titles = [section.split("</h2>")[0].removeprefix("<h2>") for section in sections]
+    assert {"Who won, and by how much", "What they draw", "Learning curves", "Rate and distortion"} <= set(titles)
+    assert {"Latents in use", "Who ran what", "Promotion", "The test split", "Where it came from"} <= set(titles)
+    for section in sections:
+        sentence = section.split("<p class='see'>")[1].split("</p>")[0]
+        assert sentence.endswith((".", "%."))
+    assert finished_run.report.stat().st_size < 15 * MEGABYTE
+
+
+def test_it_names_the_failed_trials_and_why(run_copy: Run):
+    study = open_study(run_copy.journal, load(run_copy.spec))
+    trial = study.ask()
+    trial.set_user_attr("parameters", {"latent_dim": 5, "learning_rate": 7.0, "kl_weight": 1.0})
+    trial.set_user_attr("reason", "diverged: training loss not finite at epoch 1.56")
+    study.tell(trial, state=TrialState.FAIL)
+    run_copy.write_trials(table(study, load(run_copy.spec), 1.0))
+    text = report(run_copy).read_text()
+    assert "Trials that failed" in text
+    assert "diverged: training loss not finite at epoch 1.56" in text
+
+
+def test_a_search_under_way_can_be_reported_on(run_copy: Run):
+    summary = run_copy.summary()
+    run_copy.summary_file.unlink()
+    run_copy.update_summary(spec=summary["spec"], judges=summary["judges"])
+    shutil.rmtree(run_copy.retrain)
+    assert "The search is under way" in report(run_copy).read_text()
+
+
+def test_a_folder_that_is_no_run_is_refused_in_one_line(tmp_path: Path, capsys):
+    assert main([str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error == f"error: {tmp_path}: no search to report on (no spec.yaml or study.journal)\n"

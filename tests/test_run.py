@@ -1,0 +1,184 @@
+"""The run directory: files are whole or not there, and the summary and the table keep what they are given."""
+
+import csv
+import re
+import threading
+from pathlib import Path
+
+import pytest
+
+from tuner.run import Run, write_atomic
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(tmp_path / "run")
+
+
+def _names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+# write_atomic
+
+
+def test_a_file_is_written_replaced_and_nothing_else_left(tmp_path):
+    path = tmp_path / "some" / "deeper" / "file.txt"
+    for content in (b"\0\1\2", "né\n", b""):
+        write_atomic(path, content)
+        assert path.read_bytes() == (content if isinstance(content, bytes) else content.encode())
+    assert _names(path.parent) == ["file.txt"]
+
+
+@pytest.mark.parametrize("content", ["\ud800", 7], ids=["text that can't be encoded", "no text at all"])
+def test_a_write_that_fails_keeps_the_old_file_and_leaves_no_other(tmp_path, content):
+    path = tmp_path / "file.txt"
+    write_atomic(path, "old")
+    with pytest.raises((UnicodeEncodeError, TypeError)):
+        write_atomic(path, content)
+    assert path.read_text() == "old"
+    assert _names(tmp_path) == ["file.txt"]
+
+
+def test_a_rename_that_fails_leaves_no_temporary_file(tmp_path):
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(OSError, match="taken"):
+        write_atomic(tmp_path / "taken", "content")
+    assert _names(tmp_path) == ["taken"]
+
+
+def test_a_reader_beside_a_writer_never_sees_half_a_file(tmp_path):
+    path = tmp_path / "file.bin"
+    contents = [b"a" * 300_000, b"b" * 500_000]
+    write_atomic(path, contents[0])
+    done = threading.Event()
+    seen: list[bytes] = []
+
+    def read() -> None:
+        while not done.is_set():
+            content = path.read_bytes()
+            if not seen or seen[-1] != content:
+                seen.append(content)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for index in range(200):
+        write_atomic(path, contents[index % 2])
+    done.set()
+    reader.join()
+    assert all(content in contents for content in seen)
+    assert len(seen) > 1  # it did see the file change
+    assert _names(tmp_path) == ["file.bin"]
+
+
+def test_two_writers_of_one_file_leave_one_of_their_contents(tmp_path):
+    path = tmp_path / "file.bin"
+    contents = [b"a" * 200_000, b"b" * 200_000]
+    writers = [
+        threading.Thread(target=lambda content=content: [write_atomic(path, content) for _ in range(30)])
+        for content in contents
+    ]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert path.read_bytes() in contents
+    assert _names(tmp_path) == ["file.bin"]
+
+
+# Summary
+
+
+def test_a_new_run_has_an_empty_summary_and_makes_no_file(run):
+    assert run.summary() == {}
+    assert not run.path.exists()
+
+
+def test_a_mapping_is_merged_into_the_summary_and_anything_else_replaces(run):
+    run.update_summary(floor=1.9, seconds={"judge": 3}, promotion=[1, 2])
+    returned = run.update_summary(seconds={"search": 60, "judge": 4}, promotion=[3], best={"trial": 5})
+    expected = {"floor": 1.9, "seconds": {"judge": 4, "search": 60}, "promotion": [3], "best": {"trial": 5}}
+    assert returned == run.summary() == expected
+    run.update_summary(best=None, floor={"search": 2})
+    assert run.summary() == expected | {"best": None, "floor": {"search": 2}}
+
+
+def test_the_summary_has_the_same_bytes_in_whatever_order_it_was_told(run, tmp_path):
+    other = Run(tmp_path / "other")
+    run.update_summary(a=1, b={"x": 1, "y": 2})
+    other.update_summary(b={"y": 2})
+    other.update_summary(b={"x": 1})
+    other.update_summary(a=1)
+    assert run.summary_file.read_bytes() == other.summary_file.read_bytes()
+
+
+@pytest.mark.parametrize("content", [b"", b'{"floor": 1.9', b"[1, 2]", b"null", b"\xff\xfe", b"floor"])
+def test_a_damaged_summary_is_named_and_kept(run, content):
+    write_atomic(run.summary_file, content)
+    for read in (run.summary, lambda: run.update_summary(floor=1)):
+        with pytest.raises(ValueError, match=re.escape(str(run.summary_file))) as error:
+            read()
+        assert len(str(error.value).splitlines()) == 1
+    assert run.summary_file.read_bytes() == content
+
+
+# trials.csv
+
+
+def test_trials_keep_the_order_of_rows_and_the_columns_in_order_of_first_appearance(run):
+    run.write_trials(
+        [
+            {"trial": 2, "state": "complete", "mse": 0.25},
+            {"trial": 0, "state": "failed", "reason": 'loss is "nan", at once'},
+            {"trial": 1, "latent_dim": 8, "state": "pruned"},
+        ]
+    )
+    with run.trials.open(newline="") as file:
+        reader = csv.DictReader(file)
+        rows = list(reader)
+    assert reader.fieldnames == ["trial", "state", "mse", "reason", "latent_dim"]
+    assert [row["trial"] for row in rows] == ["2", "0", "1"]
+    assert rows[0] == {"trial": "2", "state": "complete", "mse": "0.25", "reason": "", "latent_dim": ""}
+    assert rows[1]["reason"] == 'loss is "nan", at once'
+    assert rows[2]["latent_dim"] == "8"
+
+
+def test_numbers_come_back_from_trials_bit_for_bit(run):
+    numbers = [0.1 + 0.2, 1e-300, 2.0**60, -0.0]
+    run.write_trials({"number": number} for number in numbers)
+    with run.trials.open(newline="") as file:
+        assert [float(row["number"]) for row in csv.DictReader(file)] == numbers
+
+
+def test_a_later_table_replaces_the_earlier_one(run):
+    run.write_trials([{"trial": 0}, {"trial": 1}])
+    run.write_trials([{"trial": 0, "state": "running"}])
+    assert run.trials.read_text() == "trial,state\n0,running\n"
+    run.write_trials([])
+    assert run.trials.read_text().strip() == ""
+    assert _names(run.path) == ["trials.csv"]
+
+
+def test_a_table_read_again_has_its_numbers_and_leaves_empty_cells_out(run):
+    assert run.read_trials() == []
+    run.write_trials(
+        [
+            {"trial": 0, "mse": 0.25, "prior": "standard_normal", "reason": ""},
+            {"trial": 1, "mse": float("inf"), "latent_dim": 8, "reason": "loss is nan"},
+        ]
+    )
+    assert run.read_trials() == [
+        {"trial": 0, "mse": 0.25, "prior": "standard_normal", "reason": ""},
+        {"trial": 1, "mse": float("inf"), "latent_dim": 8, "reason": "loss is nan"},
+    ]
+
+
+# Paths
+
+
+def test_every_file_of_a_run_lies_inside_of_it(run):
+    paths = [value for name, value in vars(run).items() if name != "path"]
+    paths += [run.checkpoint(7), run.judge("second")]
+    assert all(run.path in path.parents for path in paths)
+    assert len(set(paths)) == len(paths)
+    assert run.checkpoint(7).name == "0007.pt"

@@ -1,0 +1,619 @@
+"""Specs: what a file means, and that whatever is wrong with one is a ValueError of one line."""
+
+import copy
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import yaml
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
+from optuna.samplers import RandomSampler
+from pydantic import ValidationError
+
+from tuner import spec as specs
+from tuner.search import SHIPPED_SPECS
+from tuner.spec import Objective, Spec
+from tuner.vae.parameters import CLASSIC, Parameters
+from tuner.vae.score import METRICS
+
+SHIPPED = sorted(SHIPPED_SPECS.glob("*.yaml"))
+SEARCH = """
+data: {name: digits}
+space:
+  latent_dim: {type: int, low: 4, high: 32, log: true}
+  learning_rate: {type: float, low: 0.0003, high: 0.01, log: true}
+  kl_weight: {type: float, low: 0.01, high: 3, log: true}
+fixed: {batch_size: 32, prior: gaussian_mixture, prior_components: 10}
+objective: frechet_distance
+budget: {trials: 24, max_epochs: 18, grace_epochs: 2, reduction_factor: 3}
+retrain: {epochs: 50, prior_components: [5, 10, 20]}
+seed: 0
+"""
+RAW = yaml.safe_load(SEARCH)
+
+
+@pytest.fixture
+def search(tmp_path: Path) -> Path:
+    """A file of every section."""
+    return _written(tmp_path, SEARCH, "search.yaml")
+
+
+def _spec(**parts: Any) -> Spec:
+    return Spec.model_validate({"space": {"latent_dim": {"type": "int", "low": 4, "high": 32}}, **parts})
+
+
+def _drawn(entry: dict[str, Any], name: str, asks: int = 60) -> list[Any]:
+    study = optuna.create_study(sampler=RandomSampler(seed=0))
+    distributions = _spec(space={name: entry}).distributions
+    return [study.ask(distributions).params[name] for _ in range(asks)]
+
+
+def _written(directory: Path, text: str, name: str = "some.yaml") -> Path:
+    path = directory / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+# What a shipped file says
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_specs_load_and_search_the_three_parameters_of_the_mission(path):
+    spec = specs.load(path)
+    assert list(spec.space) == ["latent_dim", "learning_rate", "kl_weight"]
+    assert [objective.metric for objective in spec.objective] == ["frechet_distance"]
+    assert spec.data.name == path.stem
+    assert spec.retrain.epochs == 50
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_specs_can_express_the_classic_baseline(path):
+    point = specs.load(path).baseline_point()
+    assert point == {"latent_dim": 16, "learning_rate": 1e-3, "kl_weight": 1}
+
+
+# Bounds mean one thing
+
+
+@pytest.mark.parametrize(
+    ("entry", "expected"),
+    [
+        ({"type": "int", "low": 3, "high": 4}, {3, 4}),
+        ({"type": "int", "low": 3, "high": 4, "log": True}, {3, 4}),
+        ({"type": "int", "low": 4, "high": 12, "step": 4}, {4, 8, 12}),
+        ({"type": "int", "low": 7, "high": 7}, {7}),
+    ],
+)
+def test_a_narrow_int_range_yields_both_its_ends(entry, expected):
+    assert set(_drawn(entry, "latent_dim")) == expected
+
+
+@pytest.mark.parametrize(
+    ("entry", "expected"),
+    [
+        ({"type": "float", "low": 0, "high": 1, "step": 0.5}, [0, 0.5, 1]),
+        ({"type": "float", "low": 0.1, "high": 0.3, "step": 0.1}, [0.1, 0.2, 0.3]),  # 0.3 - 0.1 is not 2 * 0.1
+        ({"type": "float", "low": 0.25, "high": 0.25}, [0.25]),
+    ],
+)
+def test_a_float_range_with_steps_yields_both_its_ends(entry, expected):
+    assert sorted(set(_drawn(entry, "kl_weight"))) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_both_ends_of_a_float_range_are_inside_of_its_distribution(log):
+    space = {"kl_weight": {"type": "float", "low": 0.5, "high": 2, "log": log}}
+    for end in (0.5, 2):
+        assert _spec(space=space, try_first=[{"kl_weight": end}]).try_first[0]["kl_weight"] == end
+        with pytest.raises(ValidationError, match=r"outside of space.kl_weight"):
+            _spec(space=space, try_first=[{"kl_weight": math.nextafter(end, end * end)}])
+    drawn = _drawn(space["kl_weight"], "kl_weight", asks=400)
+    assert 0.5 <= min(drawn) < 0.51
+    assert 1.97 < max(drawn) <= 2
+
+
+def test_choices_are_drawn_as_they_are_written():
+    assert set(_drawn({"choices": ["vae", "autoencoder"]}, "model")) == {"vae", "autoencoder"}
+    assert set(_drawn({"choices": [32, 64, 256]}, "batch_size")) == {32, 64, 256}
+
+
+@pytest.mark.parametrize("name", Parameters.model_fields)
+def test_every_parameter_can_be_searched_or_fixed(name):
+    value = getattr(CLASSIC, name)
+    other = "latent_dim" if name != "latent_dim" else "width"
+    searched = _spec(space={name: {"choices": [value]}})
+    assert searched.parameters({name: value}) == CLASSIC
+    fixed = _spec(space={other: {"choices": [8]}}, fixed={name: value})
+    assert fixed.parameters({other: 8}) == CLASSIC.model_copy(update={other: 8})
+
+
+def test_a_trial_has_its_searched_parameters_the_fixed_ones_and_the_classic_rest(search):
+    parameters = specs.load(search).parameters({"latent_dim": 5, "learning_rate": 0.002, "kl_weight": 0.1})
+    changed = {"batch_size": 32, "prior": "gaussian_mixture", "prior_components": 10}
+    changed |= {"latent_dim": 5, "learning_rate": 0.002, "kl_weight": 0.1}
+    assert parameters == CLASSIC.model_copy(update=changed)
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"type": "int", "low": 5, "high": 4}, "low 5 is above high 4"),
+        ({"type": "float", "low": 0.3, "high": 0.1}, "low 0.3 is above high 0.1"),
+        ({"type": "int", "low": 0, "high": 4, "log": True}, "log needs low above 0, not 0"),
+        ({"type": "int", "low": 4, "high": 8, "log": True, "step": 2}, "log and step exclude each other"),
+        ({"type": "int", "low": 4, "high": 9, "step": 2}, "high 9 is not low 4 plus whole steps of 2"),
+        ({"type": "int", "low": 4, "high": 8, "step": 0}, "greater than or equal to 1"),
+        ({"type": "int", "low": 0, "high": 8}, "space.latent_dim: 0: Input should be greater than or equal to 1"),
+        ({"type": "int", "low": 8, "high": 513}, "space.latent_dim: 513: Input should be less than or equal to 512"),
+        ({"type": "float", "low": 4, "high": 8}, "takes whole numbers"),
+        ({"low": 4, "high": 8}, "give type: int or float with low and high, or choices"),
+        ({"type": "int", "low": 4}, "space.latent_dim.high: Field required"),
+        ({"choices": []}, "at least 1 item"),
+        ({"choices": [4, "many"]}, "space.latent_dim: 'many'"),
+    ],
+)
+def test_a_bad_range_is_refused(tmp_path, entry, words):
+    with pytest.raises(ValueError, match="latent_dim") as error:
+        specs.load(_written(tmp_path, yaml.safe_dump({"space": {"latent_dim": entry}})))
+    assert words in str(error.value)
+
+
+# fixed and try_first
+
+
+def test_a_parameter_is_searched_or_fixed_and_known():
+    with pytest.raises(ValidationError, match=r"fixed.latent_dim: it is searched in space too"):
+        _spec(fixed={"latent_dim": 8})
+    with pytest.raises(ValidationError, match=r"fixed.wdth: unknown parameter; known are .*width"):
+        _spec(fixed={"wdth": 8})
+    with pytest.raises(ValidationError, match=r"fixed.prior: 'flow': Input should be 'standard_normal' or"):
+        _spec(fixed={"prior": "flow"})
+
+
+def test_points_to_try_first_may_leave_parameters_to_the_sampler_but_lie_in_the_space():
+    assert _spec(try_first=[{"latent_dim": 4}, {}, {"latent_dim": 32}]).try_first == (
+        {"latent_dim": 4},
+        {},
+        {"latent_dim": 32},
+    )
+    for value in (3, 33, 4.5, "many", True):
+        with pytest.raises(ValidationError, match=r"try_first.1.latent_dim: .* is outside of space.latent_dim"):
+            _spec(try_first=[{}, {"latent_dim": value}])
+    with pytest.raises(ValidationError, match=r"try_first.0.width: not a searched parameter"):
+        _spec(try_first=[{"width": 32}])
+
+
+# Objective
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("form", [lambda name: name, lambda name: {"metric": name}, lambda name: [name]])
+def test_an_objective_is_a_name_a_mapping_or_a_list_and_its_direction_the_better_one(metric, form):
+    assert _spec(objective=form(metric)).objective == (Objective(metric=metric, direction=METRICS[metric].direction),)
+
+
+def test_an_objective_can_name_its_direction_and_there_can_be_several():
+    spec = _spec(objective=["frechet_distance", {"metric": "active_units", "direction": "minimize"}])
+    assert [(o.metric, o.direction) for o in spec.objective] == [
+        ("frechet_distance", "minimize"),
+        ("active_units", "minimize"),
+    ]
+    with pytest.raises(ValidationError, match="a metric is named twice"):
+        _spec(objective=["mse", {"metric": "mse", "direction": "maximize"}])
+
+
+@pytest.mark.parametrize(
+    ("name", "entry"),
+    [
+        ("kl_weight", {"type": "float", "low": 0.1, "high": 1}),
+        ("likelihood", {"choices": ["gaussian", "bernoulli"]}),
+        ("model", {"choices": ["vae", "autoencoder"]}),
+        ("kl_warmup_epochs", {"type": "float", "low": 0, "high": 1}),
+    ],
+)
+def test_the_training_loss_is_no_objective_while_something_inside_of_it_is_searched(name, entry):
+    with pytest.raises(ValidationError, match=f"can't be the objective while {name} is searched: the loss contains"):
+        _spec(space={name: entry}, objective="loss")
+    assert _spec(objective="loss", fixed={"kl_weight": 0.1}).objective[0].metric == "loss"
+
+
+@pytest.mark.parametrize("metric", [name for name, metric in METRICS.items() if metric.needs_vae])
+def test_an_autoencoder_has_no_rate(metric):
+    with pytest.raises(ValidationError, match=f"{metric} is not defined for model autoencoder"):
+        _spec(objective=metric, fixed={"model": "autoencoder"})
+    with pytest.raises(ValidationError, match=f"{metric} is not defined for model autoencoder"):
+        _spec(objective=metric, space={"model": {"choices": ["vae", "autoencoder"]}})
+
+
+# Budget
+
+
+@pytest.mark.parametrize(
+    ("grace", "factor", "most", "rungs"),
+    [
+        (1, 3, 9, (1, 3, 9)),
+        (0.5, 2, 3, (0.5, 1, 2, 3)),
+        (1, 3, 10, (1, 3, 9, 10)),
+        (4, 3, 4, (4,)),
+        (0.1, 10, 0.9, (0.1, 0.9)),
+        (2, 1.5, 5, (2, 3, 4.5, 5)),
+    ],
+)
+def test_rungs_are_grace_times_powers_of_the_factor_and_then_the_end(grace, factor, most, rungs):
+    budget = _spec(budget={"grace_epochs": grace, "reduction_factor": factor, "max_epochs": most}).budget
+    assert budget.rungs == pytest.approx(rungs)
+
+
+@pytest.mark.parametrize(
+    ("written", "seconds"), [("90s", 90), ("30m", 1800), ("1.5h", 5400), (45, 45), ("45", 45), (None, None)]
+)
+def test_time_limits(written, seconds):
+    assert _spec(budget={"time_limit": written}).budget.time_limit == seconds
+
+
+@pytest.mark.parametrize("written", ["5d", "-5s", "soon", "", 0, -1, float("nan"), float("inf"), "1" * 400, [30]])
+def test_a_time_limit_that_is_none_is_refused(written):
+    with pytest.raises(ValidationError, match=r"budget.time_limit"):
+        _spec(budget={"time_limit": written})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("trials", 0), ("max_epochs", 0), ("grace_epochs", 0), ("reduction_factor", 1), ("grace_epochs", 10)],
+)
+def test_a_budget_that_buys_nothing_is_refused(key, value):
+    with pytest.raises(ValidationError, match=f"budget.{key}"):
+        _spec(budget={key: value})
+
+
+# Overrides, and YAML as people write it
+
+
+@pytest.mark.parametrize(
+    ("text", "pair"),
+    [
+        ("budget.trials=8", ("budget.trials", 8)),
+        ("data.download=false", ("data.download", False)),
+        ("budget.time_limit=30m", ("budget.time_limit", "30m")),
+        ("retrain.prior_components=[5, 10]", ("retrain.prior_components", [5, 10])),
+        ("space.prior={choices: [standard_normal]}", ("space.prior", {"choices": ["standard_normal"]})),
+        ("data.directory=a=b", ("data.directory", "a=b")),
+        ("budget.time_limit=", ("budget.time_limit", None)),
+    ],
+)
+def test_an_override_is_a_dotted_key_and_a_value_typed_as_in_yaml(text, pair):
+    assert specs.parse_override(text) == pair
+
+
+@pytest.mark.parametrize("text", ["budget.trials", "=8", " =8", "budget.trials={", "seed=2020-13-45"])
+def test_an_override_without_key_or_value_is_refused_by_its_text(text):
+    with pytest.raises(ValueError, match="--set") as error:
+        specs.parse_override(text)
+    assert text.strip() in str(error.value)
+
+
+def test_overrides_are_laid_over_the_file(search):
+    keys = ["budget.trials", "space.latent_dim.high", "fixed.width", "space.schedule", "objective"]
+    values = [3, 8, 16, {"choices": ["cosine"]}, "mse"]
+    spec = specs.load(search, list(zip(keys, values, strict=True)))
+    plain = specs.load(search)
+    assert (spec.budget.trials, spec.budget.max_epochs) == (3, plain.budget.max_epochs)
+    assert (spec.space["latent_dim"].low, spec.space["latent_dim"].high) == (4, 8)
+    assert spec.fixed == {**plain.fixed, "width": 16}
+    assert list(spec.space) == [*plain.space, "schedule"]
+    assert spec.objective[0].metric == "mse"
+
+
+def test_an_override_can_reach_a_section_that_the_file_does_not_have(tmp_path):
+    path = _written(tmp_path, "space: {latent_dim: {choices: [4, 8]}}")
+    assert specs.load(path, [("budget.trials", 3)]).budget.trials == 3
+
+
+@pytest.mark.parametrize("key", ["seed.x", "retrain.prior_components.0", "objective.metric"])
+def test_an_override_below_a_plain_value_is_refused(search, key):
+    with pytest.raises(ValueError, match=rf"--set {key}: .* is not a mapping"):
+        specs.load(search, [(key, 3)])
+
+
+def test_a_number_that_yaml_reads_as_text_is_a_number(tmp_path):
+    """PyYAML wants a dot in 1e-3, so that it comes as a string."""
+    assert yaml.safe_load("1e-3") == "1e-3"
+    text = SEARCH.replace("low: 0.0003", "low: 1e-3") + "try_first: [{learning_rate: 2e-3}]\n"
+    spec = specs.load(_written(tmp_path, text))
+    assert spec.space["learning_rate"].low == 0.001
+    assert type(spec.distributions["learning_rate"].low) is float
+    assert spec.try_first == ({"learning_rate": 0.002},)
+
+
+def test_a_fixed_number_that_yaml_reads_as_text_is_a_number(tmp_path):
+    spec = specs.load(_written(tmp_path, "{space: {latent_dim: {choices: [8]}}, fixed: {learning_rate: 1e-2}}"))
+    assert spec.parameters({"latent_dim": 8}).learning_rate == 0.01
+
+
+def test_a_number_that_yaml_reads_as_text_is_a_number_among_choices_too(tmp_path):
+    text = SEARCH.replace("{type: float, low: 0.0003, high: 0.01, log: true}", "{choices: [1e-3, 1e-2]}")
+    spec = specs.load(_written(tmp_path, text))
+    assert spec.space["learning_rate"].choices == (0.001, 0.01)
+    assert spec.baseline_point() == {"latent_dim": 16, "learning_rate": 0.001, "kl_weight": 1}
+
+
+# Round trip and comparison
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        [("budget.time_limit", "1.5h"), ("data.directory", "/some where/é"), ("seed", 2**32 - 1)],
+        [("objective", ["mse", {"metric": "rate", "direction": "maximize"}]), ("try_first", [{"latent_dim": 5}, {}])],
+        [("space.model", {"choices": ["vae", "autoencoder"]}), ("space.kl_weight.high", 1e300)],
+    ],
+)
+def test_a_spec_written_and_read_again_is_the_same(search, tmp_path, overrides):
+    spec = specs.load(search, overrides)
+    again = specs.load(_written(tmp_path, spec.to_yaml()))
+    assert again == spec
+    assert again.distributions == spec.distributions
+    assert spec.differences(again) == []
+
+
+def test_differences_name_the_key_and_both_values(search):
+    ours = specs.load(search)
+    theirs = specs.load(search, [("budget.trials", 8), ("space.latent_dim.high", 64), ("fixed.width", 16)])
+    assert ours.differences(theirs) == [
+        "budget.trials: 24 here, 8 there",
+        "fixed.width: unset here, 16 there",
+        "space.latent_dim.high: 32 here, 64 there",
+    ]
+    assert "objective" in ours.differences(specs.load(search, [("objective", "mse")]))[0]
+
+
+def test_where_the_data_lie_and_the_time_limit_make_no_other_spec(search):
+    free = [("data.directory", "/elsewhere"), ("data.download", False), ("budget.time_limit", 60)]
+    assert specs.load(search).differences(specs.load(search, free)) == []
+
+
+# Baseline
+
+
+def test_the_baseline_is_the_classic_settings_with_the_batch_size_and_prior_of_the_spec(search):
+    spec = specs.load(search, [("fixed.schedule", "cosine")])
+    kept = {"batch_size": 32, "prior": "gaussian_mixture", "prior_components": 10}
+    assert spec.baseline == CLASSIC.model_copy(update=kept)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("space.latent_dim.low", 17), ("space.kl_weight.high", 0.99), ("fixed.schedule", "cosine")],
+)
+def test_a_spec_that_cannot_express_the_baseline_has_no_point_for_it(search, key, value):
+    assert specs.load(search, [(key, value)]).baseline_point() is None
+
+
+def test_the_baseline_at_the_very_end_of_a_range_is_inside(search):
+    spec = specs.load(search, [("space.kl_weight.high", 1), ("space.latent_dim.low", 16)])
+    assert spec.baseline_point() == {"latent_dim": 16, "learning_rate": 1e-3, "kl_weight": 1}
+
+
+# Frozen, and closed to unknown keys
+
+
+def test_a_spec_is_frozen(search):
+    spec = specs.load(search)
+    for part in (spec, spec.data, spec.budget, spec.retrain, spec.objective[0], *spec.space.values()):
+        for name in type(part).model_fields:
+            with pytest.raises(ValidationError, match="frozen"):
+                setattr(part, name, getattr(part, name))
+
+
+@pytest.mark.parametrize("where", ["", "data.", "budget.", "retrain.", "objective.", "space.latent_dim."])
+def test_an_unknown_key_is_refused_at_each_level(search, where):
+    overrides = [("objective", {"metric": "mse"}), (f"{where}colour", "red")]
+    with pytest.raises(ValueError, match=r"search\.yaml: .*colour: unknown key \(got 'red'\)"):
+        specs.load(search, overrides)
+
+
+def test_an_unknown_key_beside_choices_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"space.latent_dim.log: unknown key"):
+        specs.load(_written(tmp_path, "space: {latent_dim: {choices: [4, 8], log: true}}"))
+
+
+# JSON schema
+
+
+@pytest.fixture(scope="module")
+def editor() -> Draft202012Validator:
+    """What an editor checks a spec file with."""
+    schema = json.loads(specs.schema())
+    Draft202012Validator.check_schema(schema)
+    return Draft202012Validator(schema)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_specs_are_valid_under_the_schema(editor, path):
+    assert path.read_text().startswith(specs.SCHEMA_LINE)
+    assert [error.message for error in editor.iter_errors(yaml.safe_load(path.read_text()))] == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("objective", "mse"),
+        ("objective", {"metric": "mse"}),
+        ("objective", ["mse", {"metric": "rate", "direction": "maximize"}]),
+        ("budget.time_limit", "30m"),
+        ("budget.time_limit", 1800),
+        ("budget.time_limit", None),
+        ("space.batch_size", {"choices": [32, 64]}),
+        ("space.width", {"type": "int", "low": 8, "high": 64, "step": 8}),
+        ("fixed.likelihood", "bernoulli"),
+        ("try_first", [{"latent_dim": 8}]),
+        ("data", {"name": "mnist", "directory": "somewhere", "download": False}),
+    ],
+)
+def test_what_loads_is_valid_under_the_schema(editor, key, value):
+    raw = copy.deepcopy(RAW)
+    specs._put(raw, key, value)
+    if key == "space.batch_size":
+        del raw["fixed"]["batch_size"]
+    assert Spec.model_validate(raw)
+    assert [error.message for error in editor.iter_errors(raw)] == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("colour", "red"),
+        ("budget.colour", "red"),
+        ("space.colour", {"choices": ["red"]}),
+        ("fixed.colour", "red"),
+        ("fixed.likelihood", "poisson"),
+        ("space.latent_dim", {"type": "int", "low": 4}),
+        ("objective", "accuracy"),
+        ("objective", []),
+        ("data.name", "cifar"),
+        ("budget.trials", 0),
+    ],
+)
+def test_the_schema_refuses_what_does_not_load(editor, key, value):
+    raw = copy.deepcopy(RAW)
+    specs._put(raw, key, value)
+    with pytest.raises(ValidationError):
+        Spec.model_validate(raw)
+    assert not editor.is_valid(raw)
+
+
+def test_the_schema_knows_and_describes_every_parameter(editor):
+    for part in ("space", "fixed"):
+        described = editor.schema["properties"][part]["properties"]
+        assert described.keys() == Parameters.model_fields.keys()
+        assert all(entry["description"] for entry in described.values())
+
+
+def test_the_shipped_schema_is_what_the_command_prints():
+    command = [sys.executable, "-m", "tuner.spec", "--schema"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == (SHIPPED_SPECS / "schema.json").read_text()
+    assert done.stderr == ""
+
+
+# Whatever is wrong is a ValueError of one line that names the file
+
+
+def _refusal(path: Path) -> str | None:
+    """What is wrong with a file, or None. Fails where it is not told in one line that names the file."""
+    try:
+        specs.load(path)
+    except ValueError as error:
+        text = str(error)
+    else:
+        return None
+    assert text.startswith(f"{path}: ")
+    assert len(text.splitlines()) == 1, text
+    return text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "just words",
+        "3",
+        "[space, budget]",
+        "space: {a: 1, a",
+        "a: b: c",
+        "\t- x",
+        'a: "\0"',
+        "? [1]\n: 2",
+        "space: &loop {latent_dim: *loop}",
+        "space: !!python/object:os.system {}",
+        "seed: 2020-13-45",  # a date that is none
+        "seed: 0b_",
+        f"seed: {'9' * 5000}",  # more digits than Python converts
+        "[" * 3000,
+        "1: 2",
+        "null: 2",
+        r'"a\nb": 2',
+        r'{space: {latent_dim: {choices: [4, 8]}}, fixed: {"a\nb": 2}}',
+        r'{space: {latent_dim: {choices: [4, 8]}}, try_first: [{"a\nb": 2}]}',
+        r'space: {"a\nb": {type: int, low: 1, high: 2}}',
+        r'space: {latent_dim: {choices: [4, 8], "a\nb": 2}}',
+        f"space: {{latent_dim: {{type: int, low: {'9' * 400}, high: 8}}}}",
+        f"space: {{latent_dim: {{type: int, low: 4, high: {'9' * 400}, step: 2}}}}",
+    ],
+)
+def test_a_file_that_is_no_spec_is_refused_in_one_line(tmp_path, text):
+    assert _refusal(_written(tmp_path, text))
+
+
+def test_bytes_that_are_no_text_are_refused_in_one_line(tmp_path):
+    path = tmp_path / "some.yaml"
+    path.write_bytes(b"\xff\xfe\x00\x80")
+    with pytest.raises(ValueError, match=r"some\.yaml: not a text file"):
+        specs.load(path)
+
+
+def _places(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Every place of a nested mapping or list, the whole first."""
+    items: Any = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    return [path, *(place for key, child in items for place in _places(child, (*path, key)))]
+
+
+WORDS = ["", "1e-3", "a\nb", "\u2028", "int", "loss", "30m", "-1", "low", "high", "log", "step", "type", "choices"]
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 40),
+    st.sampled_from([10**30, 10**400, -(10**400), 2**32, 1e308, 1e-320, -0.0]),
+    st.floats(),
+    st.sampled_from([*WORDS, *Parameters.model_fields]),
+    st.text(max_size=4),
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(SCALARS, inner, max_size=3),
+    max_leaves=4,
+)
+MUTATIONS = st.lists(
+    st.tuples(st.integers(0, 10**6), st.sampled_from(["replace", "delete", "add"]), SCALARS, VALUES),
+    min_size=1,
+    max_size=4,
+)
+
+
+def _mutated(mutations: list[tuple[int, str, Any, Any]]) -> Any:
+    """The spec with a value replaced, deleted or added at each of some places."""
+    raw = copy.deepcopy(RAW)
+    for number, kind, key, value in mutations:
+        places = _places(raw)[1:]
+        if not places:
+            break
+        *parents, last = places[number % len(places)]
+        node = raw
+        for part in parents:
+            node = node[part]
+        if kind == "replace":
+            node[last] = value
+        elif kind == "delete":
+            del node[last]
+        elif isinstance(node, dict):
+            node[key] = value
+        else:
+            node.append(value)
+    return raw
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(mutations=MUTATIONS)
+@example(mutations=[(3, "add", "a\nb", 1)])
+@example(mutations=[(4, "replace", None, 10**400)])
+def test_a_mutated_spec_loads_or_is_refused_in_one_line(tmp_path_factory, mutations):
+    path = _written(tmp_path_factory.getbasetemp(), yaml.safe_dump(_mutated(mutations)))
+    _refusal(path)
