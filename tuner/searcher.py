@@ -88,13 +88,11 @@ class StudySearcher(Searcher):
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """End the trial in the study, with its reason."""
-        trial = self.live.pop(trial_id, None)
-        if trial is None:
+        if trial_id not in self.live:
             return
-        self.live[trial_id] = trial
         if result:
             self.on_trial_result(trial_id, result)
-        del self.live[trial_id]
+        trial = self.live.pop(trial_id)
         if error or not result:
             self._end(trial, TrialState.FAIL, "error in the worker")
         elif result.get("outcome") == "diverged":

@@ -84,7 +84,7 @@ class TensorBoard:
         self.names[number] = ",".join([f"{number:04d}", *shown])
         values = {"trial": number} | {name: parameters[name] for name in self.spec.space}
         writer = self._writer(self.names[number])
-        self._add(writer, hp.hparams_pb(values, trial_id=f"trial {number}"))
+        self._add(writer, hp.hparams_pb(values, trial_id=f"trial {number:04d}"))
         writer.add_scalar(OUTCOME_TAG, OUTCOMES.index("running"), 0)
         writer.flush()
 
