@@ -30,7 +30,7 @@ from tuner.vae.model import VAE
 from tuner.vae.score import gap_closed
 from tuner.vae.sheet import grid, png
 from tuner.views import TensorBoard
-from tuner.workspace import Candidate, Workspace, best_of, command_line, last_of, retrained
+from tuner.workspace import Candidate, Damaged, Workspace, best_of, command_line, last_of, refuse, retrained
 
 TOLERANCE = 1e-5
 SAMPLES = 100
@@ -160,6 +160,7 @@ def _write_program(module: nn.Module, example: Tensor, name: str, outputs: list[
     onnx_program.save(str(stem.with_suffix(".onnx")))
 
 
+@torch.no_grad()
 def check_files(candidate: Candidate, images: Tensor, directory: Path) -> None:
     """Compare every file with the checkpoint on batches of 1 and of all `images`. Raises RuntimeError."""
     import onnxruntime
@@ -197,7 +198,10 @@ def export_stage(workspace: Workspace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     workspace = command_line("tuner.export", "Score a run on the test split and write its model for use.", argv)
-    export_stage(workspace)
+    try:
+        export_stage(workspace)
+    except Damaged as error:
+        refuse(error)
     return 0
 
 

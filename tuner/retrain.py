@@ -16,7 +16,7 @@ from tuner.terminal import stage
 from tuner.vae.score import Scorer, gap_closed
 from tuner.vae.train import Diverged, State, Stream, derive_seed, train
 from tuner.views import TensorBoard
-from tuner.workspace import Candidate, Workspace, best_of, command_line
+from tuner.workspace import Candidate, Damaged, Workspace, best_of, command_line, read_checkpoint, refuse
 
 EVALUATIONS = 10  # over the whole retrain; a checkpoint is kept after every epoch
 WARMUP_STEPS = 100  # Adam starts without its moments, so gently
@@ -42,7 +42,7 @@ def retrain(workspace: Workspace, report: Report) -> dict[str, Any]:
     state = State.fresh(schedule, seed, trial)
     contest = _Contest(workspace, scorer)
     if run.retrain_checkpoint.exists():
-        saved = torch.load(run.retrain_checkpoint, weights_only=True)
+        saved = read_checkpoint(run.retrain_checkpoint)
         state.load_state_dict(saved["last"])
         contest.restore(saved["best"])
     else:
@@ -103,7 +103,11 @@ def retrain_stage(workspace: Workspace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    retrain_stage(command_line("tuner.retrain", "Train the promoted checkpoint of a run on and keep the best.", argv))
+    workspace = command_line("tuner.retrain", "Train the promoted checkpoint of a run on and keep the best.", argv)
+    try:
+        retrain_stage(workspace)
+    except Damaged as error:
+        refuse(error)
     return 0
 
 

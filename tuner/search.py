@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     from tuner.study import BASELINE
     from tuner.trials import cluster, judge_stage, search_stage
     from tuner.vae import data as datasets
-    from tuner.workspace import Workspace, load_judges
+    from tuner.workspace import Damaged, Workspace, load_judges, refuse
 
     try:
         run, spec = open_run(arguments)
@@ -47,21 +47,27 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
-    if "best" not in run.summary():
-        with cluster(arguments.address, arguments.concurrency):
-            judges = judges or judge_stage(run, spec, data)
-            workspace = Workspace(run, spec, data, judges, directory)
-            rows = search_stage(workspace, arguments.concurrency)
-        if not any(row["trial"] == BASELINE and row["epochs_trained"] for row in rows):
-            reasons = Counter(row["reason"] for row in rows)
-            print("error: the baseline was never scored:", reasons.most_common(1)[0][0], file=sys.stderr)
-            return 1
-        promote_stage(workspace, rows)
-    workspace = Workspace(run, spec, data, judges, directory)
-    if not arguments.no_retrain and "retrain" not in run.summary():
-        retrain_stage(workspace)
-    export_stage(workspace)
-    report_stage(run)
+    try:
+        if "best" not in run.summary():
+            with cluster(arguments.address, arguments.concurrency):
+                judges = judges or judge_stage(run, spec, data)
+                workspace = Workspace(run, spec, data, judges, directory)
+                rows = search_stage(workspace, arguments.concurrency)
+            if not any(row["trial"] == BASELINE and row["epochs_trained"] for row in rows):
+                reasons = Counter(row["reason"] for row in rows)
+                print("error: the baseline was never scored:", reasons.most_common(1)[0][0], file=sys.stderr)
+                return 1
+            promote_stage(workspace, rows)
+        workspace = Workspace(run, spec, data, judges, directory)
+        if not arguments.no_retrain and "retrain" not in run.summary():
+            retrain_stage(workspace)
+        export_stage(workspace)
+        report_stage(run)
+    except Damaged as error:
+        refuse(error)
+    except KeyboardInterrupt:
+        print(f"stopped; go on with: python -m tuner.search --run {run.path}", file=sys.stderr)
+        return 130
     return finish(run)
 
 

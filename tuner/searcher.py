@@ -9,7 +9,7 @@ import warnings
 from typing import Any
 
 import optuna
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 from ray.tune.experiment import Trial as RayTrial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
@@ -41,38 +41,43 @@ class StudySearcher(Searcher):
 
     def suggest(self, trial_id: str) -> dict[str, Any]:
         """The next trial as Ray's config: its number and full parameters."""
-        if self.unfinished:
-            trial = optuna.trial.Trial(self.study, self.unfinished.pop(0)._trial_id)
-            parameters = trial.user_attrs["parameters"]
-        else:
-            trial, parameters = self._ask()
-        self.live[trial_id] = trial
-        return {"trial": trial.number, "parameters": parameters}
+        frozen = self.unfinished.pop(0) if self.unfinished else self._propose()
+        self.live[trial_id] = optuna.trial.Trial(self.study, frozen._trial_id)
+        return {"trial": frozen.number, "parameters": frozen.user_attrs["parameters"]}
 
-    def _ask(self) -> tuple[optuna.trial.Trial, dict[str, Any]]:
-        number = len(self.study.get_trials(deepcopy=False))
+    def _propose(self) -> FrozenTrial:
+        """Add the next trial to the journal in one write, so that a kill leaves a whole trial or none."""
+        known = self.study.get_trials(deepcopy=False)
+        number = len(known)
+        fixed = self.spec.baseline_point() if number == BASELINE else None
+        if BASELINE < number <= len(self.spec.try_first):
+            fixed = self.spec.try_first[number - 1]
+
+        outside = number == BASELINE and fixed is None
+        distributions = {} if outside else self.spec.distributions
+        params = {} if outside else self._sample(known, number, fixed)
+        parameters = self.spec.baseline if number == BASELINE else self.spec.parameters(params)
+        proposed = optuna.trial.create_trial(
+            state=TrialState.RUNNING,
+            params=params,
+            distributions=distributions,
+            user_attrs={"parameters": parameters.model_dump()},
+        )
+        self.study.add_trial(proposed)
+        return self.study.get_trials(deepcopy=False)[number]
+
+    def _sample(self, known: list[FrozenTrial], number: int, fixed: dict[str, Any] | None) -> dict[str, Any]:
+        """Ask TPE on a copy of the study in memory; `fixed` parameters are taken as they are."""
         seed = derive_seed(self.spec.seed, Stream.PROPOSAL, number) % 2**32
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             # group: a baseline outside of the space is a trial without parameters, which must not empty the space
-            self.study.sampler = optuna.samplers.TPESampler(
-                seed=seed, multivariate=True, group=True, constant_liar=True
-            )
-        if number == BASELINE:
-            point = self.spec.baseline_point()
-            if point is None:
-                trial = self.study.ask()
-            else:
-                self.study.enqueue_trial(point)
-                trial = self.study.ask(fixed_distributions=self.spec.distributions)
-            parameters = self.spec.baseline
-        else:
-            if number <= len(self.spec.try_first):
-                self.study.enqueue_trial(self.spec.try_first[number - 1])
-            trial = self.study.ask(fixed_distributions=self.spec.distributions)
-            parameters = self.spec.parameters(trial.params)
-        trial.set_user_attr("parameters", parameters.model_dump())
-        return trial, parameters.model_dump()
+            sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, constant_liar=True)
+        scratch = optuna.create_study(sampler=sampler, directions=self.study.directions)
+        scratch.add_trials(known)
+        if fixed:
+            scratch.enqueue_trial(fixed)
+        return scratch.ask(fixed_distributions=self.spec.distributions).params
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Write one evaluation: its scores, and the objective as the rung's intermediate value."""
@@ -81,10 +86,12 @@ class StudySearcher(Searcher):
             trial.set_user_attr("worker", f"{result['hostname']}:{result['pid']}")
         if result["outcome"] == "diverged" or f"evaluation:{result['rung']}" in trial.user_attrs:
             return
+        if len(self.spec.objective) == 1:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # a report repeated after a kill changes nothing
+                trial.report(result[self.spec.objective[0].metric], step=result["rung"])
         kept = ("epoch", "seconds_train", "seconds_score", "timestamp", *METRICS)
         trial.set_user_attr(f"evaluation:{result['rung']}", {key: result[key] for key in kept if key in result})
-        if len(self.spec.objective) == 1:
-            trial.report(result[self.spec.objective[0].metric], step=result["rung"])
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """End the trial in the study, with its reason."""

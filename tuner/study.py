@@ -1,6 +1,7 @@
 """The study of a run: its journal opened, and read as one row a trial. Knows nothing of Ray."""
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,13 @@ OUTCOME = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialSt
 
 
 def open_study(journal: Path, spec: Spec) -> optuna.Study:
-    """The study of a run, made on first use. Raises ValueError where the journal is damaged."""
+    """The study of a run, made on first use. Raises ValueError where the journal is damaged.
+
+    A last line that a kill left unfinished is cut off: what it was to say is said again.
+    """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    if journal.exists() and not journal.read_bytes().endswith(b"\n"):
+        os.truncate(journal, journal.read_bytes().rfind(b"\n") + 1)
     try:
         return optuna.create_study(
             storage=JournalStorage(JournalFileBackend(str(journal))),

@@ -3,6 +3,7 @@
 import logging
 import os
 import secrets
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -88,10 +89,11 @@ def run_trials(
     concurrency: int | None,
     callbacks: list[tune.Callback],
 ) -> None:
-    """Ray Tune over what is left of a study."""
+    """Ray Tune over what is left of a study. Raises KeyboardInterrupt where it was cut off; the journal stands."""
     searcher = StudySearcher(study, spec)
     if not searcher.remaining:
         return
+    begun = time.monotonic()
     at_once = concurrency or max(1, int(ray.cluster_resources().get("CPU", 1)))
     tune.Tuner(
         tune.with_resources(trainable, {"cpu": 1}),
@@ -113,6 +115,9 @@ def run_trials(
             callbacks=callbacks,
         ),
     ).fit()
+    limit = spec.budget.time_limit
+    if searcher.live and not (limit and time.monotonic() - begun >= limit):
+        raise KeyboardInterrupt  # Tune takes Ctrl-C for itself and returns as if all was done
     searcher.close()
 
 

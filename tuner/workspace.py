@@ -5,7 +5,7 @@ import hashlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -79,14 +79,24 @@ class Workspace:
         )
 
 
+class Damaged(ValueError):
+    """A file of a run can't be read; the text is one line that names it."""
+
+
+def refuse(error: ValueError) -> NoReturn:
+    """End the process with one line and status 2."""
+    print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(2) from error
+
+
 def best_of(run: Run, trial: int) -> Candidate:
-    """The best evaluation of a trial, exactly as it was scored. Raises ValueError where the file is damaged."""
-    return Candidate.from_state_dict(_read(run.checkpoint(trial))["best"])
+    """The best evaluation of a trial, exactly as it was scored. Raises Damaged where the file is."""
+    return Candidate.from_state_dict(read_checkpoint(run.checkpoint(trial))["best"])
 
 
 def last_of(run: Run, trial: int) -> Candidate:
-    """Where a trial ended, with N(0, I) as its prior: what the baseline is. Raises ValueError as `best_of`."""
-    saved = _read(run.checkpoint(trial))
+    """Where a trial ended, with N(0, I) as its prior: what the baseline is. Raises Damaged as `best_of`."""
+    saved = read_checkpoint(run.checkpoint(trial))
     parameters = saved["best"]["parameters"] | {"prior": "standard_normal"}
     return Candidate.from_state_dict(
         {
@@ -99,8 +109,8 @@ def last_of(run: Run, trial: int) -> Candidate:
 
 
 def retrained(run: Run) -> Candidate:
-    """What the retrain kept. Raises ValueError where the file is damaged."""
-    return Candidate.from_state_dict(_read(run.retrained))
+    """What the retrain kept. Raises Damaged where the file is."""
+    return Candidate.from_state_dict(read_checkpoint(run.retrained))
 
 
 def open_workspace(run: Run, data_directory: Path | None = None) -> Workspace:
@@ -130,8 +140,7 @@ def command_line(module: str, description: str, argv: list[str] | None) -> Works
                 f"{run.path}: its search has not ended; go on with python -m tuner.search --run {run.path}"
             )
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+        refuse(error)
     return workspace
 
 
@@ -154,9 +163,10 @@ def load_judges(run: Run) -> dict[str, Judge]:
     return {name: load_judge(run.judge(name), entry["sha256"]) for name, entry in described.items()}
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint's tensors, numbers and plain containers. Raises Damaged."""
     try:
         saved: dict[str, Any] = torch.load(path, weights_only=True)
     except Exception as error:  # torch raises whatever the damage provokes
-        raise ValueError(f"{path}: not readable as a checkpoint: {' '.join(str(error).split())[:200]}") from error
+        raise Damaged(f"{path}: not readable as a checkpoint: {' '.join(str(error).split())[:200]}") from error
     return saved

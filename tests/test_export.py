@@ -1,0 +1,223 @@
+"""The export works without this package, agrees with the checkpoint and says what it is."""
+
+import json
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from tuner.export import VERSIONS, check_files
+from tuner.vae import codec
+from tuner.vae.data import load_test, pixels
+from tuner.vae.model import build
+from tuner.vae.score import gap_closed
+from tuner.workspace import best_of, last_of, retrained
+
+FILES = {
+    "decoder.onnx",
+    "decoder.pt2",
+    "encoder.onnx",
+    "encoder.pt2",
+    "model.json",
+    "prior.npz",
+    "samples.png",
+    "weights.safetensors",
+}
+
+
+@pytest.fixture(scope="module")
+def export(finished_run) -> Path:
+    return finished_run.export
+
+
+@pytest.fixture(scope="module")
+def loaded(export) -> codec.Codec:
+    return codec.load(export)
+
+
+@pytest.fixture(scope="module")
+def digits(workspace) -> torch.Tensor:
+    """Fifty images in [0, 1]."""
+    return pixels(workspace.data.validation.images[:50])
+
+
+def test_the_export_holds_these_files_and_no_others(export):
+    assert {path.name for path in export.iterdir()} == FILES
+
+
+@pytest.mark.parametrize("batch", [1, 3, 50])
+def test_onnx_agrees_with_the_codec(export, loaded, digits, batch):
+    sessions = {name: onnxruntime.InferenceSession(export / f"{name}.onnx") for name in ("encoder", "decoder")}
+    mean, log_variance = sessions["encoder"].run(None, {"images": digits[:batch].numpy()})
+    (images,) = sessions["decoder"].run(None, {"latents": mean})
+    assert mean.shape == log_variance.shape == (batch, loaded.model.latent_dim)
+    assert np.abs(mean - loaded.encode(digits[:batch]).numpy()).max() < 1e-5 * max(1, np.abs(mean).max())
+    assert np.abs(images - loaded.decode(mean).numpy()).max() < 1e-5
+    assert np.abs(log_variance - loaded.model.encode(digits[:batch])[1].numpy()).max() < 1e-4
+
+
+@pytest.mark.parametrize("batch", [1, 3, 50])
+def test_torch_export_agrees_with_the_codec(export, loaded, digits, batch):
+    programs = {name: torch.export.load(export / f"{name}.pt2").module() for name in ("encoder", "decoder")}
+    mean, log_variance = programs["encoder"](digits[:batch])
+    images = programs["decoder"](mean)
+    assert log_variance.shape == (batch, loaded.model.latent_dim)
+    assert (mean - loaded.encode(digits[:batch])).abs().max() < 1e-5 * max(1, float(mean.abs().max()))
+    assert (images - loaded.decode(mean)).abs().max() < 1e-5
+
+
+def test_the_prior_is_plain_arrays_of_a_proper_mixture(export, workspace):
+    parameters = retrained(workspace.run).parameters
+    with np.load(export / "prior.npz", allow_pickle=False) as prior:
+        assert set(prior.files) == {"weights", "means", "covariances"}
+        weights, means, covariances = (prior[name] for name in ("weights", "means", "covariances"))
+    components, latents = parameters.prior_components, parameters.latent_dim
+    assert weights.shape == (components,)
+    assert means.shape == (components, latents)
+    assert covariances.shape == (components, latents, latents)
+    assert weights.min() > 0
+    assert weights.sum() == pytest.approx(1, abs=1e-6)
+    assert np.abs(covariances - covariances.transpose(0, 2, 1)).max() <= 1e-6 * np.abs(covariances).max()
+    assert np.linalg.eigvalsh(covariances.astype(np.float64)).min() > 0
+
+
+def test_model_json_says_what_it_is_and_where_it_comes_from(export, finished_run, workspace):
+    info, summary = json.loads((export / "model.json").read_text()), finished_run.summary()
+    assert info["parameters"] == summary["retrain"]["params"]
+    assert info["test"] == summary["test"]["retrained"]
+    assert info["weights"] == sum(weight.numel() for weight in load_file(export / "weights.safetensors").values())
+    lineage = info["lineage"]
+    assert lineage["run"] == finished_run.path.name
+    assert (lineage["trial"], lineage["epoch"]) == (summary["best"]["trial"], summary["best"]["epoch"])
+    assert lineage["retrain_epoch"] == summary["retrain"]["kept_epoch"]
+    assert lineage["seed"] == workspace.spec.seed == 0
+    assert lineage["data"] == {"name": "digits", "train_sha256": workspace.data.train.fingerprint()}
+    assert {name: lineage["versions"][name] for name in VERSIONS} == {name: version(name) for name in VERSIONS}
+
+
+def test_the_weights_are_those_of_the_plain_network(export, workspace):
+    weights, kept = load_file(export / "weights.safetensors"), retrained(workspace.run)
+    plain = build(kept.parameters, seed=0).state_dict()
+    assert {name: value.shape for name, value in weights.items()} == {k: v.shape for k, v in plain.items()}
+    assert weights["encoder.0.weight"].shape == (32, 1, 3, 3)
+    assert weights["mean.weight"].shape == (kept.parameters.latent_dim, 128)
+    assert weights["decoder.5.weight"].shape == (32, 1, 3, 3)
+    assert all(torch.equal(value, kept.model.state_dict()[name]) for name, value in weights.items())
+
+
+WITHOUT_THIS_PACKAGE = """
+import sys
+import numpy as np
+import onnxruntime
+
+export, work = sys.argv[1:]
+encoder = onnxruntime.InferenceSession(export + "/encoder.onnx")
+decoder = onnxruntime.InferenceSession(export + "/decoder.onnx")
+
+latents = encoder.run(["mean"], {"images": np.load(work + "/images.npy")})[0]
+latents[:, 0] += 1
+changed = decoder.run(["images"], {"latents": latents})[0]
+
+prior, random = np.load(export + "/prior.npz"), np.random.default_rng(0)
+weights = prior["weights"].astype(float)
+component = random.choice(len(weights), 2000, p=weights / weights.sum())
+factors = np.linalg.cholesky(prior["covariances"].astype(float))[component]
+noise = random.standard_normal((2000, latents.shape[1], 1))
+drawn = prior["means"][component] + (factors @ noise)[..., 0]
+samples = decoder.run(["images"], {"latents": drawn.astype(np.float32)})[0]
+
+np.savez(work + "/result.npz", changed=changed, samples=samples)
+assert not {"tuner", "torch"} & {name.partition(".")[0] for name in sys.modules}
+"""
+
+
+@pytest.fixture(scope="module")
+def without_this_package(export, digits, tmp_path_factory):
+    """Images decoded from changed latents, and samples, by onnxruntime and numpy alone in a process of their own."""
+    work = tmp_path_factory.mktemp("alone")
+    np.save(work / "images.npy", digits.numpy())
+    script = work / "script.py"
+    script.write_text(WITHOUT_THIS_PACKAGE)
+    subprocess.run([sys.executable, "-I", script, export, work], check=True, cwd=work)
+    return np.load(work / "result.npz")
+
+
+def test_a_latent_is_changed_and_decoded_with_onnxruntime_and_numpy_alone(without_this_package, loaded, digits):
+    latents = loaded.encode(digits)
+    latents[:, 0] += 1
+    changed = without_this_package["changed"]
+    assert np.abs(changed - loaded.decode(latents).numpy()).max() < 1e-5
+    assert np.abs(changed - loaded.decode(loaded.encode(digits)).numpy()).max() > 0.1
+
+
+def test_numpy_alone_samples_what_the_codec_samples(without_this_package, loaded):
+    ours, theirs = loaded.sample(2000), without_this_package["samples"]
+    assert theirs.mean() == pytest.approx(float(ours.mean()), rel=0.03)
+    assert theirs.std() == pytest.approx(float(ours.std()), rel=0.03)
+    assert np.abs(theirs.mean(0) - ours.numpy().mean(0)).max() < 0.06
+
+
+def test_a_file_that_differs_from_the_checkpoint_is_not_let_through(run_copy, workspace, digits):
+    check_files(retrained(workspace.run), digits, run_copy.export)
+    path = run_copy.export / "weights.safetensors"
+    weights = load_file(path)
+    weights["decoder.0.weight"][0] += 0.1
+    save_file(weights, path)
+    with pytest.raises(RuntimeError, match="decoder as safetensors differs from the checkpoint by"):
+        check_files(retrained(workspace.run), digits, run_copy.export)
+
+
+def test_another_models_onnx_is_not_let_through(run_copy, workspace, digits):
+    other = best_of(workspace.run, workspace.run.summary()["best"]["trial"])
+    with pytest.raises(RuntimeError, match="encoder as safetensors differs"):
+        check_files(other, digits, run_copy.export)
+    state = {name: value.contiguous() for name, value in other.model.state_dict().items()}
+    save_file(state, run_copy.export / "weights.safetensors")
+    with pytest.raises(RuntimeError, match="encoder as onnx differs"):
+        check_files(other, digits, run_copy.export)
+
+
+def test_the_sample_sheet_shows_ink_on_paper(export):
+    picture = np.asarray(Image.open(export / "samples.png"))
+    assert picture.shape == (10 * 30 * 2 - 4, 10 * 30 * 2 - 4)
+    assert picture.max() == 255
+    assert picture.min() < 50
+    assert 0.05 < (picture < 128).mean() < 0.5
+
+
+def test_the_test_scores_are_those_of_the_exported_models_on_the_test_split(workspace, finished_run):
+    summary = finished_run.summary()
+    test = load_test("digits", Path("never read"))
+    assert len(test) == 400
+    scorer = workspace.scorer(held_out=test)
+    candidates = {
+        "baseline": last_of(workspace.run, 0),
+        "best": best_of(workspace.run, summary["best"]["trial"]),
+        "retrained": retrained(workspace.run),
+    }
+    assert summary["test"].keys() == candidates.keys()
+    for name, candidate in candidates.items():
+        reported = summary["test"][name]
+        scores = scorer(candidate.model, candidate.parameters, candidate.prior)
+        assert reported.keys() == scores.keys() | {"floor", "gap_closed"}
+        for metric, value in scores.items():
+            assert reported[metric] == pytest.approx(value, rel=1e-9), (name, metric)
+        baseline = summary["test"]["baseline"]["frechet_distance"]
+        closed = gap_closed(reported["frechet_distance"], scorer.floor, baseline)
+        assert reported["gap_closed"] == pytest.approx(closed)
+
+
+def test_the_test_split_is_no_part_of_training_or_validation(workspace):
+    seen = {
+        image.numpy().tobytes() for split in (workspace.data.train, workspace.data.validation) for image in split.images
+    }
+    test = load_test("digits", Path("never read"))
+    shared = sum(image.numpy().tobytes() in seen for image in test.images)
+    assert shared == 0

@@ -1,0 +1,294 @@
+"""The main job on the real digits: what a finished run holds, and that the same seed means the same numbers."""
+
+import csv
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tuner.run import Run
+from tuner.search import main, open_run, parse
+from tuner.study import evaluations, open_study
+from tuner.trials import search_stage
+from tuner.vae import codec
+from tuner.vae.score import METRICS
+from tuner.workspace import Workspace
+
+STAGES = {"judge", "search", "promote", "retrain", "export"}
+TIMES = {"seconds_train", "seconds_score", "started", "ended", "worker"}
+# One epoch for each of four trials: the baseline, one that diverges, one that is named, one that is proposed.
+TINY = [
+    "--trials=4",
+    "--max-epochs=1",
+    "--set=budget.grace_epochs=1",
+    "--set=space.learning_rate.high=1e12",
+    "--set=try_first=[{learning_rate: 1e12}, {latent_dim: 8, learning_rate: 0.002, kl_weight: 0.1}]",
+    "--no-retrain",
+]
+
+
+def table(run: Run) -> list[dict[str, str]]:
+    """The rows of trials.csv as text, but for times and places."""
+    with run.trials.open(newline="") as file:
+        return [{key: value for key, value in row.items() if key not in TIMES} for row in csv.DictReader(file)]
+
+
+def scores(row: dict[str, str]) -> dict[str, float]:
+    return {name: float(row[name]) for name in METRICS if row.get(name)}
+
+
+# A finished run
+
+
+@pytest.fixture(scope="module")
+def summary(finished_run):
+    return finished_run.summary()
+
+
+def test_a_finished_run_holds_every_part(finished_run):
+    files = {"spec.yaml", "study.journal", "trials.csv", "summary.json"}
+    folders = {"judge", "tensorboard", "ray", "retrain", "export"}
+    assert files <= {path.name for path in finished_run.path.iterdir() if path.is_file()}
+    assert folders <= {path.name for path in finished_run.path.iterdir() if path.is_dir()}
+    for folder in folders:
+        assert any(path.is_file() for path in (finished_run.path / folder).rglob("*")), folder
+    assert not list(finished_run.path.rglob("*.tmp"))
+
+
+def test_one_checkpoint_is_kept_per_trial(finished_run):
+    assert sorted(path.name for path in finished_run.checkpoints.iterdir()) == [f"{n:04d}.pt" for n in range(5)]
+
+
+def test_the_best_trial_lies_between_floor_and_baseline(summary):
+    best = summary["best"]
+    assert 0 < summary["floor"] < best["frechet_distance"] < summary["baseline"]
+    closed = 1 - (best["frechet_distance"] - summary["floor"]) / (summary["baseline"] - summary["floor"])
+    assert best["gap_closed"] == pytest.approx(closed)
+    assert 0 < closed < 1
+    assert best["trial"] in range(5)
+    assert best["epoch"] in {1, 2, 4}
+    assert {"latent_dim", "learning_rate", "kl_weight"} < best["params"].keys()
+
+
+def test_every_trial_is_counted_once(summary, finished_run):
+    rows = table(finished_run)
+    assert [int(row["trial"]) for row in rows] == [0, 1, 2, 3, 4]
+    counts = Counter(row["state"] for row in rows)
+    assert summary["trials"] == {state: counts[state] for state in ("complete", "pruned", "failed")}
+    assert sum(summary["trials"].values()) == 5
+
+
+def test_the_retrained_model_closes_more_of_the_gap_than_the_best_trial(summary):
+    assert summary["retrain"]["epochs"] == 4
+    assert summary["retrain"]["frechet_distance"] < summary["best"]["frechet_distance"]
+    assert summary["best"]["gap_closed"] < summary["retrain"]["gap_closed"] < 1
+
+
+def test_the_test_split_was_scored_for_baseline_best_and_retrained(summary):
+    test = summary["test"]
+    assert test.keys() == {"baseline", "best", "retrained"}
+    assert test["baseline"]["gap_closed"] == 0
+    assert 0 < test["best"]["gap_closed"] < test["retrained"]["gap_closed"] < 1
+    for part in test.values():
+        assert part.keys() == METRICS.keys() - {"loss"} | {"floor", "gap_closed"}
+        assert all(math.isfinite(value) for value in part.values())
+
+
+def test_every_stage_has_its_seconds(summary):
+    assert summary["seconds"].keys() >= STAGES
+    assert all(seconds > 0 for seconds in summary["seconds"].values())
+
+
+def test_trials_csv_says_what_the_journal_says(finished_run, workspace):
+    trials = open_study(finished_run.journal, workspace.spec).trials
+    for row, trial in zip(table(finished_run), trials, strict=True):
+        best = min(evaluations(trial), key=lambda scored: scored["frechet_distance"])
+        assert scores(row) == {name: best[name] for name in METRICS}
+        assert float(row["epoch"]) == best["epoch"]
+        assert {name: float(row[name]) for name in workspace.spec.space} == trial.params
+        rungs = range(1, 1 + len(trial.intermediate_values))
+        assert list(trial.intermediate_values) == list(rungs)
+
+
+def test_tensorboard_has_scalars_and_pictures_of_each_trial(finished_run):
+    for row in table(finished_run):
+        (directory,) = finished_run.tensorboard.glob(f"{int(row['trial']):04d}*")
+        events = EventAccumulator(str(directory), size_guidance={"images": 0, "scalars": 0}).Reload()
+        tags = events.Tags()
+        (distance,) = (tag for tag in tags["scalars"] if tag.endswith("/frechet_distance"))
+        values = [event.value for event in events.Scalars(distance)]
+        assert min(values) == pytest.approx(float(row["frechet_distance"]), rel=1e-6)
+        samples = [tag for tag in tags["images"] if tag.startswith("samples")]
+        assert samples
+        for tag in samples:
+            pictures = events.Images(tag)
+            assert len(pictures) == len(values)
+            picture = np.asarray(Image.open(io.BytesIO(pictures[-1].encoded_image_string)))
+            assert min(picture.shape[:2]) > 100
+            assert picture.std() > 10
+
+
+def test_the_same_command_again_shows_the_result_and_touches_nothing(finished_run, small_flags, capsys):
+    def files() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in finished_run.path.rglob("*") if path.is_file()}
+
+    before = files()
+    assert main(["--run", str(finished_run.path), *small_flags]) == 0
+    assert files() == before
+    shown = capsys.readouterr()
+    assert str(finished_run.export) in shown.out + shown.err
+    assert f"{finished_run.summary()['test']['retrained']['gap_closed']:.4g}" in shown.out + shown.err
+
+
+def test_a_run_of_another_seed_is_refused(finished_run, small_flags, capsys):
+    before = finished_run.summary_file.read_bytes()
+    assert main(["--run", str(finished_run.path), *small_flags, "--seed=1"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "seed" in line
+    assert str(finished_run.path) in line
+    assert finished_run.summary_file.read_bytes() == before
+
+
+# The same seed
+
+
+@pytest.fixture(scope="module")
+def tiny_run(workspace, ray_cluster, tmp_path_factory):
+    """A function that searches a new run with `TINY` and the judges of the finished run: same seed, same judges."""
+
+    def search(concurrency: int) -> Run:
+        run, spec = open_run(parse(["--run", str(tmp_path_factory.mktemp("tiny")), *TINY]))
+        search_stage(Workspace(run, spec, workspace.data, workspace.judges, Path("never read")), concurrency)
+        return run
+
+    return search
+
+
+@pytest.fixture(scope="module")
+def one_at_a_time(tiny_run):
+    return tiny_run(concurrency=1)
+
+
+@pytest.mark.slow
+def test_the_same_seed_gives_the_same_table_twice(one_at_a_time, tiny_run):
+    assert len(table(one_at_a_time)) == 4
+    assert table(tiny_run(concurrency=1)) == table(one_at_a_time)
+
+
+@pytest.mark.slow
+def test_trials_side_by_side_score_as_they_do_alone(one_at_a_time, tiny_run):
+    together = table(tiny_run(concurrency=2))
+    searched = ("trial", "latent_dim", "learning_rate", "kl_weight")
+    same = 0
+    for alone, beside in zip(table(one_at_a_time), together, strict=True):
+        if all(alone[name] == beside[name] for name in searched):
+            assert beside == alone
+            same += 1
+    assert same >= 3
+
+
+@pytest.mark.slow
+def test_a_diverging_trial_fails_with_its_reason_and_parameters_and_the_search_goes_on(one_at_a_time):
+    rows = table(one_at_a_time)
+    assert rows[1]["state"] == "failed"
+    assert "diverged" in rows[1]["reason"]
+    assert float(rows[1]["learning_rate"]) == 1e12
+    assert scores(rows[1]) == {}
+    for number in (0, 2):
+        assert rows[number]["state"] == "complete"
+        assert scores(rows[number]).keys() == METRICS.keys()
+    assert not one_at_a_time.checkpoint(1).exists()
+
+
+# The command as a process of its own
+
+
+def command(path: Path, *flags: str) -> list[str]:
+    return [sys.executable, "-m", "tuner.search", "--run", str(path), *flags]
+
+
+def processes_of(mark: str) -> list[int]:
+    """Ids of the running processes that inherited TUNER_TEST=mark."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and f"TUNER_TEST={mark}".encode() in (entry / "environ").read_bytes():
+                found.append(int(entry.name))
+        except OSError:  # gone meanwhile, or not ours
+            continue
+    return found
+
+
+def ended_trials(run: Run) -> int:
+    return sum(row["state"] != "running" for row in table(run)) if run.trials.exists() else 0
+
+
+@pytest.mark.slow
+def test_a_killed_search_goes_on_and_ends_as_if_nothing_had_happened(one_at_a_time, finished_run, tmp_path):
+    run, mark = Run(tmp_path / "run"), uuid.uuid4().hex
+    again = command(run.path, *TINY, "--concurrency=1")
+    environment = os.environ | {"TUNER_TEST": mark}
+    driver = subprocess.Popen(again, env=environment, cwd=tmp_path, start_new_session=True, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not ended_trials(run):
+            assert driver.poll() is None, "it ended before it could be killed"
+            assert time.monotonic() < deadline, "no trial ended"
+            time.sleep(0.01)
+    finally:
+        os.killpg(driver.pid, signal.SIGKILL)
+        driver.wait()
+        for pid in processes_of(mark):
+            os.kill(pid, signal.SIGKILL)
+    assert 1 <= ended_trials(run) < 4
+    assert "best" not in run.summary()
+
+    result = subprocess.run(again, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr
+    assert table(run) == table(one_at_a_time)
+    summary = run.summary()
+    assert sum(summary["trials"].values()) == 4
+    assert summary["judges"] == finished_run.summary()["judges"]
+    assert summary["test"].keys() == {"baseline", "best"}
+    assert (run.export / "model.json").exists()
+
+
+@pytest.mark.slow
+def test_a_plain_autoencoder_goes_all_the_way_on_a_cluster_that_runs_already(ray_cluster, tmp_path):
+    path = tmp_path / "run"
+    flags = [
+        "--trials=2",
+        "--max-epochs=2",
+        "--set=budget.grace_epochs=2",
+        "--set=fixed.model=autoencoder",
+        "--set=try_first=[{latent_dim: 16, learning_rate: 0.003}]",
+        "--no-retrain",
+        f"--address={ray_cluster}",
+    ]
+    result = subprocess.run(command(path, *flags), cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stderr
+    rows = table(Run(path))
+    assert [row["model"] for row in rows] == ["vae", "autoencoder"]  # the baseline stays the classic VAE
+    found = scores(rows[1])
+    assert found.keys() == METRICS.keys() - {"rate", "calibrated_nll"}
+    assert found["frechet_distance"] < found["frechet_distance_standard_normal"] < math.inf
+    assert Run(path).summary()["best"]["trial"] == 1
+    assert "frechet_distance_standard_normal" in Run(path).summary()["test"]["best"]
+
+    autoencoder = codec.load(Run(path).export)
+    assert not autoencoder.model.variational
+    assert autoencoder.sample(3).shape == (3, 1, 28, 28)
+    assert json.loads((Run(path).export / "model.json").read_text())["parameters"]["model"] == "autoencoder"
