@@ -6,7 +6,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tuner.vae.sheet import grid, png
+from tuner.vae.model import VAE
+from tuner.vae.prior import Prior, standard_normal
+from tuner.vae.sheet import MANIFOLD, fixed_noise, grid, manifold, png, sheets
 
 
 def test_ink_is_dark_and_the_gap_is_paper():
@@ -38,3 +40,41 @@ def test_a_png_holds_exactly_the_picture():
     image = Image.open(io.BytesIO(png(picture)))
     assert (image.format, image.mode) == ("PNG", "L")
     assert np.array_equal(np.asarray(image), picture)
+
+
+def test_fewer_images_and_smaller_latents_get_a_prefix_of_the_one_draw():
+    few, many = fixed_noise(8), fixed_noise(64)
+    assert torch.equal(few[0], many[0][:8])
+    assert torch.equal(few[1], many[1][:8])
+    small, large = (standard_normal(latent_dim).place(*many) for latent_dim in (4, 16))
+    assert torch.equal(small, large[:, :4])
+
+
+def test_the_uniform_number_picks_the_component_and_the_noise_the_place_in_it():
+    prior = Prior(torch.tensor([0.25, 0.75]), torch.tensor([[-10.0], [10.0]]), torch.tensor([[[4.0]], [[0.25]]]))
+    placed = prior.place(torch.tensor([[1.0], [1.0], [-2.0], [0.0]]), torch.tensor([0.0, 0.24, 0.26, 0.999]))
+    assert placed.flatten().tolist() == [-8.0, -8.0, 9.0, 10.0]
+
+
+def test_every_model_gets_its_sheets_and_two_latents_a_manifold():
+    torch.manual_seed(0)
+    held_out = torch.rand(32, 1, 28, 28)
+    names = {"samples/fitted_prior", "samples/standard_normal", "reconstructions/above_and_below", "latent/traversal"}
+    assert sheets(VAE(3), standard_normal(3), held_out).keys() == names
+    pictures = sheets(VAE(2), standard_normal(2), held_out)
+    assert pictures.keys() == names | {"latent/manifold"}
+    assert pictures["latent/manifold"].shape == (MANIFOLD * 30 - 2, MANIFOLD * 30 - 2)
+    assert np.array_equal(pictures["samples/fitted_prior"], pictures["samples/standard_normal"])
+    above = (255 - held_out[:8, 0] * 255).round().to(torch.uint8).numpy()
+    assert np.array_equal(pictures["reconstructions/above_and_below"][:28, :28], above[0])
+
+
+def test_the_manifold_runs_left_to_right_and_bottom_to_top():
+    model, seen = VAE(2), []
+    model.draw = lambda latents: seen.append(latents) or latents
+    manifold(model, torch.tensor([[-1.0, -1.0], [1.0, 1.0]]))
+    [latents] = seen
+    assert latents[0, 0] == latents[:, 0].min()
+    assert latents[0, 1] == latents[:, 1].max()
+    assert latents[-1, 0] == latents[:, 0].max()
+    assert latents[1, 1] == latents[0, 1]
