@@ -50,7 +50,11 @@ def arguments(command: str) -> list[str]:
 
 def test_make_targets_run_the_commands_that_are_tested():
     planned = subprocess.run(
-        ["make", "--dry-run", "search", "test"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["make", "--dry-run", "--no-print-directory", "search", "test"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert planned.stdout.splitlines()[-2:] == [".venv/bin/python -m tuner.search", ".venv/bin/python -m pytest"]
 
