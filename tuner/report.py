@@ -25,7 +25,7 @@ from plotly.offline import get_plotlyjs
 from tuner import spec as specs
 from tuner.run import Run, write_atomic
 from tuner.spec import Spec
-from tuner.study import BASELINE, evaluations, open_study
+from tuner.study import BASELINE, evaluations, read_study
 from tuner.terminal import duration, result_rows, stage
 from tuner.vae.prior import standard_normal
 from tuner.vae.score import METRICS
@@ -95,7 +95,7 @@ def report(run: Run) -> Path:
     if not run.spec.exists() or not run.journal.exists():
         raise ValueError(f"{run.path}: no search to report on (no {run.spec.name} or {run.journal.name})")
     spec = specs.load(run.spec)
-    study = open_study(run.journal, spec)
+    study = read_study(run.journal)
     summary = run.summary()
     rows = run.read_trials()
     material = Material(run, spec, study, study.get_trials(deepcopy=False)[: len(rows)], rows, summary)

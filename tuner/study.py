@@ -32,7 +32,17 @@ def open_study(journal: Path, spec: Spec) -> optuna.Study:
             study_name=NAME,
             directions=[objective.direction for objective in spec.objective],
             load_if_exists=True,
+            sampler=optuna.samplers.RandomSampler(),  # never asked: the searcher samples on a copy
         )
+    except (ValueError, KeyError, AssertionError) as error:
+        raise ValueError(f"{journal}: not readable as an Optuna journal: {error}") from error
+
+
+def read_study(journal: Path) -> optuna.Study:
+    """The study of a run to look at, also while it is being written; leaves the journal alone. Raises ValueError."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        return optuna.load_study(study_name=NAME, storage=JournalStorage(JournalFileBackend(str(journal))))
     except (ValueError, KeyError, AssertionError) as error:
         raise ValueError(f"{journal}: not readable as an Optuna journal: {error}") from error
 

@@ -90,7 +90,7 @@ def search_line(rows: Sequence[Mapping[str, Any]], digest: Mapping[str, Any], se
     sign = 1 if digest["direction"] == "minimize" else -1
     states = Counter(row["state"] for row in rows)
     ended = len(rows) - states["running"]
-    scored = [row for row in rows if metric in row]
+    scored = [row for row in rows if metric in row and row["state"] != "failed"]
     best = min(scored, key=lambda row: sign * row[metric], default=None)
     parts = [f"{ended}/{trials} trials"]
     parts.append(
