@@ -18,16 +18,18 @@ def promote(workspace: Workspace, rows: Sequence[Mapping[str, Any]]) -> dict[str
     baseline; ties go to the earlier trial. Floor, baseline and the winner's scores in the summary are those
     of the search's judge under the fresh noise. Raises ValueError where no trial was ever scored.
     """
-    objective = workspace.spec.objective[0]
-    metric, sign = objective.metric, 1 if objective.direction == "minimize" else -1
-    scored = [row for row in rows if row.get(metric) not in (None, "") and row["state"] != "failed"]
+    objective, yardstick = workspace.spec.objective[0], workspace.spec.yardstick
+    searched, metric = objective.metric, yardstick.metric
+    sign = 1 if objective.direction == "minimize" else -1
+    scored = [row for row in rows if row.get(searched) not in (None, "") and row["state"] != "failed"]
     if not any(row["trial"] == BASELINE for row in scored):
         raise ValueError("the baseline was not scored once, so there is nothing to compare with")
-    best = sorted(scored, key=lambda row: (sign * row[metric], row["trial"]))[:CANDIDATES]
+    best = sorted(scored, key=lambda row: (sign * row[searched], row["trial"]))[:CANDIDATES]
+    sign = 1 if yardstick.direction == "minimize" else -1
 
     baseline = last_of(workspace.run, BASELINE)
     table: list[dict[str, Any]] = [
-        {"trial": row["trial"], "epoch": row["epoch"], "searched": row[metric]} for row in best
+        {"trial": row["trial"], "epoch": row["epoch"], "searched": row[searched]} for row in best
     ]
     scores: dict[int, dict[str, float]] = {}
     floors, baselines = {}, {}
@@ -68,4 +70,4 @@ def promote_stage(workspace: Workspace, rows: list[dict[str, Any]]) -> None:
     with stage(workspace.run, "promote") as progress:
         summary = promote(workspace, rows)
         progress.done(f"trial {summary['best']['trial']} won among {len(summary['promotion'])} under two judges")
-    console().print(promotion_table(summary["promotion"], workspace.spec.objective[0].metric))
+    console().print(promotion_table(summary["promotion"], workspace.spec.yardstick.metric))

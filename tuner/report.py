@@ -324,7 +324,11 @@ def promotion(page: Page, material: Material) -> None:
             "trial",
             "epoch",
             "searched",
-            *(f"{judge}_{what}" for judge in material.summary["judges"] for what in (material.metric, "gap_closed")),
+            *(
+                f"{judge}_{what}"
+                for judge in material.summary["judges"]
+                for what in (material.spec.yardstick.metric, "gap_closed")
+            ),
         ]
         header = [column.replace("_", " ") for column in columns]
         rows = [[_text(entry[column]) for column in columns] for entry in material.summary["promotion"]]

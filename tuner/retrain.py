@@ -115,8 +115,8 @@ class _Contest:
     """Keeps the candidate with the best objective on validation; the first to enter wins a tie."""
 
     def __init__(self, workspace: Workspace, scorer: Scorer):
-        objective = workspace.spec.objective[0]
-        self.metric, self.sign = objective.metric, 1 if objective.direction == "minimize" else -1
+        yardstick = workspace.spec.yardstick
+        self.metric, self.sign = yardstick.metric, 1 if yardstick.direction == "minimize" else -1
         self.scorer = scorer
         self.best: dict[str, Any] = {}
         self.scores: dict[str, float] = {}

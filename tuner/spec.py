@@ -267,6 +267,12 @@ class Spec(_Frozen):
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
+    @property
+    def yardstick(self) -> Objective:
+        """What ranks finished models: the first objective; samples where that is the loss, which only training has."""
+        first = self.objective[0]
+        return Objective.model_validate("frechet_distance") if first.metric == "loss" else first
+
     def digest(self) -> dict[str, Any]:
         """What a reader of a run's files needs to know without this package's heavier parts."""
         objective = self.objective[0]
