@@ -53,7 +53,6 @@ class Progress:
             Live(console=self.console, refresh_per_second=4, transient=True) if self.console.is_terminal else None
         )
         self.printed = -float("inf")
-        self.line = ""
 
     def __enter__(self) -> "Progress":
         if self.live:
@@ -70,18 +69,21 @@ class Progress:
 
     def show(self, text: str) -> None:
         """Put `text` behind the stage's title and time."""
-        self.line = f"{self.title:<8} {duration(self.seconds):>6}  {text}"
+        line = self._line(text)
         if self.live:
-            self.live.update(self.line)
+            self.live.update(line)
         elif time.monotonic() - self.printed >= PLAIN_SECONDS:
             self.printed = time.monotonic()
-            self.console.print(self.line)
+            self.console.print(line)
 
     def done(self, text: str) -> None:
         """The stage's closing line, which stays."""
         if self.live:
             self.live.stop()
-        self.console.print(f"{self.title:<8} {duration(self.seconds):>6}  {text}")
+        self.console.print(self._line(text))
+
+    def _line(self, text: str) -> str:
+        return f"{self.title:<8} {duration(self.seconds):>6}  {text}"
 
 
 def search_line(rows: Sequence[Mapping[str, Any]], digest: Mapping[str, Any], seconds: float | None = None) -> str:
