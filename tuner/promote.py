@@ -20,12 +20,10 @@ def promote(workspace: Workspace, rows: Sequence[Mapping[str, Any]]) -> dict[str
     """
     objective, yardstick = workspace.spec.objective[0], workspace.spec.yardstick
     searched, metric = objective.metric, yardstick.metric
-    sign = 1 if objective.direction == "minimize" else -1
     scored = [row for row in rows if row.get(searched) not in (None, "") and row["state"] != "failed"]
     if not any(row["trial"] == BASELINE for row in scored):
         raise ValueError("the baseline was not scored once, so there is nothing to compare with")
-    best = sorted(scored, key=lambda row: (sign * row[searched], row["trial"]))[:CANDIDATES]
-    sign = 1 if yardstick.direction == "minimize" else -1
+    best = sorted(scored, key=lambda row: (objective.sign * row[searched], row["trial"]))[:CANDIDATES]
 
     baseline = last_of(workspace.run, BASELINE)
     table: list[dict[str, Any]] = [
@@ -45,7 +43,7 @@ def promote(workspace: Workspace, rows: Sequence[Mapping[str, Any]]) -> dict[str
                 scores[entry["trial"]] = result
             entry[f"{judge}_{metric}"] = result[metric]
             entry[f"{judge}_gap_closed"] = gap_closed(result["frechet_distance"], floors[judge], baselines[judge])
-            entry["rank"] = entry.get("rank", 0.0) + sign * result[metric] / abs(reference[metric]) / len(
+            entry["rank"] = entry.get("rank", 0.0) + yardstick.sign * result[metric] / abs(reference[metric]) / len(
                 workspace.judges
             )
     table.sort(key=lambda entry: (entry["rank"], entry["trial"]))

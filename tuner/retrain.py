@@ -116,7 +116,7 @@ class _Contest:
 
     def __init__(self, workspace: Workspace, scorer: Scorer):
         yardstick = workspace.spec.yardstick
-        self.metric, self.sign = yardstick.metric, 1 if yardstick.direction == "minimize" else -1
+        self.metric, self.sign = yardstick.metric, yardstick.sign
         self.scorer = scorer
         self.best: dict[str, Any] = {}
         self.scores: dict[str, float] = {}

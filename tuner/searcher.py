@@ -140,7 +140,7 @@ class SuccessiveHalving(FIFOScheduler):
 
     def __init__(self, study: optuna.Study, spec: Spec):
         super().__init__()
-        self.sign = 1 if spec.objective[0].direction == "minimize" else -1
+        self.sign = spec.objective[0].sign
         self.objective = spec.objective[0].metric
         self.factor = spec.budget.reduction_factor
         self.active = len(spec.objective) == 1  # "weaker" has no meaning for several objectives at once

@@ -159,6 +159,11 @@ class Objective(_Frozen):
             return {"direction": known.direction if known else "minimize"} | value
         return value
 
+    @property
+    def sign(self) -> int:
+        """The factor that makes less of it better."""
+        return 1 if self.direction == "minimize" else -1
+
 
 def _as_list(value: Any) -> Any:
     return list(value) if isinstance(value, (list, tuple)) else [value]

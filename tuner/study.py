@@ -61,7 +61,6 @@ def table(study: optuna.Study, spec: Spec, floor: float) -> list[dict[str, Any]]
     `gap_closed` compares with the baseline's last N(0, I) distance and is missing until the baseline ended.
     """
     objective = spec.objective[0]
-    sign = 1 if objective.direction == "minimize" else -1
     trials = study.get_trials(deepcopy=False)
     baseline = math.nan
     if trials and trials[BASELINE].state == TrialState.COMPLETE:
@@ -69,7 +68,7 @@ def table(study: optuna.Study, spec: Spec, floor: float) -> list[dict[str, Any]]
     rows = []
     for trial in trials:
         scored = evaluations(trial)
-        best = min(scored, key=lambda scores: sign * scores[objective.metric], default={})
+        best = min(scored, key=lambda scores: objective.sign * scores[objective.metric], default={})
         row: dict[str, Any] = {
             "trial": trial.number,
             "state": OUTCOME.get(trial.state, "running"),

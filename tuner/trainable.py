@@ -104,7 +104,7 @@ class TrialTrainable(tune.Trainable):
 
     def _keep_best(self, report: dict[str, Any], prior: Prior) -> None:
         objective = self.spec.objective[0]
-        value = report[objective.metric] * (1 if objective.direction == "minimize" else -1)
+        value = objective.sign * report[objective.metric]
         if self.best is None or value < self.best["value"]:
             candidate = Candidate(self.state.model, self.parameters, prior, report["epoch"])
             self.best = candidate.state_dict() | {"value": value}
