@@ -30,7 +30,7 @@ from tuner.vae.model import VAE
 from tuner.vae.score import gap_closed
 from tuner.vae.sheet import grid, png
 from tuner.views import TensorBoard
-from tuner.workspace import Candidate, Damaged, Workspace, best_of, command_line, last_of, refuse, retrained
+from tuner.workspace import Candidate, Workspace, best_of, last_of, retrained, run_alone
 
 TOLERANCE = 1e-5
 SAMPLES = 100
@@ -143,7 +143,9 @@ def _write_program(module: nn.Module, example: Tensor, name: str, outputs: list[
     """One network as `stem`.pt2 and `stem`.onnx, the batch size free."""
     batch = torch.export.Dim("batch", min=1)
     program = torch.export.export(module.eval(), (example,), dynamic_shapes=({0: batch},))
-    torch.export.save(program, stem.with_suffix(".pt2"))
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    write_atomic(stem.with_suffix(".pt2"), buffer.getvalue())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter warns of its own deprecations
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -157,7 +159,7 @@ def _write_program(module: nn.Module, example: Tensor, name: str, outputs: list[
             verbose=False,
         )
     assert onnx_program is not None
-    onnx_program.save(str(stem.with_suffix(".onnx")))
+    write_atomic(stem.with_suffix(".onnx"), onnx_program.model_proto.SerializeToString())
 
 
 @torch.no_grad()
@@ -197,12 +199,7 @@ def export_stage(workspace: Workspace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    workspace = command_line("tuner.export", "Score a run on the test split and write its model for use.", argv)
-    try:
-        export_stage(workspace)
-    except Damaged as error:
-        refuse(error)
-    return 0
+    return run_alone("tuner.export", "Score a run on the test split and write its model for use.", export_stage, argv)
 
 
 def _first(output: Any) -> Tensor:

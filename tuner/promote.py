@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tuner.spec import Spec
 from tuner.study import BASELINE
 from tuner.terminal import console, promotion_table, stage
 from tuner.vae.score import gap_closed
@@ -11,20 +12,23 @@ from tuner.workspace import Workspace, best_of, last_of
 CANDIDATES = 5
 
 
+def contenders(rows: Sequence[Mapping[str, Any]], spec: Spec) -> list[Mapping[str, Any]]:
+    """The best few rows of trials.csv, best first: those whose checkpoints the promotion scores again."""
+    objective = spec.objective[0]
+    scored = [row for row in rows if objective.metric in row and row["state"] not in ("failed", "running")]
+    return sorted(scored, key=lambda row: (objective.sign * row[objective.metric], row["trial"]))[:CANDIDATES]
+
+
 def promote(workspace: Workspace, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Choose the winner among the rows of trials.csv and write it to the summary.
 
     A candidate's rank is the mean over both judges of its objective, each judge's scale set by the
     baseline; ties go to the earlier trial. Floor, baseline and the winner's scores in the summary are those
-    of the search's judge under the fresh noise. Raises ValueError where no trial was ever scored.
+    of the search's judge under the fresh noise. The baseline must have been scored.
     """
-    objective, yardstick = workspace.spec.objective[0], workspace.spec.yardstick
-    searched, metric = objective.metric, yardstick.metric
-    scored = [row for row in rows if row.get(searched) not in (None, "") and row["state"] != "failed"]
-    if not any(row["trial"] == BASELINE for row in scored):
-        raise ValueError("the baseline was not scored once, so there is nothing to compare with")
-    best = sorted(scored, key=lambda row: (objective.sign * row[searched], row["trial"]))[:CANDIDATES]
-
+    yardstick = workspace.spec.yardstick
+    searched, metric = workspace.spec.objective[0].metric, yardstick.metric
+    best = contenders(rows, workspace.spec)
     baseline = last_of(workspace.run, BASELINE)
     table: list[dict[str, Any]] = [
         {"trial": row["trial"], "epoch": row["epoch"], "searched": row[searched]} for row in best

@@ -16,7 +16,7 @@ from tuner.terminal import stage
 from tuner.vae.score import Scorer, gap_closed
 from tuner.vae.train import Diverged, State, Stream, derive_seed, train
 from tuner.views import TensorBoard
-from tuner.workspace import Candidate, Damaged, Workspace, best_of, command_line, read_checkpoint, refuse
+from tuner.workspace import Candidate, Workspace, best_of, load_tensors, reading, run_alone
 
 EVALUATIONS = 10  # over the whole retrain; a checkpoint is kept after every epoch
 WARMUP_STEPS = 100  # Adam starts without its moments, so gently
@@ -42,9 +42,10 @@ def retrain(workspace: Workspace, report: Report) -> dict[str, Any]:
     state = State.fresh(schedule, seed, trial)
     contest = _Contest(workspace, scorer)
     if run.retrain_checkpoint.exists():
-        saved = read_checkpoint(run.retrain_checkpoint)
-        state.load_state_dict(saved["last"])
-        contest.restore(saved["best"])
+        with reading(run.retrain_checkpoint):
+            saved = load_tensors(run.retrain_checkpoint.read_bytes())
+            state.load_state_dict(saved["last"])
+            contest.restore(saved["best"])
     else:
         state.model.load_state_dict(start.model.state_dict())
         contest.enter(Candidate(start.model, start.parameters, start.prior, 0))
@@ -103,12 +104,8 @@ def retrain_stage(workspace: Workspace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    workspace = command_line("tuner.retrain", "Train the promoted checkpoint of a run on and keep the best.", argv)
-    try:
-        retrain_stage(workspace)
-    except Damaged as error:
-        refuse(error)
-    return 0
+    description = "Train the promoted checkpoint of a run on and keep the best."
+    return run_alone("tuner.retrain", description, retrain_stage, argv)
 
 
 class _Contest:

@@ -1,11 +1,13 @@
-"""The run directory: every path in it, atomic writes, the summary."""
+"""The run directory: every path in it, its lock, atomic writes, the summary."""
 
 import csv
+import fcntl
 import io
 import json
 import os
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,10 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+class Refused(ValueError):
+    """Bad input or a damaged file; the text is one line that names it. Commands end with status 2."""
+
+
 class Run:
     """The files of one search. Nothing else in the package spells a path inside a run directory."""
 
@@ -52,6 +58,38 @@ class Run:
         self.export = path / "export"
         self.report = path / "report.html"
         self.summary_file = path / "summary.json"
+        self.lock = path / ".lock"
+
+    def is_foreign(self) -> bool:
+        """Whether the path is taken by something that is no run."""
+        if self.spec.exists() or not self.path.exists():
+            return False
+        return not self.path.is_dir() or any(
+            path != self.lock and path.suffix != ".tmp" for path in self.path.iterdir()
+        )
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Be the one process that works on the run. Raises Refused where another does, or no folder can be made.
+
+        The kernel holds the lock and lets go of it however the process ends. What a killed process left half
+        written is removed.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = self.lock.open("a")
+        except OSError as error:
+            raise Refused(f"{self.path}: {error.strerror}") from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise Refused(f"{self.path}: another process is working on this run") from error
+            for directory in (self.path, self.judges, self.checkpoints, self.retrain):
+                for left in directory.glob(".*.tmp"):
+                    if left.is_file() and not left.name.startswith(f".{self.report.name}"):  # written without the lock
+                        left.unlink(missing_ok=True)
+            yield
 
     def checkpoint(self, trial: int) -> Path:
         """The one checkpoint of a trial: where it stands, and its best evaluation."""
@@ -63,16 +101,16 @@ class Run:
     def summary(self) -> dict[str, Any]:
         """What is known of the run so far; empty before the first stage ended.
 
-        Raises ValueError where the file is damaged.
+        Raises Refused where the file is damaged.
         """
         try:
             summary = json.loads(self.summary_file.read_text())
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:
-            raise ValueError(f"{self.summary_file}: not readable as JSON: {error}") from error
+            raise Refused(f"{self.summary_file}: not readable as JSON: {error}") from error
         if not isinstance(summary, dict):
-            raise ValueError(f"{self.summary_file}: expected a mapping")
+            raise Refused(f"{self.summary_file}: expected a mapping")
         return summary
 
     def update_summary(self, **parts: Any) -> dict[str, Any]:

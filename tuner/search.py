@@ -10,20 +10,31 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tuner.exits import command, refuse, resumable
 from tuner.run import Run, write_atomic
 from tuner.terminal import console, final_words, status_words
 
 if TYPE_CHECKING:
     from tuner.spec import Spec
 
-SHIPPED_SPECS = Path(__file__).parent.parent / "search_spaces"
+DEFAULT_SPEC = Path(__file__).parent.parent / "search_spaces" / "digits.yaml"
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = parse(argv)
+    given = sys.argv[1:] if argv is None else argv
+    arguments = parse(given)
     if arguments.status:
         return status(arguments.status)
+    named: list[str] = []
+    if arguments.run is None:
+        arguments.run = default_run(arguments.spec)
+        named = ["--run", str(arguments.run)]
+    with resumable(command("tuner.search", given, *named)):
+        return job(arguments)
 
+
+def job(arguments: argparse.Namespace) -> int:
+    """All stages of a run, each skipped where it is done already -> exit status."""
     # Ray and torch take seconds to import: --help, --status and a mistyped flag don't wait for them.
     from tuner.export import export_stage
     from tuner.promote import promote_stage
@@ -32,42 +43,39 @@ def main(argv: list[str] | None = None) -> int:
     from tuner.study import BASELINE
     from tuner.trials import cluster, judge_stage, search_stage
     from tuner.vae import data as datasets
-    from tuner.workspace import Damaged, Workspace, load_judges, refuse
+    from tuner.workspace import Workspace, load_judges
 
     try:
         run, spec = open_run(arguments)
         tested = run.summary().get("test", {})
-        if "retrained" in tested or (tested and arguments.no_retrain):
+        if run.report.exists() and ("retrained" in tested or (tested and arguments.no_retrain)):
             return finish(run)
         directory = arguments.data_dir or spec.data.directory
         data = datasets.load(spec.data.name, directory, spec.data.download)
         judges = load_judges(run)
-        begin(run, spec)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        refuse(error)
 
-    try:
+    with run.claimed():
+        begin(run, spec)
         if "best" not in run.summary():
-            with cluster(arguments.address, arguments.concurrency):
+            with cluster(arguments.address, arguments.concurrency, spec.resources):
                 judges = judges or judge_stage(run, spec, data)
                 workspace = Workspace(run, spec, data, judges, directory)
                 rows = search_stage(workspace, arguments.concurrency)
-            if not any(row["trial"] == BASELINE and row["epochs_trained"] for row in rows):
-                reasons = Counter(row["reason"] for row in rows)
-                print("error: the baseline was never scored:", reasons.most_common(1)[0][0], file=sys.stderr)
+            if rows[BASELINE]["state"] == "failed" or not rows[BASELINE]["epochs_trained"]:
+                everything = all(row["state"] == "failed" for row in rows)
+                reasons = Counter(row["reason"] for row in (rows if everything else rows[: BASELINE + 1]))
+                subject = "every trial failed" if everything else "the baseline was never scored"
+                print(f"error: {subject}: {reasons.most_common(1)[0][0]}", file=sys.stderr)
                 return 1
             promote_stage(workspace, rows)
         workspace = Workspace(run, spec, data, judges, directory)
         if not arguments.no_retrain and "retrain" not in run.summary():
             retrain_stage(workspace)
+        run.report.unlink(missing_ok=True)  # a report is the last thing a finished run gets
         export_stage(workspace)
         report_stage(run)
-    except Damaged as error:
-        refuse(error)
-    except KeyboardInterrupt:
-        print(f"stopped; go on with: python -m tuner.search --run {run.path}", file=sys.stderr)
-        return 130
     return finish(run)
 
 
@@ -91,6 +99,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def default_run(spec: Path | None) -> Path:
+    """A new folder under `runs/`, named by the spec and the time."""
+    return Path("runs") / f"{(spec or DEFAULT_SPEC).stem}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
 def open_run(arguments: argparse.Namespace) -> "tuple[Run, Spec]":
     """The run directory and its spec. Raises ValueError where the directory belongs to another spec."""
     from tuner import spec as specs
@@ -105,29 +118,23 @@ def open_run(arguments: argparse.Namespace) -> "tuple[Run, Spec]":
     }
     overrides = [specs.parse_override(text) for text in arguments.set]
     overrides += [(key, value) for key, value in flags.items() if value is not None]
-    run = Run(arguments.run) if arguments.run else None
-    started = run is not None and run.spec.exists()
-    path = arguments.spec or (run.spec if run and started else SHIPPED_SPECS / "digits.yaml")
-    spec = specs.load(path, overrides)
-    if run is None:
-        run = Run(Path("runs") / f"{path.stem}-{datetime.now():%Y%m%d-%H%M%S}")
+    run = Run(arguments.run)
+    started = run.spec.exists()
+    spec = specs.load(arguments.spec or (run.spec if started else DEFAULT_SPEC), overrides)
     if started:
         differences = spec.differences(specs.load(run.spec))
         if differences:
             raise ValueError(f"{run.path}: belongs to another spec: {'; '.join(differences)}")
-    elif run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+    elif run.is_foreign():
         raise ValueError(f"{run.path}: exists and is not a run directory")
     return run, spec
 
 
 def begin(run: Run, spec: "Spec") -> None:
-    """Write what makes a folder a run. Raises ValueError where it can't be written."""
-    try:
-        if not run.spec.exists():
-            write_atomic(run.spec, spec.to_yaml())
-        run.update_summary(spec=spec.digest())
-    except OSError as error:
-        raise ValueError(f"{run.path}: {error.strerror}") from error
+    """Write what makes a folder a run."""
+    if not run.spec.exists():
+        write_atomic(run.spec, spec.to_yaml())
+    run.update_summary(spec=spec.digest())
 
 
 def status(path: Path) -> int:

@@ -6,6 +6,7 @@ PRUNED with its intermediate values, one that is not finite is FAIL at once, a f
 
 import math
 import warnings
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -14,10 +15,13 @@ from ray.tune.experiment import Trial as RayTrial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from tuner.exits import fatal
 from tuner.spec import Spec
 from tuner.study import BASELINE
 from tuner.vae.score import METRICS
 from tuner.vae.train import Stream, derive_seed
+
+FAILURES = {"diverged", "collapsed", "out of memory", "error"}  # outcomes that a trial reports of itself
 
 
 class StudySearcher(Searcher):
@@ -39,6 +43,7 @@ class StudySearcher(Searcher):
         """Trials still to be run: those cut off, and those never proposed."""
         return max(0, self.spec.budget.trials - len(self.study.get_trials(deepcopy=False)) + len(self.unfinished))
 
+    @fatal
     def suggest(self, trial_id: str) -> dict[str, Any]:
         """The next trial as Ray's config: its number and full parameters."""
         frozen = self.unfinished.pop(0) if self.unfinished else self._propose()
@@ -79,20 +84,22 @@ class StudySearcher(Searcher):
             scratch.enqueue_trial(fixed)
         return scratch.ask(fixed_distributions=self.spec.distributions).params
 
+    @fatal
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Write one evaluation: its scores, and the objective as the rung's intermediate value."""
         trial = self.live[trial_id]
         if "worker" not in trial.user_attrs:
             trial.set_user_attr("worker", f"{result['hostname']}:{result['pid']}")
-        if result["outcome"] == "diverged" or f"evaluation:{result['rung']}" in trial.user_attrs:
+        if "rung" not in result or f"evaluation:{result['rung']}" in trial.user_attrs:
             return
-        if len(self.spec.objective) == 1:
+        if len(self.spec.objective) == 1 and result["outcome"] not in FAILURES:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # a report repeated after a kill changes nothing
                 trial.report(result[self.spec.objective[0].metric], step=result["rung"])
         kept = ("epoch", "seconds_train", "seconds_score", "timestamp", *METRICS)
         trial.set_user_attr(f"evaluation:{result['rung']}", {key: result[key] for key in kept if key in result})
 
+    @fatal
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """End the trial in the study, with its reason."""
         if trial_id not in self.live:
@@ -100,9 +107,12 @@ class StudySearcher(Searcher):
         if result:
             self.on_trial_result(trial_id, result)
         trial = self.live.pop(trial_id)
-        if error or not result:
-            self._end(trial, TrialState.FAIL, "error in the worker")
-        elif result.get("outcome") == "diverged":
+        if error:
+            causes = trial.user_attrs.get("lost", ["unknown"])
+            self._end(trial, TrialState.FAIL, f"worker lost {len(causes)} times, the last time: {causes[-1]}")
+        elif not result:
+            self._end(trial, TrialState.FAIL, "never started")
+        elif result.get("outcome") in FAILURES:
             self._end(trial, TrialState.FAIL, result["reason"])
         elif result.get("outcome") == "complete":
             self._end(trial, TrialState.COMPLETE, "", [result[o.metric] for o in self.spec.objective])
@@ -140,6 +150,7 @@ class SuccessiveHalving(FIFOScheduler):
 
     def __init__(self, study: optuna.Study, spec: Spec):
         super().__init__()
+        self.study = study
         self.sign = spec.objective[0].sign
         self.objective = spec.objective[0].metric
         self.factor = spec.budget.reduction_factor
@@ -149,6 +160,7 @@ class SuccessiveHalving(FIFOScheduler):
             for rung, value in trial.intermediate_values.items():
                 self.rungs.setdefault(rung, {})[trial.number] = self.sign * value
 
+    @fatal
     def on_trial_result(self, tune_controller: Any, trial: RayTrial, result: dict[str, Any]) -> str:
         if result["done"]:
             return str(TrialScheduler.STOP)
@@ -158,3 +170,21 @@ class SuccessiveHalving(FIFOScheduler):
         better = sum(other < value for other in rung.values())
         weak = better >= math.ceil(len(rung) / self.factor)
         return str(TrialScheduler.STOP if self.active and weak and number != BASELINE else TrialScheduler.CONTINUE)
+
+    @fatal
+    def on_trial_error(self, tune_controller: Any, trial: RayTrial) -> None:
+        """Note in the study why a worker was lost, each time: Tune tells the rule, but not the searcher."""
+        text = Path(trial.error_file).read_text() if trial.error_file else ""
+        frozen = self.study.get_trials(deepcopy=False)[trial.config["trial"]]
+        causes = [*frozen.user_attrs.get("lost", []), cause_of(text)]
+        optuna.trial.Trial(self.study, frozen._trial_id).set_user_attr("lost", causes)
+
+
+def cause_of(error: str) -> str:
+    """Ray's account of a lost worker in a few words."""
+    if "OutOfMemory" in error or "running low on memory" in error:
+        return "out of memory"
+    if "node" in error.lower() and "died" in error.lower():
+        return "its node died"
+    lines = [line.strip() for line in error.splitlines() if line.strip()]
+    return lines[-1][:200] if lines else "unknown"

@@ -193,6 +193,13 @@ class RetrainSpec(_Frozen):
     )
 
 
+class Resources(_Frozen):
+    """What one trial takes of a node; Ray places trials by it."""
+
+    cpu: float = Field(1, gt=0, description="CPU cores a trial, a fraction allowed")
+    gpu: float = Field(0, ge=0, description="GPUs a trial, a fraction allowed")
+
+
 class Spec(_Frozen):
     """What is searched, on which data, for which objective, with which budget."""
 
@@ -205,6 +212,7 @@ class Spec(_Frozen):
     )
     budget: Budget = Budget()
     retrain: RetrainSpec = RetrainSpec()
+    resources: Resources = Resources()
     seed: int = Field(0, ge=0, lt=2**32)
 
     @model_validator(mode="after")
@@ -289,9 +297,9 @@ class Spec(_Frozen):
         }
 
     def differences(self, other: "Spec") -> list[str]:
-        """Keys whose values differ, as 'key: ours, theirs'; where the data lie and the time limit don't count."""
+        """Keys whose values differ, as 'key: ours, theirs'; places and the time limit don't count."""
         ours, theirs = _flatten(self.model_dump(mode="json")), _flatten(other.model_dump(mode="json"))
-        free = {"data.directory", "data.download", "budget.time_limit"}
+        free = {"data.directory", "data.download", "budget.time_limit", "resources.cpu", "resources.gpu"}
         return [
             f"{key}: {ours.get(key, 'unset')} here, {theirs.get(key, 'unset')} there"
             for key in sorted(ours.keys() | theirs.keys())

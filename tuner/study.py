@@ -8,8 +8,10 @@ from typing import Any
 import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal._file import LOCK_FILE_SUFFIX
 from optuna.trial import FrozenTrial, TrialState
 
+from tuner.run import Refused
 from tuner.spec import Spec
 from tuner.vae.score import METRICS, gap_closed
 
@@ -19,11 +21,13 @@ OUTCOME = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialSt
 
 
 def open_study(journal: Path, spec: Spec) -> optuna.Study:
-    """The study of a run, made on first use. Raises ValueError where the journal is damaged.
+    """The study of a run, made on first use. To be opened by the process that claimed the run.
 
-    A last line that a kill left unfinished is cut off: what it was to say is said again.
+    A last line that a kill left unfinished is cut off: what it was to say is said again. Raises Refused where
+    the journal is damaged.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    journal.with_name(f"{journal.name}{LOCK_FILE_SUFFIX}").unlink(missing_ok=True)  # a killed process's, not ours
     if journal.exists() and not journal.read_bytes().endswith(b"\n"):
         os.truncate(journal, journal.read_bytes().rfind(b"\n") + 1)
     try:
@@ -35,16 +39,16 @@ def open_study(journal: Path, spec: Spec) -> optuna.Study:
             sampler=optuna.samplers.RandomSampler(),  # never asked: the searcher samples on a copy
         )
     except (ValueError, KeyError, AssertionError) as error:
-        raise ValueError(f"{journal}: not readable as an Optuna journal: {error}") from error
+        raise Refused(f"{journal}: not readable as an Optuna journal: {error}") from error
 
 
 def read_study(journal: Path) -> optuna.Study:
-    """The study of a run to look at, also while it is being written; leaves the journal alone. Raises ValueError."""
+    """The study of a run to look at, also while it is being written; leaves the journal alone. Raises Refused."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
         return optuna.load_study(study_name=NAME, storage=JournalStorage(JournalFileBackend(str(journal))))
     except (ValueError, KeyError, AssertionError) as error:
-        raise ValueError(f"{journal}: not readable as an Optuna journal: {error}") from error
+        raise Refused(f"{journal}: not readable as an Optuna journal: {error}") from error
 
 
 def evaluations(trial: FrozenTrial) -> list[dict[str, float]]:

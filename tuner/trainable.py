@@ -4,11 +4,14 @@ import io
 import time
 from typing import Any
 
+import ray
 import torch
 from ray import tune
+from ray.actor import ActorHandle
 
 from tuner.run import Run
 from tuner.spec import Spec
+from tuner.study import BASELINE
 from tuner.vae.data import Data
 from tuner.vae.judge import Judge
 from tuner.vae.parameters import Parameters
@@ -16,11 +19,12 @@ from tuner.vae.prior import Prior
 from tuner.vae.score import Scorer
 from tuner.vae.sheet import sheets
 from tuner.vae.train import Diverged, State, train
-from tuner.workspace import Candidate
+from tuner.workspace import Candidate, load_tensors
 
 SEARCH_SAMPLES = 2_500  # of each kind per score: keeps scoring below 15 % of training on MNIST
 SEARCH_PRIOR_IMAGES = 5_000
 SHEET_IMAGES = 32
+NO_MEMORY = ("can't allocate memory", "not enough memory", "CUDA out of memory")  # how PyTorch's RuntimeErrors say it
 
 
 def search_scorer(spec: Spec, data: Data, judge: Judge) -> Scorer:
@@ -35,31 +39,70 @@ def search_scorer(spec: Spec, data: Data, judge: Judge) -> Scorer:
     )
 
 
+class CheckpointReader:
+    """Hands a run's checkpoints to workers, which may not see the run directory: an actor beside the driver."""
+
+    def __init__(self, run: Run):
+        self.run = run
+
+    def read(self, trial: int) -> bytes | None:
+        """A trial's checkpoint, None where it has none."""
+        path = self.run.checkpoint(trial)
+        return path.read_bytes() if path.exists() else None
+
+
 class TrialTrainable(tune.Trainable):
     """Trains to the next rung at each step and reports its scores, a sample sheet and a checkpoint.
 
     Actors are reused: data, judge and scorer are set up once, `reset_config` starts the next trial. A trial
-    whose checkpoint is there goes on from it and first repeats the checkpoint's report, so that a report
-    that was lost on its way is not missing.
+    that has a checkpoint goes on from it and first repeats the checkpoint's report, so that a report that was
+    lost on its way is not missing. What goes wrong in a trial is reported as its outcome, with the reason; Ray
+    sees an error only where the process itself dies.
     """
 
-    def setup(self, config: dict[str, Any], spec: Spec, run: Run, data: Data, judge: Judge) -> None:
+    def setup(self, config: dict[str, Any], spec: Spec, checkpoints: ActorHandle, data: Data, judge: Judge) -> None:
         torch.set_num_threads(1)  # Ray's workers are processes of their own
-        self.spec, self.run, self.images = spec, run, data.train.images
+        self.spec, self.checkpoints, self.images = spec, checkpoints, data.train.images
         self.scorer = search_scorer(spec, data, judge)
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self.number = new_config["trial"]
         self.parameters = Parameters.model_validate(new_config["parameters"])
+        self.started = False
+        return True
+
+    def step(self) -> dict[str, Any]:
+        try:
+            if not self.started:
+                self.started = True
+                repeated = self._start()
+                if repeated is not None:
+                    return repeated
+            return self._evaluate()
+        except Diverged as error:
+            return self._failed("diverged", str(error))
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            return self._failed("out of memory", _first_line(error))
+        except Exception as error:
+            if any(words in str(error) for words in NO_MEMORY):
+                return self._failed("out of memory", _first_line(error))
+            return self._failed("error", f"{type(error).__name__}: {_first_line(error)}")
+
+    def _start(self) -> dict[str, Any] | None:
+        """Begin the trial, at its checkpoint where it has one -> the checkpoint's report."""
         self.state = State.fresh(self.parameters, self.spec.seed, self.number)
         self.best: dict[str, Any] | None = None
-        self.repeat: dict[str, Any] | None = None
-        path = self.run.checkpoint(self.number)
-        if path.exists():
-            saved = torch.load(path, weights_only=True)
-            self.state.load_state_dict(saved["last"])
-            self.best, self.repeat = saved["best"], saved["report"]
+        report = None
+        content = ray.get(self.checkpoints.read.remote(self.number))
+        if content is not None:
+            try:
+                saved = load_tensors(content)
+                if saved["best"]["parameters"] == self.parameters.model_dump():
+                    self.state.load_state_dict(saved["last"])
+                    self.best, report = saved["best"], saved["report"]
+            except Exception:  # torch raises whatever the damage provokes; training again gives the same numbers
+                self.state = State.fresh(self.parameters, self.spec.seed, self.number)
         self.records = train(
             self.state,
             self.parameters,
@@ -69,20 +112,13 @@ class TrialTrainable(tune.Trainable):
             trial=self.number,
             total_epochs=self.spec.budget.max_epochs,
         )
-        return True
+        return report
 
-    def step(self) -> dict[str, Any]:
-        if self.repeat is not None:
-            repeated, self.repeat = self.repeat, None
-            return repeated
-        try:
-            record = next(self.records)
-            started = time.perf_counter()
-            prior = self.scorer.fit_prior(self.state.model, self.parameters)
-            scores = self.scorer(self.state.model, self.parameters, prior)
-        except Diverged as error:
-            missing = {objective.metric: float("nan") for objective in self.spec.objective}
-            return missing | {"outcome": "diverged", "reason": f"diverged: {error}", "done": True}
+    def _evaluate(self) -> dict[str, Any]:
+        record = next(self.records)
+        started = time.perf_counter()
+        prior = self.scorer.fit_prior(self.state.model, self.parameters)
+        scores = self.scorer(self.state.model, self.parameters, prior)
         rungs = self.spec.budget.rungs
         last = record.epoch == rungs[-1]
         report: dict[str, Any] = scores | {
@@ -96,11 +132,18 @@ class TrialTrainable(tune.Trainable):
             "outcome": "complete" if last else "running",
             "done": last,
         }
+        if report["rung"] == 1 and not scores["active_units"] and self.number != BASELINE:
+            return self._failed("collapsed", f"no active latent unit at epoch {record.epoch:g}", report)
         self._keep_best(report, prior)
         buffer = io.BytesIO()
         torch.save({"last": self.state.state_dict(), "best": self.best, "report": report}, buffer)
         pictures = sheets(self.state.model, prior, self.scorer.images[:SHEET_IMAGES])
         return report | {"checkpoint": buffer.getvalue(), "sheets": pictures}
+
+    def _failed(self, outcome: str, reason: str, report: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The last report of a trial that can't go on, with its scores if it has any."""
+        scores = report or {objective.metric: float("nan") for objective in self.spec.objective}  # Tune insists
+        return scores | {"trial": self.number, "outcome": outcome, "reason": f"{outcome}: {reason}", "done": True}
 
     def _keep_best(self, report: dict[str, Any], prior: Prior) -> None:
         objective = self.spec.objective[0]
@@ -108,3 +151,7 @@ class TrialTrainable(tune.Trainable):
         if self.best is None or value < self.best["value"]:
             candidate = Candidate(self.state.model, self.parameters, prior, report["epoch"])
             self.best = candidate.state_dict() | {"value": value}
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:200]

@@ -3,7 +3,8 @@
 import logging
 import os
 import secrets
-import time
+import signal
+import socket
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -13,41 +14,96 @@ from typing import Any
 import optuna
 import ray
 from ray import tune
+from ray._private import ray_constants
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from tuner.run import Run, write_atomic
+from tuner.exits import CutOff, fatal
+from tuner.promote import contenders
+from tuner.run import Refused, Run, write_atomic
 from tuner.searcher import StudySearcher, SuccessiveHalving
-from tuner.spec import Spec
-from tuner.study import open_study, table
+from tuner.spec import Resources, Spec
+from tuner.study import BASELINE, open_study, table
 from tuner.terminal import Progress, search_line, stage
-from tuner.trainable import TrialTrainable, search_scorer
+from tuner.trainable import CheckpointReader, TrialTrainable, search_scorer
 from tuner.vae.data import Data
 from tuner.vae.judge import Judge, train_judge
 from tuner.vae.train import Stream, derive_seed
 from tuner.views import TensorBoard
 from tuner.workspace import JUDGES, Workspace, keep_judges, load_judges
 
-LOOPBACK = "127.0.0.2"  # Ray replaces 127.0.0.1 by the address other machines see
+WORKER_RETRIES = 3  # how often a trial whose worker died goes on from its checkpoint
+CONNECT_SECONDS = 10
 
 
 @contextmanager
-def cluster(address: str | None, concurrency: int | None) -> Iterator[None]:
-    """Join the Ray cluster at `address` or RAY_ADDRESS, or start one on this machine's loopback."""
+def cluster(address: str | None, concurrency: int | None, wanted: Resources) -> Iterator[None]:
+    """Join the Ray cluster at `address` or RAY_ADDRESS, or start one that listens on this machine's loopback alone.
+
+    Raises Refused where no cluster answers, or where none of its nodes can ever hold a trial.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the older reporter honours verbose=0
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # the driver is the single writer
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Tune would return as if all was done
+    quiet = {"log_to_driver": False, "logging_level": logging.CRITICAL, "configure_logging": True}
     address = address or os.environ.get("RAY_ADDRESS")
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    # Without clusters allowed, as on a Mac, Ray takes 127.0.0.1 for its address and opens ports nowhere else.
+    ray_constants.ENABLE_RAY_CLUSTER = bool(address)
     if address:
+        _require_answer(address)
         ray.init(address=address, **quiet)
     else:
         # Ray asks for a token on a cluster it starts; without this one it would leave one in the home directory.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         cpus = max(os.cpu_count() or 1, concurrency or 0)
-        ray.init(num_cpus=cpus, include_dashboard=False, _node_ip_address=LOOPBACK, **quiet)
+        ray.init(num_cpus=cpus, include_dashboard=False, **quiet)
     try:
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own in place
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what goes wrong is told as the trial's reason
+        _require_room(wanted)
         yield
     finally:
         ray.shutdown()
+
+
+def _require_answer(address: str) -> None:
+    """Ray itself waits long for a cluster that isn't there."""
+    host, _, port = address.rpartition(":")
+    if address == "auto" or address == "local":
+        return
+    try:
+        socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+    except (OSError, ValueError) as error:
+        raise Refused(f"--address {address}: no Ray cluster answers there: {error}") from error
+
+
+def _require_room(wanted: Resources) -> None:
+    """Ray itself would wait for ever for a node that is large enough."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if not any(_slots(node["Resources"], wanted) for node in nodes):
+        there = "; ".join(
+            f"{node['NodeManagerAddress']} has {node['Resources'].get('CPU', 0):g} CPU and "
+            f"{node['Resources'].get('GPU', 0):g} GPU"
+            for node in nodes
+        )
+        raise Refused(
+            f"no node can hold a trial: resources asks for {wanted.cpu:g} CPU and {wanted.gpu:g} GPU; {there}"
+        )
+
+
+def _slots(node: dict[str, float], wanted: Resources) -> int:
+    """How many trials a node with these resources holds at once."""
+    slots = int(node.get("CPU", 0) / wanted.cpu)
+    return min(slots, int(node.get("GPU", 0) / wanted.gpu)) if wanted.gpu else slots
+
+
+def require_ray() -> None:
+    """Raises CutOff where a process of the cluster that this process started has died: Ray would take a minute."""
+    node = ray._private.worker._global_node
+    dead = {kind for kind, _ in node.dead_processes()} if node else set()
+    if dead & {"raylet", "gcs_server"}:
+        raise CutOff(f"Ray's {' and '.join(sorted(dead))} died")
 
 
 def judge_stage(run: Run, spec: Spec, data: Data) -> dict[str, Judge]:
@@ -59,6 +115,10 @@ def judge_stage(run: Run, spec: Spec, data: Data) -> dict[str, Judge]:
             train.remote(reference, derive_seed(spec.seed, Stream.JUDGE, index), width)
             for index, width in enumerate(JUDGES.values())
         ]
+        left = tasks
+        while left:
+            require_ray()
+            _, left = ray.wait(left, timeout=1)
         described = keep_judges(run, data, dict(zip(JUDGES, ray.get(tasks), strict=True)))
         progress.done(", ".join(f"{name} judge {judge['accuracy']:.1%} right" for name, judge in described.items()))
     return load_judges(run)
@@ -69,7 +129,11 @@ def search_stage(workspace: Workspace, concurrency: int | None) -> list[dict[str
     run, spec, judge = workspace.run, workspace.spec, workspace.judges["search"]
     study = open_study(run.journal, spec)
     floor = search_scorer(spec, workspace.data, judge).floor
-    trainable = tune.with_parameters(TrialTrainable, spec=spec, run=run, data=workspace.data, judge=judge)
+    require_whole(run, study)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    lasting = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)
+    reader = lasting(CheckpointReader).remote(run)
+    trainable = tune.with_parameters(TrialTrainable, spec=spec, checkpoints=reader, data=workspace.data, judge=judge)
     with stage(run, "search") as progress, closing(TensorBoard(run.tensorboard, spec)) as board:
         board.start_search()
         driver = Driver(run, spec, study, floor, progress, board)
@@ -81,6 +145,14 @@ def search_stage(workspace: Workspace, concurrency: int | None) -> list[dict[str
     return driver.rows
 
 
+def require_whole(run: Run, study: optuna.Study) -> None:
+    """Raises Refused where the journal knows less than trials.csv, which is written after it."""
+    finished = sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
+    listed = sum(row["state"] != "running" for row in run.read_trials())
+    if finished < listed:
+        raise Refused(f"{run.journal}: has {finished} finished trials where {run.trials.name} has {listed}")
+
+
 def run_trials(
     study: optuna.Study,
     spec: Spec,
@@ -89,14 +161,14 @@ def run_trials(
     concurrency: int | None,
     callbacks: list[tune.Callback],
 ) -> None:
-    """Ray Tune over what is left of a study. Raises KeyboardInterrupt where it was cut off; the journal stands."""
+    """Ray Tune over what is left of a study."""
     searcher = StudySearcher(study, spec)
     if not searcher.remaining:
         return
-    begun = time.monotonic()
-    at_once = concurrency or max(1, int(ray.cluster_resources().get("CPU", 1)))
+    wanted = spec.resources
+    at_once = concurrency or sum(_slots(node["Resources"], wanted) for node in ray.nodes() if node["Alive"])
     tune.Tuner(
-        tune.with_resources(trainable, {"cpu": 1}),
+        tune.with_resources(trainable, {"cpu": wanted.cpu, "gpu": wanted.gpu}),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
             scheduler=SuccessiveHalving(study, spec),
@@ -111,13 +183,11 @@ def run_trials(
             name="search",
             storage_path=str(storage),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the driver keeps them
+            failure_config=tune.FailureConfig(max_failures=WORKER_RETRIES),
             verbose=0,
             callbacks=callbacks,
         ),
     ).fit()
-    limit = spec.budget.time_limit
-    if searcher.live and not (limit and time.monotonic() - begun >= limit):
-        raise KeyboardInterrupt  # Tune takes Ctrl-C for itself and returns as if all was done
     searcher.close()
 
 
@@ -133,10 +203,12 @@ class Driver(tune.Callback):
         """Ray pickles callbacks for a restore of its own, which the journal replaces."""
         return tune.Callback, ()
 
+    @fatal
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.board.start_trial(trial.config["trial"], trial.config["parameters"])
         self.keep_table()
 
+    @fatal
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
@@ -145,6 +217,7 @@ class Driver(tune.Callback):
             write_atomic(self.run.checkpoint(result["trial"]), checkpoint)
             self.board.report_trial(result["trial"], result, sheets)
 
+    @fatal
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.keep_table()
         row = self.rows[trial.config["trial"]]
@@ -152,12 +225,18 @@ class Driver(tune.Callback):
 
     on_trial_error = on_trial_complete
 
+    @fatal
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        require_ray()
         self.progress.show(self.line())
 
     def keep_table(self) -> None:
         self.rows = table(self.study, self.spec, self.floor)
         self.run.write_trials(self.rows)
+        kept = {row["trial"] for row in contenders(self.rows, self.spec)} | {BASELINE}
+        for row in self.rows:
+            if row["state"] != "running" and row["trial"] not in kept:
+                self.run.checkpoint(row["trial"]).unlink(missing_ok=True)
 
     def line(self) -> str:
         return search_line(self.rows, self.spec.digest(), self.progress.seconds)

@@ -2,15 +2,19 @@
 
 import argparse
 import hashlib
+import io
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 from tuner import spec as specs
-from tuner.run import Run, write_atomic
+from tuner.exits import command, refuse, resumable
+from tuner.run import Refused, Run, write_atomic
 from tuner.spec import Spec
 from tuner.vae import data as datasets
 from tuner.vae.data import Data, Split, pixels
@@ -79,38 +83,33 @@ class Workspace:
         )
 
 
-class Damaged(ValueError):
-    """A file of a run can't be read; the text is one line that names it."""
-
-
-def refuse(error: ValueError) -> NoReturn:
-    """End the process with one line and status 2."""
-    print(f"error: {error}", file=sys.stderr)
-    raise SystemExit(2) from error
-
-
 def best_of(run: Run, trial: int) -> Candidate:
-    """The best evaluation of a trial, exactly as it was scored. Raises Damaged where the file is."""
-    return Candidate.from_state_dict(read_checkpoint(run.checkpoint(trial))["best"])
+    """The best evaluation of a trial, exactly as it was scored. Raises Refused where the file is damaged."""
+    path = run.checkpoint(trial)
+    with reading(path):
+        return Candidate.from_state_dict(load_tensors(path.read_bytes())["best"])
 
 
 def last_of(run: Run, trial: int) -> Candidate:
-    """Where a trial ended, with N(0, I) as its prior: what the baseline is. Raises Damaged as `best_of`."""
-    saved = read_checkpoint(run.checkpoint(trial))
-    parameters = saved["best"]["parameters"] | {"prior": "standard_normal"}
-    return Candidate.from_state_dict(
-        {
-            "parameters": parameters,
-            "model": saved["last"]["model"],
-            "prior": standard_normal(parameters["latent_dim"]).state_dict(),
-            "epoch": saved["report"]["epoch"],
-        }
-    )
+    """Where a trial ended, with N(0, I) as its prior: what the baseline is. Raises Refused as `best_of`."""
+    path = run.checkpoint(trial)
+    with reading(path):
+        saved = load_tensors(path.read_bytes())
+        parameters = saved["best"]["parameters"] | {"prior": "standard_normal"}
+        return Candidate.from_state_dict(
+            {
+                "parameters": parameters,
+                "model": saved["last"]["model"],
+                "prior": standard_normal(parameters["latent_dim"]).state_dict(),
+                "epoch": saved["report"]["epoch"],
+            }
+        )
 
 
 def retrained(run: Run) -> Candidate:
-    """What the retrain kept. Raises Damaged where the file is."""
-    return Candidate.from_state_dict(read_checkpoint(run.retrained))
+    """What the retrain kept. Raises Refused where the file is damaged."""
+    with reading(run.retrained):
+        return Candidate.from_state_dict(load_tensors(run.retrained.read_bytes()))
 
 
 def open_workspace(run: Run, data_directory: Path | None = None) -> Workspace:
@@ -123,25 +122,29 @@ def open_workspace(run: Run, data_directory: Path | None = None) -> Workspace:
     return Workspace(run, spec, data, load_judges(run), directory)
 
 
-def command_line(module: str, description: str, argv: list[str] | None) -> Workspace:
-    """The workspace a stage run alone is asked for: `python -m MODULE RUN [--data-dir DIR]`.
+def run_alone(module: str, description: str, work: Callable[[Workspace], object], argv: Sequence[str] | None) -> int:
+    """One stage as a command of its own: `python -m MODULE RUN [--data-dir DIR]` -> exit status.
 
     Ends the process with one line and status 2 where the run can't be worked on.
     """
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory of a search")
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="where MNIST lies or is downloaded to")
-    arguments = parser.parse_args(argv)
-    try:
-        run = Run(arguments.run)
-        workspace = open_workspace(run, arguments.data_dir)
-        if "best" not in run.summary():
-            raise ValueError(
-                f"{run.path}: its search has not ended; go on with python -m tuner.search --run {run.path}"
-            )
-    except ValueError as error:
-        refuse(error)
-    return workspace
+    given = sys.argv[1:] if argv is None else argv
+    arguments = parser.parse_args(given)
+    run = Run(arguments.run)
+    with resumable(command(module, given)):
+        try:
+            workspace = open_workspace(run, arguments.data_dir)
+            if "best" not in run.summary():
+                raise Refused(
+                    f"{run.path}: its search has not ended; go on with python -m tuner.search --run {run.path}"
+                )
+        except ValueError as error:
+            refuse(error)
+        with run.claimed():
+            work(workspace)
+    return 0
 
 
 def keep_judges(run: Run, data: Data, judges: dict[str, Judge]) -> dict[str, dict[str, Any]]:
@@ -163,10 +166,16 @@ def load_judges(run: Run) -> dict[str, Judge]:
     return {name: load_judge(run.judge(name), entry["sha256"]) for name, entry in described.items()}
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint's tensors, numbers and plain containers. Raises Damaged."""
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn whatever a damaged checkpoint provokes into Refused."""
     try:
-        saved: dict[str, Any] = torch.load(path, weights_only=True)
-    except Exception as error:  # torch raises whatever the damage provokes
-        raise Damaged(f"{path}: not readable as a checkpoint: {' '.join(str(error).split())[:200]}") from error
+        yield
+    except Exception as error:
+        raise Refused(f"{path}: not readable as a checkpoint: {' '.join(str(error).split())[:200]}") from error
+
+
+def load_tensors(content: bytes) -> dict[str, Any]:
+    """Tensors, numbers and plain containers from the bytes of a checkpoint; nothing in it is run."""
+    saved: dict[str, Any] = torch.load(io.BytesIO(content), weights_only=True)
     return saved
