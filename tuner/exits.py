@@ -63,6 +63,7 @@ def resumable(again: str) -> Iterator[None]:
     ends the process at once.
     """
     words = f"go on with: {again}"
+    threading.excepthook = _quiet_threads
     with _signals(f"stopped; {words}") as caught:
         try:
             try:
@@ -109,6 +110,12 @@ def _signals(words: str) -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _quiet_threads(thrown: threading.ExceptHookArgs) -> None:
+    """TensorBoard's writer thread meets the full disk too; the main thread is told by the next write."""
+    if not (isinstance(thrown.exc_value, OSError) and thrown.exc_value.errno in UNWRITABLE):
+        threading.__excepthook__(thrown)
 
 
 def _leave(line: str, status: int) -> NoReturn:
