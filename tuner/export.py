@@ -85,7 +85,7 @@ def export(workspace: Workspace) -> dict[str, Any]:
         "weights": sum(parameter.numel() for parameter in chosen.model.parameters()),
         "test": scores.get("retrained", scores["best"]),
         "lineage": {
-            "run": run.path.name,
+            "run": run.name,
             "trial": summary["best"]["trial"],
             "epoch": summary["best"]["epoch"],
             "retrain_epoch": chosen.epoch if "retrained" in candidates else None,

@@ -23,8 +23,10 @@ from optuna.trial import FrozenTrial, TrialState
 from plotly.offline import get_plotlyjs
 
 from tuner import spec as specs
+from tuner.exits import command, refuse, resumable
 from tuner.run import Run, write_atomic
 from tuner.spec import Spec
+from tuner.storage import opened
 from tuner.study import BASELINE, evaluations, read_study
 from tuner.terminal import duration, result_rows, stage
 from tuner.vae.prior import standard_normal
@@ -93,7 +95,7 @@ class Material:
 def report(run: Run) -> Path:
     """Write `report.html` from what the run's files hold now. Raises ValueError where there is no search yet."""
     if not run.spec.exists() or not run.journal.exists():
-        raise ValueError(f"{run.path}: no search to report on (no {run.spec.name} or {run.journal.name})")
+        raise ValueError(f"{run.shown}: no search to report on (no {run.spec.name} or {run.journal.name})")
     spec = specs.load(run.spec)
     study = read_study(run.journal)
     summary = run.summary()
@@ -105,7 +107,7 @@ def report(run: Run) -> Path:
     document = (
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        f"<title>{html.escape(run.path.name)}: VAE search</title><style>{STYLE}</style>"
+        f"<title>{html.escape(run.name)}: VAE search</title><style>{STYLE}</style>"
         f"<script>{get_plotlyjs()}</script></head><body>{''.join(page.parts)}</body></html>"
     )
     write_atomic(run.report, document)
@@ -115,9 +117,7 @@ def report(run: Run) -> Path:
 def headline(page: Page, material: Material) -> None:
     summary, counts = material.summary, Counter(row["state"] for row in material.rows)
     counted = ", ".join(f"{count} {state}" for state, count in counts.items())
-    page.parts.append(
-        f"<h1>{html.escape(material.run.path.name)}: the search for a VAE on {material.spec.data.name}</h1>"
-    )
+    page.parts.append(f"<h1>{html.escape(material.run.name)}: the search for a VAE on {material.spec.data.name}</h1>")
     if "best" not in summary:
         page.parts.append(
             f"<p class='big'>The search is under way: {counted} of {material.spec.budget.trials} trials.</p>"
@@ -404,19 +404,21 @@ def _text(value: Any) -> str:
 
 def report_stage(run: Run) -> None:
     with stage(run, "report") as progress:
-        progress.done(str(report(run)))
+        progress.done(run.name_of(report(run)))
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tuner.report", description="Write RUN/report.html from a run's files."
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="run directory, of a finished search or one under way")
-    try:
-        print(report(Run(parser.parse_args(argv).run)))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    parser.add_argument("run", metavar="RUN", help="run directory or URL, of a finished search or one under way")
+    given = sys.argv[1:] if argv is None else argv
+    arguments = parser.parse_args(given)
+    with resumable(command("tuner.report", given)), opened(arguments.run) as run:
+        try:
+            print(run.name_of(report(run)))
+        except ValueError as error:
+            refuse(error)
     return 0
 
 

@@ -43,8 +43,9 @@ class Refused(ValueError):
 class Run:
     """The files of one search. Nothing else in the package spells a path inside a run directory."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, shown: str | None = None):
         self.path = path
+        self.shown = shown or str(path)  # what the user calls it
         self.spec = path / "spec.yaml"
         self.journal = path / "study.journal"
         self.trials = path / "trials.csv"
@@ -59,6 +60,14 @@ class Run:
         self.report = path / "report.html"
         self.summary_file = path / "summary.json"
         self.lock = path / ".lock"
+
+    @property
+    def name(self) -> str:
+        return Path(self.shown).name
+
+    def name_of(self, path: Path) -> str:
+        """What the user calls a file of the run."""
+        return f"{self.shown}/{path.relative_to(self.path).as_posix()}"
 
     def is_foreign(self) -> bool:
         """Whether the path is taken by something that is no run."""
@@ -84,7 +93,7 @@ class Run:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise Refused(f"{self.path}: another process is working on this run") from error
+                raise Refused(f"{self.shown}: another process is working on this run") from error
             for directory in (self.path, self.judges, self.checkpoints, self.retrain):
                 for left in directory.glob(".*.tmp"):
                     if left.is_file() and not left.name.startswith(f".{self.report.name}"):  # written without the lock

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tuner.exits import command, refuse, resumable
-from tuner.run import Run, write_atomic
+from tuner.run import Refused, Run, write_atomic
+from tuner.storage import opened
 from tuner.terminal import console, final_words, status_words
 
 if TYPE_CHECKING:
@@ -28,12 +29,12 @@ def main(argv: list[str] | None = None) -> int:
     named: list[str] = []
     if arguments.run is None:
         arguments.run = default_run(arguments.spec)
-        named = ["--run", str(arguments.run)]
-    with resumable(command("tuner.search", given, *named)):
-        return job(arguments)
+        named = ["--run", arguments.run]
+    with resumable(command("tuner.search", given, *named)), opened(arguments.run) as run:
+        return job(run, arguments)
 
 
-def job(arguments: argparse.Namespace) -> int:
+def job(run: Run, arguments: argparse.Namespace) -> int:
     """All stages of a run, each skipped where it is done already -> exit status."""
     # Ray and torch take seconds to import: --help, --status and a mistyped flag don't wait for them.
     from tuner.export import export_stage
@@ -46,7 +47,7 @@ def job(arguments: argparse.Namespace) -> int:
     from tuner.workspace import Workspace, load_judges
 
     try:
-        run, spec = open_run(arguments)
+        spec = load_spec(run, arguments)
         tested = run.summary().get("test", {})
         if run.report.exists() and ("retrained" in tested or (tested and arguments.no_retrain)):
             return finish(run)
@@ -85,7 +86,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description="Search, promote, retrain and export a VAE; on a run that was cut off, go on with it.",
     )
     parser.add_argument("spec", nargs="?", type=Path, help="what to search (default: the embedded digits)")
-    parser.add_argument("--run", type=Path, metavar="DIR", help="run directory (default: runs/SPEC-TIME)")
+    parser.add_argument("--run", metavar="DIR", help="run directory or URL (default: runs/SPEC-TIME)")
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="where MNIST lies or is downloaded to")
     parser.add_argument("--trials", type=int, metavar="N", help="budget.trials")
     parser.add_argument("--max-epochs", type=float, metavar="N", help="budget.max_epochs")
@@ -94,18 +95,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--concurrency", type=int, metavar="N", help="trials at once (default: one a CPU)")
     parser.add_argument("--address", metavar="ADDR", help="join this Ray cluster (default: RAY_ADDRESS, or start one)")
     parser.add_argument("--no-retrain", action="store_true", help="export the best trial as the search left it")
-    parser.add_argument("--status", type=Path, metavar="RUN", help="show how a run stands, and do nothing else")
+    parser.add_argument("--status", metavar="RUN", help="show how a run stands, and do nothing else")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key of the spec, dotted")
     return parser.parse_args(argv)
 
 
-def default_run(spec: Path | None) -> Path:
+def default_run(spec: Path | None) -> str:
     """A new folder under `runs/`, named by the spec and the time."""
-    return Path("runs") / f"{(spec or DEFAULT_SPEC).stem}-{datetime.now():%Y%m%d-%H%M%S}"
+    return f"runs/{(spec or DEFAULT_SPEC).stem}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
-def open_run(arguments: argparse.Namespace) -> "tuple[Run, Spec]":
-    """The run directory and its spec. Raises ValueError where the directory belongs to another spec."""
+def load_spec(run: Run, arguments: argparse.Namespace) -> "Spec":
+    """The spec to work by. Raises ValueError where it is no good or the run belongs to another."""
     from tuner import spec as specs
 
     if arguments.concurrency is not None and arguments.concurrency < 1:
@@ -118,16 +119,15 @@ def open_run(arguments: argparse.Namespace) -> "tuple[Run, Spec]":
     }
     overrides = [specs.parse_override(text) for text in arguments.set]
     overrides += [(key, value) for key, value in flags.items() if value is not None]
-    run = Run(arguments.run)
     started = run.spec.exists()
     spec = specs.load(arguments.spec or (run.spec if started else DEFAULT_SPEC), overrides)
     if started:
         differences = spec.differences(specs.load(run.spec))
         if differences:
-            raise ValueError(f"{run.path}: belongs to another spec: {'; '.join(differences)}")
+            raise ValueError(f"{run.shown}: belongs to another spec: {'; '.join(differences)}")
     elif run.is_foreign():
-        raise ValueError(f"{run.path}: exists and is not a run directory")
-    return run, spec
+        raise ValueError(f"{run.shown}: exists and is not a run directory")
+    return spec
 
 
 def begin(run: Run, spec: "Spec") -> None:
@@ -137,19 +137,13 @@ def begin(run: Run, spec: "Spec") -> None:
     run.update_summary(spec=spec.digest())
 
 
-def status(path: Path) -> int:
+def status(place: str) -> int:
     """How a run stands, from its files alone."""
-    run = Run(path)
-    if not run.spec.exists():
-        print(f"error: {path}: not a run directory (no {run.spec.name})", file=sys.stderr)
-        return 2
-    try:
-        words = status_words(run)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    for part in words:
-        console(sys.stdout).print(part)
+    with resumable(command("tuner.search", ["--status", place])), opened(place) as run:
+        if not run.spec.exists():
+            raise Refused(f"{place}: not a run directory (no {run.spec.name})")
+        for part in status_words(run):
+            console(sys.stdout).print(part)
     return 0
 
 

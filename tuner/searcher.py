@@ -6,6 +6,7 @@ PRUNED with its intermediate values, one that is not finite is FAIL at once, a f
 
 import math
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,11 @@ class StudySearcher(Searcher):
     depends on the journal alone, so a search that was cut off goes on as if nothing had happened.
     """
 
-    def __init__(self, study: optuna.Study, spec: Spec):
+    def __init__(self, study: optuna.Study, spec: Spec, capacity: Callable[[], float] = lambda: math.inf):
         super().__init__(metric=[o.metric for o in spec.objective], mode=[o.direction[:3] for o in spec.objective])
         self.study = study
         self.spec = spec
+        self.capacity = capacity
         self.live: dict[str, optuna.trial.Trial] = {}  # by Ray's trial id
         self.unfinished = [trial for trial in study.get_trials(deepcopy=False) if trial.state == TrialState.RUNNING]
 
@@ -44,8 +46,10 @@ class StudySearcher(Searcher):
         return max(0, self.spec.budget.trials - len(self.study.get_trials(deepcopy=False)) + len(self.unfinished))
 
     @fatal
-    def suggest(self, trial_id: str) -> dict[str, Any]:
-        """The next trial as Ray's config: its number and full parameters."""
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        """The next trial as Ray's config, its number and full parameters; None while `capacity` is used up."""
+        if len(self.live) >= self.capacity():
+            return None
         frozen = self.unfinished.pop(0) if self.unfinished else self._propose()
         self.live[trial_id] = optuna.trial.Trial(self.study, frozen._trial_id)
         return {"trial": frozen.number, "parameters": frozen.user_attrs["parameters"]}
@@ -184,7 +188,7 @@ def cause_of(error: str) -> str:
     """Ray's account of a lost worker in a few words."""
     if "OutOfMemory" in error or "running low on memory" in error:
         return "out of memory"
-    if "node" in error.lower() and "died" in error.lower():
-        return "its node died"
+    if "ActorUnavailableError" in error or "ActorDiedError" in error or "is dead" in error or "unavailable" in error:
+        return "its process died"
     lines = [line.strip() for line in error.splitlines() if line.strip()]
     return lines[-1][:200] if lines else "unknown"

@@ -157,10 +157,10 @@ def final_words(run: Run) -> list[Table | str]:
     return [
         result_table(summary),
         f"winner   {', '.join(winner)}",
-        f"model    {run.export}: samples.png, model.json, encoder and decoder as .onnx and .pt2",
-        f"report   {run.report}",
-        f"trials   {run.trials}",
-        f"look     tensorboard --logdir {run.tensorboard}",
+        f"model    {run.name_of(run.export)}: samples.png, model.json, encoder and decoder as .onnx and .pt2",
+        f"report   {run.name_of(run.report)}",
+        f"trials   {run.name_of(run.trials)}",
+        f"look     tensorboard --logdir {run.name_of(run.tensorboard)}",
     ]
 
 

@@ -15,6 +15,8 @@ import optuna
 import ray
 from ray import tune
 from ray._private import ray_constants
+from ray.autoscaler import sdk as autoscaler
+from ray.autoscaler.v2.sdk import get_cluster_status
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tuner.exits import CutOff, fatal
@@ -33,6 +35,7 @@ from tuner.workspace import JUDGES, Workspace, keep_judges, load_judges
 
 WORKER_RETRIES = 3  # how often a trial whose worker died goes on from its checkpoint
 CONNECT_SECONDS = 10
+NO_AUTOSCALER = "0"  # the version of the autoscaler's state where there is none
 
 
 @contextmanager
@@ -57,7 +60,7 @@ def cluster(address: str | None, concurrency: int | None, wanted: Resources) -> 
         # Ray asks for a token on a cluster it starts; without this one it would leave one in the home directory.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         cpus = max(os.cpu_count() or 1, concurrency or 0)
-        ray.init(num_cpus=cpus, include_dashboard=False, **quiet)
+        ray.init("local", num_cpus=cpus, include_dashboard=False, **quiet)  # whatever else runs here
     try:
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own in place
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what goes wrong is told as the trial's reason
@@ -79,9 +82,10 @@ def _require_answer(address: str) -> None:
 
 
 def _require_room(wanted: Resources) -> None:
-    """Ray itself would wait for ever for a node that is large enough."""
+    """Ray itself would wait for ever for a node that is large enough; where nodes come by themselves, so do we."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    if not any(_slots(node["Resources"], wanted) for node in nodes):
+    version = get_cluster_status(ray.get_runtime_context().gcs_address).stats.autoscaler_version
+    if version == NO_AUTOSCALER and not any(_slots(node["Resources"], wanted) for node in nodes):
         there = "; ".join(
             f"{node['NodeManagerAddress']} has {node['Resources'].get('CPU', 0):g} CPU and "
             f"{node['Resources'].get('GPU', 0):g} GPU"
@@ -104,6 +108,10 @@ def require_ray() -> None:
     dead = {kind for kind, _ in node.dead_processes()} if node else set()
     if dead & {"raylet", "gcs_server"}:
         raise CutOff(f"Ray's {' and '.join(sorted(dead))} died")
+
+
+def _bundle(wanted: Resources) -> dict[str, float]:
+    return {"CPU": wanted.cpu} | ({"GPU": wanted.gpu} if wanted.gpu else {})
 
 
 def judge_stage(run: Run, spec: Spec, data: Data) -> dict[str, Judge]:
@@ -162,18 +170,24 @@ def run_trials(
     callbacks: list[tune.Callback],
 ) -> None:
     """Ray Tune over what is left of a study."""
-    searcher = StudySearcher(study, spec)
+    wanted = spec.resources
+
+    def capacity() -> float:
+        """Trials at once, as nodes come and go."""
+        there = sum(_slots(node["Resources"], wanted) for node in ray.nodes() if node["Alive"])
+        return min(there, concurrency or there)
+
+    searcher = StudySearcher(study, spec, capacity)
     if not searcher.remaining:
         return
-    wanted = spec.resources
-    at_once = concurrency or sum(_slots(node["Resources"], wanted) for node in ray.nodes() if node["Alive"])
+    autoscaler.request_resources(bundles=[_bundle(wanted)] * min(searcher.remaining, concurrency or searcher.remaining))
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(spec.budget.trials)  # the searcher holds back by itself
     tune.Tuner(
         tune.with_resources(trainable, {"cpu": wanted.cpu, "gpu": wanted.gpu}),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
             scheduler=SuccessiveHalving(study, spec),
             num_samples=searcher.remaining,
-            max_concurrent_trials=at_once,
             time_budget_s=spec.budget.time_limit,
             reuse_actors=True,
             trial_name_creator=lambda trial: f"{trial.config['trial']:04d}",
@@ -188,6 +202,7 @@ def run_trials(
             callbacks=callbacks,
         ),
     ).fit()
+    autoscaler.request_resources(bundles=[])
     searcher.close()
 
 

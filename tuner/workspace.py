@@ -16,6 +16,7 @@ from tuner import spec as specs
 from tuner.exits import command, refuse, resumable
 from tuner.run import Refused, Run, write_atomic
 from tuner.spec import Spec
+from tuner.storage import opened
 from tuner.vae import data as datasets
 from tuner.vae.data import Data, Split, pixels
 from tuner.vae.judge import Judge, load_judge, to_bytes
@@ -115,7 +116,7 @@ def retrained(run: Run) -> Candidate:
 def open_workspace(run: Run, data_directory: Path | None = None) -> Workspace:
     """Load what a finished search left. Raises ValueError, one line, where something is missing or damaged."""
     if not run.spec.exists():
-        raise ValueError(f"{run.path}: not a run directory (no {run.spec.name})")
+        raise ValueError(f"{run.shown}: not a run directory (no {run.spec.name})")
     spec = specs.load(run.spec)
     directory = data_directory or spec.data.directory
     data = datasets.load(spec.data.name, directory, spec.data.download)
@@ -128,17 +129,16 @@ def run_alone(module: str, description: str, work: Callable[[Workspace], object]
     Ends the process with one line and status 2 where the run can't be worked on.
     """
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
-    parser.add_argument("run", type=Path, metavar="RUN", help="run directory of a search")
+    parser.add_argument("run", metavar="RUN", help="run directory or URL of a search")
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="where MNIST lies or is downloaded to")
     given = sys.argv[1:] if argv is None else argv
     arguments = parser.parse_args(given)
-    run = Run(arguments.run)
-    with resumable(command(module, given)):
+    with resumable(command(module, given)), opened(arguments.run) as run:
         try:
             workspace = open_workspace(run, arguments.data_dir)
             if "best" not in run.summary():
                 raise Refused(
-                    f"{run.path}: its search has not ended; go on with python -m tuner.search --run {run.path}"
+                    f"{run.shown}: its search has not ended; go on with python -m tuner.search --run {run.shown}"
                 )
         except ValueError as error:
             refuse(error)

@@ -1,0 +1,84 @@
+"""Trials per minute on 1, 2, 4 and 8 workers, with a trial that sleeps instead of computing.
+
+    python benchmarks/scaling.py [--seconds 5] [--rounds 6]
+
+Ideal is one trial every `seconds` on each worker. Counted is the time while all workers were busy: from the end of
+the first trial on the last worker to join, to the end of the last trial that any worker began a trial after.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import optuna
+from ray import cloudpickle, tune
+
+from tuner.spec import Resources, Spec
+from tuner.study import open_study
+from tuner.trials import cluster, run_trials
+
+SPACE = {"learning_rate": {"type": "float", "low": 1e-4, "high": 1e-2, "log": True}}
+
+
+class Sleeper(tune.Trainable):
+    """One evaluation that takes its time and no core."""
+
+    def setup(self, config: dict[str, Any], seconds: float = 1.0) -> None:
+        self.seconds = seconds
+        self.reset_config(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self.value = new_config["parameters"]["learning_rate"]
+        return True
+
+    def step(self) -> dict[str, Any]:
+        time.sleep(self.seconds)
+        return {
+            "rung": 1,
+            "epoch": 1.0,
+            "outcome": "complete",
+            "done": True,
+            "seconds_train": self.seconds,
+            "seconds_score": 0.0,
+            "frechet_distance": self.value,
+            "frechet_distance_standard_normal": 1.0,
+        }
+
+
+def measure(workers: int, seconds: float, rounds: int) -> dict[str, float]:
+    budget = {"trials": workers * rounds, "max_epochs": 1, "grace_epochs": 1}
+    spec = Spec.model_validate({"space": SPACE, "budget": budget})
+    with tempfile.TemporaryDirectory() as folder, cluster(None, workers, Resources()):
+        study = open_study(Path(folder) / "study.journal", spec)
+        trainable = tune.with_parameters(Sleeper, seconds=seconds)
+        run_trials(study, spec, trainable, Path(folder) / "ray", workers, [])
+        trials = [trial for trial in study.trials if trial.state == optuna.trial.TrialState.COMPLETE]
+        first: dict[str, Any] = {}
+        for trial in sorted(trials, key=lambda trial: trial.datetime_complete):
+            first.setdefault(trial.user_attrs["worker"], trial.datetime_complete)
+    ended = sorted(trial.datetime_complete for trial in trials)
+    start, stop = max(first.values()), ended[-workers]
+    counted = sum(start < end <= stop for end in ended)
+    rate = 60 * counted / (stop - start).total_seconds()
+    ideal = 60 * workers / seconds
+    return {"workers": workers, "trials": len(trials), "per_minute": round(rate, 2), "share_of_ideal": rate / ideal}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=5.0, help="how long a trial sleeps")
+    parser.add_argument("--rounds", type=int, default=6, help="trials a worker")
+    arguments = parser.parse_args()
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    for workers in (1, 2, 4, 8):
+        result = measure(workers, arguments.seconds, arguments.rounds)
+        print(json.dumps(result))
+    print(f"ratio {result['share_of_ideal']:.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""A run that is kept in object storage: work goes on in a local folder, and a copy follows it.
+
+`--run s3://bucket/path`, or any other URL that pyarrow knows; credentials come from the environment.
+"""
+
+import io
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tuner.exits import CutOff
+from tuner.run import Refused, Run
+
+PUSH_SECONDS = 5  # between two looks at what has changed
+
+
+@contextmanager
+def opened(place: str) -> Iterator[Run]:
+    """The run at a path, or a local copy of the run at a URL that is pushed back while and after the body works.
+
+    Raises Refused where the URL can't be reached, CutOff where the last push fails: the local copy then stays.
+    """
+    if "://" not in place:
+        yield Run(Path(place))
+        return
+    local = Path(tempfile.mkdtemp(prefix="vae-tuner-")) / "run"
+    try:
+        mirror = Mirror(place, local)
+        mirror.pull()
+    except BaseException:
+        shutil.rmtree(local.parent)
+        raise
+    done = threading.Event()
+    pusher = threading.Thread(target=mirror.follow, args=(done,), daemon=True)
+    pusher.start()
+    try:
+        yield Run(local, shown=place)
+    finally:
+        done.set()
+        pusher.join()
+        try:
+            mirror.push()
+        except OSError as error:
+            raise CutOff(f"{place}: {_one_line(error)}; the whole run lies in {local}") from error
+        shutil.rmtree(local.parent)
+
+
+class Mirror:
+    """Copies a run to storage so that at every moment the copy is one to go on from.
+
+    What lists other files (trials.csv, summary.json) is read before and written after them.
+    """
+
+    def __init__(self, url: str, local: Path):
+        from pyarrow.fs import FileSystem  # not on the way of runs on a disk
+
+        self.url = url
+        self.run = Run(local)
+        try:
+            self.storage, self.root = FileSystem.from_uri(url)
+        except (ValueError, OSError) as error:
+            raise Refused(f"{url}: {_one_line(error)}") from error
+        self.known: dict[Path, tuple[int, int]] = {}
+
+    def pull(self) -> None:
+        """Fetch what is there. Raises Refused where the storage does not answer, or holds something else."""
+        from pyarrow.fs import FileSelector, FileType
+
+        self.run.path.mkdir(parents=True)
+        try:
+            files = self.storage.get_file_info(FileSelector(self.root, recursive=True, allow_not_found=True))
+            if files and self._remote(self.run.spec) not in {found.path for found in files}:
+                raise Refused(f"{self.url}: exists and is not a run directory")
+            if not files:
+                self.storage.create_dir(self.root, recursive=True)  # where nothing can be written, say so now
+            for found in files:
+                if found.type == FileType.File:
+                    path = self.run.path / Path(found.path).relative_to(self.root)
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    with self.storage.open_input_stream(found.path) as source, path.open("wb") as file:
+                        shutil.copyfileobj(source, file)
+                    self.known[path] = _signature(path)
+        except OSError as error:
+            raise Refused(f"{self.url}: {_one_line(error)}") from error
+
+    def follow(self, done: threading.Event) -> None:
+        """Push now and then until `done`; a push that fails is tried again."""
+        while not done.wait(PUSH_SECONDS):
+            try:
+                self.push()
+            except OSError:
+                continue
+
+    def push(self) -> None:
+        """Write what has changed since the last push, remove what is gone. Raises OSError."""
+        listing = (self.run.trials, self.run.summary_file)
+        lists = {path: (_signature(path), path.read_bytes()) for path in listing if path.exists()}
+        present = {path for path in self.run.path.rglob("*") if self._belongs(path)}
+        for path in sorted(present - set(listing), key=lambda path: (path != self.run.spec, path)):
+            try:
+                signature = _signature(path)
+                if self.known.get(path) != signature:
+                    self._write(path, path.read_bytes())
+                    self.known[path] = signature
+            except FileNotFoundError:  # replaced meanwhile: the next push has it
+                continue
+        for path, (signature, content) in lists.items():
+            if self.known.get(path) != signature:
+                self._write(path, content)
+                self.known[path] = signature
+        for path in self.known.keys() - present - set(listing):
+            self.storage.delete_file(self._remote(path))
+            del self.known[path]
+
+    def _belongs(self, path: Path) -> bool:
+        inside = path.relative_to(self.run.path)
+        hidden = any(part.startswith(".") for part in inside.parts)
+        return not hidden and self.run.ray not in path.parents and path.is_file()
+
+    def _remote(self, path: Path) -> str:
+        return f"{self.root}/{path.relative_to(self.run.path).as_posix()}"
+
+    def _write(self, path: Path, content: bytes) -> None:
+        remote = self._remote(path)
+        self.storage.create_dir(remote.rpartition("/")[0], recursive=True)
+        with self.storage.open_output_stream(remote) as stream:
+            shutil.copyfileobj(io.BytesIO(content), stream)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def _signature(path: Path) -> tuple[int, int]:
+    """Changes whenever the file does."""
+    status = path.stat()
+    return status.st_mtime_ns, status.st_size
