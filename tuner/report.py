@@ -100,7 +100,10 @@ def report(run: Run) -> Path:
     study = read_study(run.journal)
     summary = run.summary()
     rows = run.read_trials()
-    material = Material(run, spec, study, study.get_trials(deepcopy=False)[: len(rows)], rows, summary)
+    trials = study.get_trials(deepcopy=False)
+    if len(trials) < len(rows):
+        raise ValueError(f"{run.journal}: has {len(trials)} trials where {run.trials.name} has {len(rows)}")
+    material = Material(run, spec, study, trials[: len(rows)], rows, summary)
     page = Page()
     for section in SECTIONS:
         section(page, material)

@@ -128,7 +128,12 @@ class _Contest:
         return self.best | {"scores": self.scores}
 
     def restore(self, saved: dict[str, Any]) -> None:
-        self.best, self.scores = saved, saved["scores"]
+        """Raises whatever what is no such mapping provokes."""
+        Candidate.from_state_dict(saved)
+        scores = {name: float(value) for name, value in saved["scores"].items()}
+        if not {self.metric, "frechet_distance"} <= scores.keys():
+            raise KeyError(self.metric)
+        self.best, self.scores = saved, scores
 
 
 if __name__ == "__main__":

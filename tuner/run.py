@@ -4,12 +4,31 @@ import csv
 import fcntl
 import io
 import json
+import math
 import os
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+STATES = ("running", "complete", "pruned", "failed")
+TEXT_COLUMNS = {"state", "reason", "model", "likelihood", "schedule", "prior", "started", "ended"}  # of trials.csv
+# What summary.json holds, once the stage that writes it is done; "*" stands for all other keys.
+_SCORES = {"frechet_distance": float, "gap_closed": float, "*": float}
+_WINNER = {"latent_dim": float, "learning_rate": float, "kl_weight": float, "*": object}
+SUMMARY: dict[str, Any] = {
+    "spec": {"trials": int, "metric": str, "direction": str, "searched": [str]},
+    "judges": {"*": {"sha256": str, "accuracy": float, "width": int}},
+    "trials": {"complete": int, "pruned": int, "failed": int},
+    "floor": float,
+    "baseline": float,
+    "promotion": [{"trial": int, "epoch": float, "searched": float, "*": float}],
+    "best": {"trial": int, "epoch": float, "params": _WINNER, **_SCORES},
+    "retrain": {"epochs": int, "kept_epoch": float, "params": _WINNER, **_SCORES},
+    "test": {"baseline": _SCORES, "best": {"floor": float, **_SCORES}, "*": _SCORES},
+    "seconds": {"*": float},
+}
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -120,6 +139,10 @@ class Run:
             raise Refused(f"{self.summary_file}: not readable as JSON: {error}") from error
         if not isinstance(summary, dict):
             raise Refused(f"{self.summary_file}: expected a mapping")
+        for key in summary.keys() & SUMMARY.keys():
+            misfit = _misfit(summary[key], SUMMARY[key], key)
+            if misfit:
+                raise Refused(f"{self.summary_file}: damaged at {misfit}")
         return summary
 
     def update_summary(self, **parts: Any) -> dict[str, Any]:
@@ -142,20 +165,54 @@ class Run:
         write_atomic(self.trials, text.getvalue())
 
     def read_trials(self) -> list[dict[str, Any]]:
-        """The rows of trials.csv with numbers as numbers and empty cells left out; none before the search began."""
+        """The rows of trials.csv with numbers as numbers and empty cells left out; none before the search began.
+
+        Raises Refused where the file is damaged.
+        """
         if not self.trials.exists():
             return []
-        with self.trials.open(newline="") as file:
-            return [
-                {key: _number(value) for key, value in row.items() if value or key == "reason"}
-                for row in csv.DictReader(file)
-            ]
-
-
-def _number(text: str) -> Any:
-    for kind in (int, float):
         try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+            header, *lines = list(csv.reader(io.StringIO(self.trials.read_text()), strict=True)) or [[]]
+            return [_row(number, dict(zip(header, line, strict=True))) for number, line in enumerate(lines)]
+        except (OSError, ValueError, csv.Error) as error:
+            raise Refused(f"{self.trials}: damaged: {' '.join(str(error).split())}") from error
+
+
+def _row(number: int, cells: dict[str, str]) -> dict[str, Any]:
+    """A row of trials.csv. Raises ValueError where a cell can't be what its column says."""
+    there = {key: value for key, value in cells.items() if value or key == "reason"}
+    row = {key: value if key in TEXT_COLUMNS else _number(value) for key, value in there.items()}
+    if row.get("trial") != number or row.get("state") not in STATES or "reason" not in row:
+        raise ValueError(f"line {number + 2} is not that of trial {number}")
+    if "epochs_trained" not in row:
+        raise ValueError(f"line {number + 2} has no epochs")
+    return row
+
+
+def _number(text: str) -> int | float:
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
+def _misfit(value: Any, shape: Any, where: str) -> str:
+    """The place at which a value is not of its shape; nothing where it is."""
+    if isinstance(shape, list):
+        if not isinstance(value, list):
+            return where
+        found = (_misfit(item, shape[0], f"{where}.{index}") for index, item in enumerate(value))
+    elif isinstance(shape, dict):
+        if not isinstance(value, dict):
+            return where
+        missing = [key for key in shape.keys() - {"*"} if key not in value]
+        if missing:
+            return f"{where}.{min(missing)}"
+        others = shape.get("*", object)
+        found = (_misfit(item, shape.get(key, others), f"{where}.{key}") for key, item in value.items())
+    elif shape is float:
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return "" if number else where
+    else:
+        return "" if isinstance(value, shape) and not (shape is int and isinstance(value, bool)) else where
+    return next((misfit for misfit in found if misfit), "")

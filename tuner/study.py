@@ -17,6 +17,7 @@ from tuner.vae.score import METRICS, gap_closed
 
 BASELINE = 0  # the trial of the classic settings
 NAME = "search"
+NEEDED = ("epoch", "seconds_train", "seconds_score", "frechet_distance", "frechet_distance_standard_normal")
 OUTCOME = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
 
 
@@ -31,24 +32,46 @@ def open_study(journal: Path, spec: Spec) -> optuna.Study:
     if journal.exists() and not journal.read_bytes().endswith(b"\n"):
         os.truncate(journal, journal.read_bytes().rfind(b"\n") + 1)
     try:
-        return optuna.create_study(
+        study = optuna.create_study(
             storage=JournalStorage(JournalFileBackend(str(journal))),
             study_name=NAME,
             directions=[objective.direction for objective in spec.objective],
             load_if_exists=True,
             sampler=optuna.samplers.RandomSampler(),  # never asked: the searcher samples on a copy
         )
-    except (ValueError, KeyError, AssertionError) as error:
-        raise Refused(f"{journal}: not readable as an Optuna journal: {error}") from error
+        _check(study)
+        return study
+    except Exception as error:
+        raise _damaged(journal, error) from error
 
 
 def read_study(journal: Path) -> optuna.Study:
     """The study of a run to look at, also while it is being written; leaves the journal alone. Raises Refused."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
-        return optuna.load_study(study_name=NAME, storage=JournalStorage(JournalFileBackend(str(journal))))
-    except (ValueError, KeyError, AssertionError) as error:
-        raise Refused(f"{journal}: not readable as an Optuna journal: {error}") from error
+        study = optuna.load_study(study_name=NAME, storage=JournalStorage(JournalFileBackend(str(journal))))
+        _check(study)
+        return study
+    except Exception as error:
+        raise _damaged(journal, error) from error
+
+
+def _check(study: optuna.Study) -> None:
+    """Raises KeyError or TypeError where a trial says less than the searcher wrote."""
+    for trial in study.get_trials(deepcopy=False):
+        if not isinstance(trial.user_attrs["parameters"], dict):
+            raise TypeError(f"trial {trial.number} has no parameters")
+        for scores in evaluations(trial):
+            for key in (*NEEDED, *(scores.keys() & METRICS.keys())):
+                if not isinstance(scores[key], int | float):
+                    raise TypeError(f"trial {trial.number} has {key} {scores[key]!r}")
+
+
+def _damaged(journal: Path, error: Exception) -> Exception:
+    """Optuna raises whatever the damage provokes; a disk that can't be written is another matter."""
+    if isinstance(error, OSError) and not isinstance(error, IsADirectoryError):
+        return error
+    return Refused(f"{journal}: not readable as an Optuna journal: {' '.join(str(error).split())}")
 
 
 def evaluations(trial: FrozenTrial) -> list[dict[str, float]]:

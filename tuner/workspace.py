@@ -51,10 +51,15 @@ class Candidate:
 
     @classmethod
     def from_state_dict(cls, saved: dict[str, Any]) -> "Candidate":
+        """Raises whatever what is no such mapping provokes."""
         parameters = Parameters.model_validate(saved["parameters"])
         model = build(parameters, seed=0)
         model.load_state_dict(saved["model"])
-        return cls(model.eval(), parameters, Prior(**saved["prior"]), saved["epoch"])
+        prior, epoch = Prior(**saved["prior"]), saved["epoch"]
+        prior.place(torch.zeros(1, parameters.latent_dim), torch.zeros(1))
+        if not isinstance(epoch, int | float):
+            raise TypeError(f"epoch is {epoch!r}")
+        return cls(model.eval(), parameters, prior, epoch)
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,8 @@ def _mnist(directory: Path, train: bool, download: bool) -> Split:
             f"{'the download failed' if download else 'downloading is off'} ({_first_line(error)}); "
             "put the files there, or use the embedded data set: data.name=digits"
         ) from error
+    if len(data.targets) and int(data.targets.max()) > 9:
+        raise ValueError(f"{raw}: a label in {IDX_FILES[1 if train else 3]} is no digit: {int(data.targets.max())}")
     if len(data.data) != len(data.targets):
         raise ValueError(f"{raw}: {len(data.data):,} images but {len(data.targets):,} labels")
     return Split(data.data.unsqueeze(1), data.targets.long())
@@ -113,10 +115,13 @@ def _mnist(directory: Path, train: bool, download: bool) -> Split:
 
 def _check_idx(path: Path) -> None:
     """Raise ValueError unless the file is what its name and IDX header say (LeCun: magic, sizes, bytes)."""
-    size = path.stat().st_size
     axes = 3 if "idx3" in path.name else 1
-    with path.open("rb") as file:
-        head = file.read(4 + 4 * axes)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(4 + 4 * axes)
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
     sizes = np.frombuffer(head[4:], ">u4").tolist() if len(head) == 4 + 4 * axes else []
     if head[:4] != bytes((0, 0, 8, axes)) or (axes == 3 and sizes[1:] != [28, 28]):
         raise ValueError(

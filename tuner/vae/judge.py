@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from tuner.vae.data import Data, pixels
@@ -77,7 +78,10 @@ def load_judge(path: Path, sha256: str) -> Judge:
         raise ValueError(f"{path}: {error.strerror}") from error
     if hashlib.sha256(content).hexdigest() != sha256:
         raise ValueError(f"{path}: not the judge this run was scored with (its SHA-256 differs)")
-    weights = load_file(path)
-    judge = Judge(weights["trunk.0.weight"].shape[0])
-    judge.load_state_dict(weights)
+    try:
+        weights = load(content)
+        judge = Judge(weights["trunk.0.weight"].shape[0])
+        judge.load_state_dict(weights)
+    except (SafetensorError, KeyError, RuntimeError) as error:
+        raise ValueError(f"{path}: not readable as a judge: {' '.join(str(error).split())[:200]}") from error
     return judge.eval().requires_grad_(False)
