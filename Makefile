@@ -1,10 +1,11 @@
 # make search: install into .venv and run the main job on the embedded digits.
 # make test:   install into .venv and run the tests.
 # make check:  the whole gate, exactly as CI runs it.
+# make chaos:  30 small runs, each killed at random moments and taken up again; about half an hour.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install search test check lint types contracts constraints clean
+.PHONY: install search test check chaos lint types contracts constraints clean
 
 install: .venv/installed
 
@@ -20,6 +21,9 @@ test: install
 	$(BIN)/python -m pytest
 
 check: lint types contracts test
+
+chaos: install
+	$(BIN)/python tests/chaos/chaos.py --rounds 30 --seed 0
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,7 +1,13 @@
 """One small real run, finished once a session; and a Ray cluster for the tests of one module."""
 
 import os
+import re
 import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +17,7 @@ import torch
 
 from tuner.run import Run
 from tuner.search import main
+from tuner.spec import Resources
 from tuner.trials import cluster
 from tuner.workspace import Workspace, open_workspace
 
@@ -63,5 +70,38 @@ def ray_cluster() -> Iterator[str]:
     A test that needs `finished_run` too gets that first: pytest sets up the wider scope before.
     """
     assert not ray.is_initialized()
-    with cluster(None, 4):
+    with cluster(None, 4, Resources()):
         yield ray.get_runtime_context().gcs_address
+
+
+@pytest.fixture(scope="module")
+def other_cluster() -> Iterator[tuple[str, dict[str, str]]]:
+    """A cluster that someone else started on this machine: its address, and the environment it is found in.
+
+    It is no test's own: Ray replaces 127.0.0.1 in an address, so it listens on 127.0.0.2.
+    """
+    folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # the paths of its sockets must be short
+    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": folder}
+    flags = ["--node-ip-address=127.0.0.2", "--port=0", "--num-cpus=2", "--include-dashboard=false"]
+    arguments = [Path(sys.executable).with_name("ray"), "start", "--head", "--block", *flags, "--disable-usage-stats"]
+    node = subprocess.Popen(
+        arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    watchdog = threading.Timer(60, node.kill)  # ends the reading below
+    watchdog.start()
+    try:
+        assert node.stdout is not None
+        said = ""
+        while "will now block" not in said:
+            line = node.stdout.readline()
+            assert line, f"it did not start: {said}"
+            said += line
+        watchdog.cancel()
+        found = re.search(r"--address='(127\.0\.0\.2:\d+)'", said)
+        assert found, said
+        yield found[1], environment
+    finally:
+        watchdog.cancel()
+        os.killpg(node.pid, signal.SIGKILL)
+        node.wait()
+        shutil.rmtree(folder, ignore_errors=True)

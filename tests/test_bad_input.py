@@ -16,10 +16,10 @@ import tuner.retrain
 import tuner.search
 from tuner import spec as specs
 from tuner.run import Run
-from tuner.search import SHIPPED_SPECS
+from tuner.search import DEFAULT_SPEC
 from tuner.vae.data import IDX_FILES
 
-MNIST = SHIPPED_SPECS / "mnist.yaml"
+MNIST = DEFAULT_SPEC.parent / "mnist.yaml"
 OFFLINE = ("--set", "data.download=false")
 SEARCH = """
 data: {name: digits}

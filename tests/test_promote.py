@@ -44,7 +44,8 @@ def test_fresh_noise_gives_other_scores_than_the_search(summary):
 
 def test_at_most_five_are_scored_again_and_the_best_rank_wins(summary, searched):
     table = summary["promotion"]
-    assert len(table) == min(CANDIDATES, len(searched))
+    ended_well = [row for row in searched.values() if row["state"] != "failed"]
+    assert len(table) == min(CANDIDATES, len(ended_well)) >= 2
     assert len({entry["trial"] for entry in table}) == len(table)
     ranks = [entry["rank"] for entry in table]
     assert ranks == sorted(ranks)

@@ -1,13 +1,17 @@
 """The run directory: files are whole or not there, and the summary and the table keep what they are given."""
 
 import csv
+import os
 import re
+import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 
-from tuner.run import Run, write_atomic
+from tuner.run import Refused, Run, write_atomic
 
 
 @pytest.fixture
@@ -84,6 +88,95 @@ def test_two_writers_of_one_file_leave_one_of_their_contents(tmp_path):
         writer.join()
     assert path.read_bytes() in contents
     assert _names(tmp_path) == ["file.bin"]
+
+
+# One process at a time
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from tuner.run import Run
+with Run(Path(sys.argv[1])).claimed():
+    print("claimed", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_run_that_another_process_works_on_is_refused_until_that_process_is_gone_even_by_kill_9(run):
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(run.path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "claimed\n"
+        left = run.path / ".trials.csv.01234567.tmp"
+        left.write_text("being written")
+        with pytest.raises(Refused, match="run: another process is working on this run"), run.claimed():
+            pytest.fail("claimed twice")
+        assert left.exists(), "it belongs to the process that holds the run"
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.wait(timeout=30)
+    with run.claimed():
+        assert not left.exists()
+
+
+def test_a_claim_ends_with_its_block_whether_or_not_that_fails(run):
+    with run.claimed():
+        pass
+    with pytest.raises(KeyError), run.claimed():
+        raise KeyError
+    with run.claimed():
+        assert run.path.is_dir()
+
+
+def test_a_claim_removes_what_a_killed_process_left_half_written_and_nothing_else(run):
+    half = [
+        directory / f".{name}.01234567.tmp"
+        for directory, name in [
+            (run.path, "summary.json"),
+            (run.judges, "search.safetensors"),
+            (run.checkpoints, "0003.pt"),
+            (run.retrain, "checkpoint.pt"),
+        ]
+    ]
+    kept = [
+        run.path / ".report.html.01234567.tmp",  # a report is written without the lock
+        run.path / "notes.tmp",
+        run.path / ".hidden",
+        run.checkpoints / "0003.pt",
+    ]
+    for path in half + kept:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("content")
+    with run.claimed():
+        assert [path for path in half if path.exists()] == []
+        assert [path.read_text() for path in kept] == ["content"] * len(kept)
+
+
+def test_where_no_folder_can_be_made_a_claim_is_refused_with_the_reason(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for path in (tmp_path / "file", tmp_path / "file" / "deeper"):
+        with pytest.raises(Refused, match=re.escape(str(path))), Run(path).claimed():
+            pytest.fail("claimed a file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_folder_that_a_killed_command_had_only_just_made_is_no_foreign_one(run):
+    assert not run.is_foreign()
+    with run.claimed():
+        assert not run.is_foreign()
+    (run.path / ".spec.yaml.01234567.tmp").write_text("space:")
+    assert sorted(os.listdir(run.path)) == [".lock", ".spec.yaml.01234567.tmp"]
+    assert not run.is_foreign()
+
+
+def test_a_file_and_a_folder_with_something_else_in_it_are_foreign_but_not_a_run(run, tmp_path):
+    run.path.mkdir()
+    (run.path / "photo.png").write_text("mine")
+    assert run.is_foreign()
+    run.spec.write_text("space: {}")
+    assert not run.is_foreign()
+    (tmp_path / "file").write_text("mine")
+    assert Run(tmp_path / "file").is_foreign()
 
 
 # Summary
@@ -177,7 +270,7 @@ def test_a_table_read_again_has_its_numbers_and_leaves_empty_cells_out(run):
 
 
 def test_every_file_of_a_run_lies_inside_of_it(run):
-    paths = [value for name, value in vars(run).items() if name != "path"]
+    paths = [value for name, value in vars(run).items() if isinstance(value, Path) and name != "path"]
     paths += [run.checkpoint(7), run.judge("second")]
     assert all(run.path in path.parents for path in paths)
     assert len(set(paths)) == len(paths)

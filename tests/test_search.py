@@ -5,12 +5,16 @@ import io
 import json
 import math
 import os
+import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import uuid
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +23,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tuner.run import Run
-from tuner.search import main, open_run, parse
+from tuner.search import begin, main, open_run, parse
 from tuner.study import evaluations, open_study
 from tuner.trials import search_stage
 from tuner.vae import codec
@@ -67,8 +71,10 @@ def test_a_finished_run_holds_every_part(finished_run):
     assert not list(finished_run.path.rglob("*.tmp"))
 
 
-def test_one_checkpoint_is_kept_per_trial(finished_run):
-    assert sorted(path.name for path in finished_run.checkpoints.iterdir()) == [f"{n:04d}.pt" for n in range(5)]
+def test_one_checkpoint_is_kept_for_the_baseline_and_each_trial_that_was_promoted(finished_run, summary):
+    kept = {0} | {entry["trial"] for entry in summary["promotion"]}
+    assert len(kept) >= 2
+    assert sorted(path.name for path in finished_run.checkpoints.iterdir()) == [f"{n:04d}.pt" for n in sorted(kept)]
 
 
 def test_the_best_trial_lies_between_floor_and_baseline(summary):
@@ -123,7 +129,9 @@ def test_trials_csv_says_what_the_journal_says(finished_run, workspace):
 
 
 def test_tensorboard_has_scalars_and_pictures_of_each_trial(finished_run):
-    for row in table(finished_run):
+    scored = [row for row in table(finished_run) if row["state"] != "failed"]
+    assert len(scored) >= 2
+    for row in scored:
         (directory,) = finished_run.tensorboard.glob(f"{int(row['trial']):04d}*")
         events = EventAccumulator(str(directory), size_guidance={"images": 0, "scalars": 0}).Reload()
         tags = events.Tags()
@@ -154,7 +162,9 @@ def test_the_same_command_again_shows_the_result_and_touches_nothing(finished_ru
 
 def test_a_run_of_another_seed_is_refused(finished_run, small_flags, capsys):
     before = finished_run.summary_file.read_bytes()
-    assert main(["--run", str(finished_run.path), *small_flags, "--seed=1"]) == 2
+    with pytest.raises(SystemExit) as end:
+        main(["--run", str(finished_run.path), *small_flags, "--seed=1"])
+    assert end.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "seed" in line
     assert str(finished_run.path) in line
@@ -236,24 +246,51 @@ def ended_trials(run: Run) -> int:
 
 
 @pytest.mark.slow
-def test_a_killed_search_goes_on_and_ends_as_if_nothing_had_happened(one_at_a_time, finished_run, tmp_path):
+def test_a_search_that_was_stopped_and_killed_again_and_again_ends_as_if_nothing_had_happened(
+    one_at_a_time, finished_run, tmp_path
+):
     run, mark = Run(tmp_path / "run"), uuid.uuid4().hex
     again = command(run.path, *TINY, "--concurrency=1")
+    said = shlex.join(["python", *again[1:]])
     environment = os.environ | {"TUNER_TEST": mark}
-    driver = subprocess.Popen(again, env=environment, cwd=tmp_path, start_new_session=True, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 120
-        while not ended_trials(run):
-            assert driver.poll() is None, "it ended before it could be killed"
-            assert time.monotonic() < deadline, "no trial ended"
-            time.sleep(0.01)
-    finally:
-        os.killpg(driver.pid, signal.SIGKILL)
-        driver.wait()
-        for pid in processes_of(mark):
-            os.kill(pid, signal.SIGKILL)
-    assert 1 <= ended_trials(run) < 4
-    assert "best" not in run.summary()
+    ended = -1
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+        before = ended
+        driver = subprocess.Popen(
+            again, env=environment, cwd=tmp_path, start_new_session=True, stderr=subprocess.PIPE, text=True
+        )
+        try:
+            deadline = time.monotonic() + 120
+            while not run.trials.exists() or not table(run) or ended_trials(run) <= before:
+                assert driver.poll() is None, "it ended before it could be stopped"
+                assert time.monotonic() < deadline, "no trial ended"
+                time.sleep(0.01)
+            if number == signal.SIGINT:
+                os.kill(driver.pid, signal.SIGSTOP)
+                second = subprocess.run(again, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+                os.kill(driver.pid, signal.SIGCONT)
+                assert (second.returncode, second.stdout) == (2, "")
+                assert second.stderr == f"error: {run.path}: another process is working on this run\n"
+            assert driver.poll() is None, "it ended before it could be stopped"
+            os.kill(driver.pid, number)  # it alone: its workers are its own to end
+            _, err = driver.communicate(timeout=60)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(driver.pid, signal.SIGKILL)
+            driver.wait()
+            for pid in processes_of(mark):
+                os.kill(pid, signal.SIGKILL)
+        assert "Traceback" not in err
+        if number == signal.SIGKILL:
+            assert driver.returncode == -signal.SIGKILL
+        else:
+            assert driver.returncode == 128 + number
+            assert err.splitlines()[-1] == f"stopped; go on with: {said}"
+        ended = ended_trials(run)
+        assert before <= ended < 4
+        assert "best" not in run.summary()
+        assert not any(row["state"] == "failed" for row in table(run) if row["trial"] != "1")
+    assert ended >= 1
 
     result = subprocess.run(again, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert result.returncode == 0, result.stderr
@@ -267,8 +304,46 @@ def test_a_killed_search_goes_on_and_ends_as_if_nothing_had_happened(one_at_a_ti
 
 
 @pytest.mark.slow
-def test_a_plain_autoencoder_goes_all_the_way_on_a_cluster_that_runs_already(ray_cluster, tmp_path):
-    path = tmp_path / "run"
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system of its own: needs root")
+def test_a_full_disk_ends_a_search_in_one_line_and_with_more_room_the_same_command_ends_well(finished_run, tmp_path):
+    flags = ["--trials=2", "--max-epochs=1", "--set=budget.grace_epochs=1", "--no-retrain", "--concurrency=1"]
+    begun, spec = open_run(parse(["--run", str(tmp_path / "begun"), *flags]))
+    begin(begun, spec)  # with judges, so that the disk is full when the first checkpoint comes
+    begun.update_summary(judges=finished_run.summary()["judges"])
+    shutil.copytree(finished_run.judges, begun.judges)
+    (tmp_path / "small").mkdir()
+    again = shlex.join(command(Path("small/run"), *flags))
+    script = f"""
+        mount -t tmpfs -o size=4m none small || exit 77
+        cp -r begun small/run
+        {again} 2> full.txt
+        echo $? > full.status
+        mount -o remount,size=400m small
+        {again} 2> room.txt
+        echo $? > room.status
+        cp -r small/run ended
+    """
+    done = subprocess.run(
+        ["unshare", "-m", "bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=200
+    )
+    if done.returncode == 77 or not (tmp_path / "full.status").exists():
+        pytest.skip(f"may not mount: {done.stderr.strip()}")
+    said = (tmp_path / "full.txt").read_text()
+    assert (tmp_path / "full.status").read_text() == "1\n", said
+    (line,) = (line for line in said.splitlines() if not line.startswith("search "))  # its progress
+    assert line.startswith("error: small/run/checkpoints/")
+    assert "No space left on device" in line
+    assert line.endswith(f"go on with: {again.replace(sys.executable, 'python', 1)}")
+    assert (tmp_path / "room.status").read_text() == "0\n", (tmp_path / "room.txt").read_text()
+    ended = Run(tmp_path / "ended")
+    assert [row["state"] for row in table(ended)] == ["complete"] * 2
+    assert ended.report.exists()
+    assert not list(ended.path.rglob("*.tmp"))
+
+
+@pytest.mark.slow
+def test_a_plain_autoencoder_goes_all_the_way_on_a_cluster_that_runs_already(other_cluster, tmp_path):
+    path, (address, environment) = tmp_path / "run", other_cluster
     flags = [
         "--trials=2",
         "--max-epochs=2",
@@ -276,9 +351,11 @@ def test_a_plain_autoencoder_goes_all_the_way_on_a_cluster_that_runs_already(ray
         "--set=fixed.model=autoencoder",
         "--set=try_first=[{latent_dim: 16, learning_rate: 0.003}]",
         "--no-retrain",
-        f"--address={ray_cluster}",
+        f"--address={address}",
     ]
-    result = subprocess.run(command(path, *flags), cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    result = subprocess.run(
+        command(path, *flags), env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200
+    )
     assert result.returncode == 0, result.stderr
     rows = table(Run(path))
     assert [row["model"] for row in rows] == ["vae", "autoencoder"]  # the baseline stays the classic VAE
@@ -292,6 +369,25 @@ def test_a_plain_autoencoder_goes_all_the_way_on_a_cluster_that_runs_already(ray
     assert not autoencoder.model.variational
     assert autoencoder.sample(3).shape == (3, 1, 28, 28)
     assert json.loads((Run(path).export / "model.json").read_text())["parameters"]["model"] == "autoencoder"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("own", [True, False], ids=["on a cluster of its own", "on the one it is sent to"])
+def test_a_trial_that_no_node_can_hold_is_refused_with_what_is_asked_and_what_there_is(other_cluster, tmp_path, own):
+    """Also: a search that is sent nowhere starts a cluster of its own beside one that runs already."""
+    address, environment = other_cluster
+    flags = ["--set=resources={cpu: 0.5, gpu: 100}", "--concurrency=3"] if own else ["--set=resources.cpu=1000"]
+    flags += [] if own else [f"--address={address}"]
+    result = subprocess.run(
+        command(tmp_path / "run", *flags), env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert (result.returncode, result.stdout) == (2, ""), result.stderr
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert ("0.5 CPU and 100 GPU" if own else "1000 CPU and 0 GPU") in line
+    there = re.search(r"(127\.0\.0\.\d) has (\d+) CPU and \d+ GPU", line)
+    assert there, line
+    assert (there[1], int(there[2])) == ("127.0.0.1", max(3, os.cpu_count() or 1)) if own else ("127.0.0.2", 2)
 
 
 @pytest.mark.slow

@@ -3,10 +3,13 @@
 Trials are fakes whose objective is known in closed form; Ray, Optuna and the journal are real.
 """
 
+import errno
 import math
+import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +20,11 @@ from optuna.trial import TrialState
 from ray import cloudpickle, tune
 from ray.tune.experiment import Trial as RayTrial
 
-from tuner.searcher import StudySearcher, SuccessiveHalving
+from tuner.exits import Fatal, fatal
+from tuner.searcher import StudySearcher, SuccessiveHalving, cause_of
 from tuner.spec import Spec
 from tuner.study import BASELINE, open_study, table
-from tuner.trials import run_trials
+from tuner.trials import WORKER_RETRIES, run_trials
 from tuner.vae.parameters import CLASSIC
 
 SPACE = {
@@ -114,13 +118,21 @@ class Bowl(Fake):
 
 
 class Planned(Fake):
-    """Trial n reports plan[n] rung by rung; NaN stands for a diverged loss, None for an exception."""
+    """Trial n reports plan[n] rung by rung; NaN stands for a diverged loss, None for a worker that is killed.
+
+    The trial `dies_once` loses its worker at its second rung, and starts again from its first.
+    """
 
     def step(self) -> dict[str, Any]:
         value = self.options["plan"][self.number][self.rung]
         self.rung += 1
+        if self.number == self.options.get("dies_once") and self.rung == 2:
+            died = self.options["folder"] / "died"
+            if not died.exists():
+                died.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
         if value is None:
-            raise RuntimeError("by plan")
+            os.kill(os.getpid(), signal.SIGKILL)
         if math.isnan(value):
             return {"frechet_distance": value, "outcome": "diverged", "reason": "diverged: by plan", "done": True}
         return evaluation(value, self.rung, last=self.rung == 3) | {"rate": 4 - value + (value == 2)}
@@ -339,7 +351,7 @@ PLAN: dict[int, list[float | None]] = {  # factor 2: stopped when as many are be
     3: [NAN],
     4: [3, NAN],
     5: [None],
-    6: [5.5],  # 3 of 5 better: the diverged trial 3 and the broken trial 5 don't count
+    6: [5.5],  # 3 of 5 better: the diverged trial 3 and the lost trial 5 don't count
     7: [2, 2, 2],
 }
 
@@ -349,9 +361,8 @@ def planned(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> tuple
     """The plan through the real wiring, one trial at a time; read back from the journal."""
     directory, recorder = tmp_path_factory.mktemp("planned"), Recorder()
     spec = spec_with(budget=THREE_RUNGS)
-    run_trials(
-        study_in(directory, spec), spec, tune.with_parameters(Planned, plan=PLAN), directory / "ray", 1, [recorder]
-    )
+    trainable = tune.with_parameters(Planned, plan=PLAN, dies_once=7, folder=directory)
+    run_trials(study_in(directory, spec), spec, trainable, directory / "ray", 1, [recorder])
     return study_in(directory, spec), spec, recorder
 
 
@@ -377,15 +388,51 @@ def test_a_stopped_trial_is_pruned_with_its_intermediate_values(planned):
 
 def test_a_diverged_trial_fails_at_once_with_its_reason_and_parameters(planned):
     study, _, recorder = planned
-    at_start, later, broken = study.trials[3:6]
+    at_start, later, lost = study.trials[3:6]
     assert at_start.intermediate_values == {}
     assert later.intermediate_values == {1: 3}
     assert at_start.user_attrs["reason"] == later.user_attrs["reason"] == "diverged: by plan"
-    assert broken.user_attrs["reason"]
-    for trial in (at_start, later, broken):
+    for trial in (at_start, later, lost):
         assert trial.params.keys() == SPACE.keys()
         assert trial.user_attrs["parameters"] == CLASSIC.model_dump() | trial.params
     assert [recorder.results.count(number) for number in (3, 4, 5)] == [1, 2, 0]
+
+
+def test_a_trial_whose_worker_was_killed_once_ends_like_any_other_and_the_cause_is_noted(planned):
+    trial = planned[0].trials[7]
+    assert trial.state == TrialState.COMPLETE
+    assert trial.user_attrs["reason"] == ""
+    (cause,) = trial.user_attrs["lost"]
+    assert cause not in ("", "unknown", "out of memory", "its node died")
+    assert all("lost" not in other.user_attrs for other in planned[0].trials if other.number not in (5, 7))
+
+
+def test_a_trial_that_always_loses_its_worker_fails_after_the_retries_with_their_count_and_the_last_cause(planned):
+    trial = planned[0].trials[5]
+    assert len(trial.user_attrs["lost"]) == 1 + WORKER_RETRIES
+    reason = trial.user_attrs["reason"]
+    assert reason.startswith(f"worker lost {1 + WORKER_RETRIES} times")
+    assert reason.endswith(trial.user_attrs["lost"][-1])
+    assert len(reason.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        ("Traceback (most recent call last):\n  File x\nValueError: by plan\n\n", "ValueError: by plan"),
+        (
+            "ray.exceptions.OutOfMemoryError: Task was killed due to the node running low on memory.\n...",
+            "out of memory",
+        ),
+        ("The actor died because its node has died. Node Id: 07\n\tthe actor's node was preempted", "its node died"),
+        ("x" * 1_000, "x" * 200),
+        ("\n \n", "unknown"),
+        ("", "unknown"),
+    ],
+    ids=["exception", "memory", "node", "long", "blank", "empty"],
+)
+def test_rays_account_of_a_lost_worker_becomes_a_few_words(error, cause):
+    assert cause_of(error) == cause
 
 
 def test_table_and_ray_agree_with_the_journal_on_every_trial(planned):
@@ -423,26 +470,39 @@ def test_a_time_limit_ends_the_search_and_leaves_no_trial_running(ray_cluster, t
     assert {trial.user_attrs["reason"] for trial in trials if trial.state == TrialState.PRUNED} == {"time limit"}
 
 
-class Interrupt(tune.Callback):
-    """Ctrl-C at the third result."""
+class Ending(tune.Callback):
+    """What ends the driver at the third result."""
 
-    seen = 0
+    def __init__(self, end: Callable[[], None]) -> None:
+        self.end, self.seen = end, 0
 
+    @fatal
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
         self.seen += 1
         if self.seen == 3:
-            signal.raise_signal(signal.SIGINT)
+            self.end()
 
 
-def test_an_interrupt_ends_the_job_and_leaves_what_it_cut_off_to_be_continued(ray_cluster, tmp_path):
+def interrupt() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+def fail() -> None:
+    raise OSError(errno.ENOSPC, "full", "some file")
+
+
+def test_what_ends_the_driver_fails_no_trial_and_leaves_what_it_cut_off_to_be_continued(ray_cluster, tmp_path):
     spec = spec_with(budget=ONE_RUNG | {"trials": 8})
-    study = study_in(tmp_path, spec)
     trainable = tune.with_parameters(Bowl, pause=0.1)
-    with pytest.raises(KeyboardInterrupt):
-        run_trials(study, spec, trainable, tmp_path / "ray", 2, [Interrupt()])
-    states = [trial.state for trial in study_in(tmp_path, spec).trials]
-    assert set(states) <= {TrialState.COMPLETE, TrialState.RUNNING}
-    assert 2 <= states.count(TrialState.COMPLETE) < 8
+    ended = 0  # each end leaves its worker alive, as long as the cluster is: one at a time leaves room for the rest
+    for end, raised in ((interrupt, KeyboardInterrupt), (fail, Fatal)):
+        with pytest.raises(raised) as caught:
+            run_trials(study_in(tmp_path, spec), spec, trainable, tmp_path / "ray", 1, [Ending(end)])
+        assert raised is not Fatal or caught.value.__cause__.filename == "some file"
+        states = [trial.state for trial in study_in(tmp_path, spec).trials]
+        assert set(states) <= {TrialState.COMPLETE, TrialState.RUNNING}
+        assert ended + 2 <= states.count(TrialState.COMPLETE) < 8
+        ended = states.count(TrialState.COMPLETE)
     again = study_in(tmp_path, spec)
     run_trials(again, spec, trainable, tmp_path / "ray", 2, [])
     assert [trial.state for trial in again.trials] == [TrialState.COMPLETE] * 8

@@ -18,12 +18,12 @@ from optuna.samplers import RandomSampler
 from pydantic import ValidationError
 
 from tuner import spec as specs
-from tuner.search import SHIPPED_SPECS
+from tuner.search import DEFAULT_SPEC
 from tuner.spec import Objective, Spec
 from tuner.vae.parameters import CLASSIC, Parameters
 from tuner.vae.score import METRICS
 
-SHIPPED = sorted(SHIPPED_SPECS.glob("*.yaml"))
+SHIPPED = sorted(DEFAULT_SPEC.parent.glob("*.yaml"))
 SEARCH = """
 data: {name: digits}
 space:
@@ -500,7 +500,7 @@ def test_the_schema_knows_and_describes_every_parameter(editor):
 def test_the_shipped_schema_is_what_the_command_prints():
     command = [sys.executable, "-m", "tuner.spec", "--schema"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout == (SHIPPED_SPECS / "schema.json").read_text()
+    assert done.stdout == (DEFAULT_SPEC.parent / "schema.json").read_text()
     assert done.stderr == ""
 
 

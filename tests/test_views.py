@@ -12,7 +12,9 @@ from tensorboard.plugins import base_plugin
 from tensorboard.plugins.hparams import api_pb2, backend_context, get_experiment, list_session_groups
 
 from tuner import spec as specs
+from tuner.promote import CANDIDATES
 from tuner.run import Run
+from tuner.study import BASELINE
 from tuner.views import OUTCOME_TAG, OUTCOMES, TensorBoard
 
 TRIALS = 12
@@ -95,6 +97,17 @@ def test_hparams_outcomes_are_those_of_the_study(search_with_a_diverging_trial):
     assert Board(run.tensorboard).outcomes() == final
     assert final[1] == "failed"
     assert {"complete", "pruned", "failed"} == set(final.values())
+
+
+@pytest.mark.slow
+def test_of_more_trials_than_are_promoted_the_checkpoints_of_these_and_the_baseline_are_kept(
+    search_with_a_diverging_trial,
+):
+    run, _ = search_with_a_diverging_trial
+    promoted = [entry["trial"] for entry in run.summary()["promotion"]]
+    assert len(promoted) == CANDIDATES < TRIALS - 2
+    kept = sorted({BASELINE, *promoted})
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == [f"{number:04d}.pt" for number in kept]
 
 
 @pytest.mark.slow

@@ -1,0 +1,588 @@
+"""Kills a small digits run at random moments, runs the same command again until it ends, and compares.
+
+`python tests/chaos/chaos.py --rounds 30 --seed 0 [--out FILE]`; `make chaos` does that. A round starts the real
+command, kills -9 a random process of it (driver, worker, raylet, gcs_server) at a random moment of a random stage,
+starts the command again, now and then kills again, and ends with an attempt that nothing disturbs. The result is
+held against a run that was never disturbed, and against every round before.
+
+What can be compared: a proposal depends on the trial's number alone while TPE is in its random start-up (ten
+trials), so parameters are equal, and so is every score of an evaluation, to the last bit. Which trials stop
+at a rung depends on the order in which they reach it. So evaluations are compared by (trial, rung), promotion entries
+by (trial, epoch), and retrain, test and export among the runs that promoted the same evaluation.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from optuna.trial import FrozenTrial, TrialState
+
+from tuner import spec as specs
+from tuner.promote import contenders
+from tuner.run import Run
+from tuner.study import BASELINE, evaluations, read_study, table
+from tuner.vae import codec
+from tuner.vae.data import load_test
+from tuner.vae.score import METRICS
+from tuner.workspace import load_tensors
+
+ROOT = Path(__file__).parents[2]
+STAGES = ("judge", "search", "promote", "retrain", "export")
+VICTIMS = ("driver", "worker", "raylet", "gcs_server")
+TRIALS = 6
+FLAGS = (
+    f"--trials={TRIALS}",
+    "--concurrency=2",
+    "--max-epochs=2",
+    "--set=budget.grace_epochs=1",
+    "--set=budget.reduction_factor=2",
+    "--set=space.learning_rate.low=0.0015",  # lower or higher, two epochs collapse nearly all trials
+    "--set=space.learning_rate.high=0.004",
+    "--set=space.kl_weight.high=0.1",
+    "--set=retrain.epochs=2",
+    "--set=retrain.prior_components=[5]",
+)
+AGAIN = 1 / 3  # how often the attempt after a kill is disturbed as well
+HANG_SECONDS = 420  # an attempt that takes longer hangs
+LEFT_SECONDS = 20  # what the other processes of a command may take to go after it
+POLL_SECONDS = 0.02
+TIMES = {"seconds_train", "seconds_score", "timestamp"}
+
+
+class Attempt:
+    """One start of the command, in a session of its own; every process of it carries a mark."""
+
+    def __init__(self, run: Run, name: str):
+        self.run, self.mark = run, f"TUNER_CHAOS={uuid.uuid4().hex}"
+        self.log = run.path.with_name(f"{run.path.name}-{name}.log")
+        key, value = self.mark.split("=")
+        environment = {name: text for name, text in os.environ.items() if name != "RAY_ADDRESS"} | {key: value}
+        with self.log.open("wb") as log:
+            self.driver = subprocess.Popen(
+                [sys.executable, "-m", "tuner.search", "--run", str(run.path), *FLAGS],
+                cwd=ROOT,
+                env=environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self.started = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    def processes(self) -> dict[int, str]:
+        """Those alive that carry the mark: their ids and what they are called."""
+        found = {}
+        for entry in Path("/proc").iterdir():
+            try:
+                if entry.name.isdigit() and self.mark.encode() in (entry / "environ").read_bytes():
+                    found[int(entry.name)] = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")[0]
+            except OSError:  # gone meanwhile, or not ours
+                continue
+        return found
+
+    def victims(self) -> dict[str, dict[int, str]]:
+        """The processes that may be killed, by kind."""
+        kinds: dict[str, dict[int, str]] = {}
+        for pid, title in self.processes().items():
+            name = Path(title).name
+            if pid == self.driver.pid:
+                kinds.setdefault("driver", {})[pid] = "driver"
+            elif name in ("raylet", "gcs_server"):
+                kinds.setdefault(name, {})[pid] = name
+            elif title.startswith("ray::") and not title.startswith(("ray::DashboardAgent", "ray::RuntimeEnvAgent")):
+                kinds.setdefault("worker", {})[pid] = title.split(".")[0]
+        busy = {pid: title for pid, title in kinds.get("worker", {}).items() if title != "ray::IDLE"}
+        return kinds | ({"worker": busy} if busy else {})
+
+    def wait(self) -> int:
+        """The command's exit status. Raises TimeoutError where it hangs."""
+        try:
+            return self.driver.wait(max(0.0, HANG_SECONDS - self.seconds))
+        except subprocess.TimeoutExpired:
+            raise TimeoutError(f"hangs: {self.seconds:.0f} s, alive are {self.processes()}") from None
+
+    def gone(self) -> bool:
+        """Wait for all other processes of the command to go."""
+        deadline = time.monotonic() + LEFT_SECONDS
+        while self.processes():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.1)
+        return True
+
+    def clear(self) -> None:
+        """Kill what is left of the command."""
+        while alive := self.processes():
+            for pid in alive:
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    continue
+            self.driver.poll()
+            time.sleep(0.05)
+        self.driver.wait()
+
+
+@dataclass
+class Kill:
+    round: int
+    stage: str
+    victim: str
+    title: str
+    seconds: float  # after the attempt's start
+    training: int  # workers alive that train trials
+    repeated: int = 0  # evaluations begun and lost: at most one for each running trial whose worker died
+    status: int | None = None  # the attempt's
+    ended: float = 0.0  # seconds from the kill to the attempt's end
+
+
+@dataclass
+class Snapshot:
+    """What the journal and the checkpoints hold between two attempts."""
+
+    trials: list[FrozenTrial]
+    rungs: dict[int, int]  # of the checkpoints
+
+    @property
+    def running(self) -> list[FrozenTrial]:
+        return [trial for trial in self.trials if trial.state == TrialState.RUNNING]
+
+    @property
+    def left(self) -> set[int]:
+        """Numbers of the trials that a session has to run."""
+        return {trial.number for trial in self.running} | set(range(len(self.trials), TRIALS))
+
+    def repeated(self) -> list[int]:
+        """Evaluations that the death of all workers costs, one entry a running trial."""
+        return [max(1, len(evaluations(trial)) - self.rungs.get(trial.number, 0)) for trial in self.running]
+
+
+@dataclass
+class Round:
+    """One run that was disturbed: its kills and whatever is wrong with it."""
+
+    number: int
+    kills: list[Kill] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+    lost: int = 0
+    compared: int = 0
+    tallied: bool = False
+    seconds: float = 0.0
+
+
+def stage_of(run: Run) -> str | None:
+    """The stage a run is in, by its files; None when it is finished."""
+    summary = run.summary()
+    if "judges" not in summary:
+        return "judge"
+    for part, stage in (("trials", "search"), ("best", "promote"), ("retrain", "retrain")):
+        if part not in summary:
+            return stage
+    return None if run.report.exists() and "retrained" in summary.get("test", {}) else "export"
+
+
+def trials_of(run: Run) -> list[FrozenTrial]:
+    """The journal's trials; none before it holds a study."""
+    if not run.journal.exists() or b"directions" not in run.journal.read_bytes().split(b"\n", 1)[0]:
+        return []
+    return read_study(run.journal).get_trials(deepcopy=False)
+
+
+def snapshot(run: Run) -> Snapshot:
+    rungs = {}
+    for path in run.checkpoints.glob("*.pt"):
+        rungs[int(path.stem)] = load_tensors(path.read_bytes())["report"]["rung"]
+    return Snapshot(trials_of(run), rungs)
+
+
+class Known:
+    """What undisturbed and earlier runs found: the first to find a thing sets what the others must find."""
+
+    def __init__(self) -> None:
+        self.found: dict[tuple[Any, ...], Any] = {}
+
+    def differs(self, key: tuple[Any, ...], value: Any) -> bool | None:
+        """None where nobody found it before."""
+        if key not in self.found:
+            self.found[key] = value
+            return None
+        return repr(self.found[key]) != repr(value)  # NaN is equal to NaN, and no other bit may differ
+
+
+def findings(run: Run) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """All numbers of a finished run, each with what it depends on."""
+    summary = run.summary()
+    yield ("judges",), summary["judges"]
+    yield ("floor and baseline",), (summary["floor"], summary["baseline"])
+    for trial in read_study(run.journal).get_trials(deepcopy=False):
+        parameters = json.dumps(trial.user_attrs["parameters"], sort_keys=True)
+        yield ("parameters", trial.number), parameters
+        if trial.state == TrialState.FAIL:
+            yield ("failure", trial.number, parameters), trial.user_attrs["reason"]
+        for key, value in trial.user_attrs.items():
+            if key.startswith("evaluation:"):
+                scores = {name: number for name, number in sorted(value.items()) if name not in TIMES}
+                yield (key, trial.number, parameters), scores
+    for entry in summary["promotion"]:
+        yield ("promotion", entry["trial"], entry["epoch"]), entry
+    winner = (summary["best"]["trial"], summary["best"]["epoch"])
+    for part in ("best", "retrain"):
+        yield (part, *winner), summary[part]
+    for name, scores in summary["test"].items():
+        yield ("test", name, *(() if name == "baseline" else winner)), scores
+    for name in ("weights.safetensors", "prior.npz", "samples.png"):
+        yield (name, *winner), hashlib.sha256((run.export / name).read_bytes()).hexdigest()
+
+
+def compare(known: Known, run: Run) -> tuple[int, list[str]]:
+    """How many findings were held against others', and those that differ."""
+    outcomes = [(key, known.differs(key, value), value) for key, value in findings(run)]
+    faults = [f"{key}: {value} here, {known.found[key]} before" for key, differs, value in outcomes if differs]
+    return sum(differs is not None for _, differs, _ in outcomes), faults
+
+
+def accounting(run: Run) -> Iterator[str]:
+    """Faults in what a finished run holds: trials counted, files left and missing, the export's use."""
+    spec, summary = specs.load(run.spec), run.summary()
+    study = read_study(run.journal)
+    trials, rows = study.get_trials(deepcopy=False), run.read_trials()
+    for name, numbers in (("journal", [t.number for t in trials]), ("trials.csv", [row["trial"] for row in rows])):
+        if numbers != list(range(TRIALS)):
+            yield f"{name} has trials {numbers}"
+    expected = table(study, spec, math.nan)
+    for row, wanted in zip(rows, expected, strict=False):
+        for key in ("state", "reason", "epoch", "epochs_trained", *spec.space, *METRICS):
+            if key in wanted and row.get(key, "") != wanted[key]:
+                yield f"trials.csv says {key} {row.get(key)!r} of trial {row['trial']}, the journal {wanted[key]!r}"
+    for name, states in (("journal", expected), ("trials.csv", rows)):
+        counts = Counter(row["state"] for row in states)
+        if counts["running"]:
+            yield f"{name} has {counts['running']} running trials"
+        if summary["trials"] != {state: counts[state] for state in ("complete", "pruned", "failed")}:
+            yield f"{name} counts {dict(counts)}, summary.json {summary['trials']}"
+    kept = {row["trial"] for row in contenders(rows, spec)} | {BASELINE}
+    checkpoints = {int(path.stem) for path in run.checkpoints.iterdir()}
+    if checkpoints != kept:
+        yield f"checkpoints of trials {sorted(checkpoints)}, not of {sorted(kept)}"
+    left = [str(path) for path in run.path.rglob("*.tmp")]
+    if left:
+        yield f"half written files left: {left}"
+    model = codec.load(run.export)
+    latents = model.encode(load_test("digits", Path("never read")).images[:8])
+    for name, images in (("decoded", model.decode(latents)), ("sampled", model.sample(8))):
+        if images.shape != (8, 1, 28, 28) or not bool(torch.isfinite(images).all()):
+            yield f"the export {name} {tuple(images.shape)}, finite: {bool(torch.isfinite(images).all())}"
+
+
+def lost_trials(run: Run) -> int:
+    """Trials that failed because their workers were lost."""
+    return sum("lost" in row["reason"] or "never started" in row["reason"] for row in run.read_trials())
+
+
+def tally(run: Run, before: Snapshot) -> Iterator[str]:
+    """Faults in Ray's own account of the session that ran the trials that were left."""
+    newest = max((run.ray / "search").glob("experiment_state-*.json"), key=lambda path: path.stat().st_mtime_ns)
+    listed = [json.loads(trial[0]) for trial in json.loads(newest.read_text())["trial_data"]]
+    numbers = sorted(trial["config"]["trial"] for trial in listed)
+    if numbers != sorted(before.left):
+        yield f"Ray's tally has trials {numbers}, left to run were {sorted(before.left)}"
+    states = Counter(trial["status"] for trial in listed)
+    if states.keys() - {"TERMINATED", "ERROR"}:
+        yield f"Ray's tally has {dict(states)}"
+
+
+def kept(before: Snapshot, after: Snapshot) -> Iterator[str]:
+    """Faults in what an attempt did to what had been there: nothing finished may change, no evaluation vanish."""
+    for old in before.trials:
+        new = after.trials[old.number] if old.number < len(after.trials) else None
+        if new is None or new.params != old.params:
+            yield f"trial {old.number} is gone or another"
+        elif old.state.is_finished():
+            if (new.state, new.values, new.user_attrs, new.datetime_complete) != (
+                old.state,
+                old.values,
+                old.user_attrs,
+                old.datetime_complete,
+            ):
+                yield f"trial {old.number} had ended and was run again"
+        else:
+            changed = [
+                key
+                for key, value in old.user_attrs.items()
+                if key.startswith("evaluation:") and new.user_attrs.get(key) != value
+            ]
+            if changed:
+                yield f"trial {old.number} was evaluated twice: {changed}"
+
+
+def ended(attempt: Attempt, status: int, victim: str | None) -> Iterator[str]:
+    """Faults in how an attempt ended."""
+    text = attempt.log.read_text(errors="replace")
+    allowed = {None: {0}, "driver": {-signal.SIGKILL}, "worker": {0}}.get(victim, {0, 1})
+    if status not in allowed:
+        yield f"exit status {status} with {victim or 'nothing'} killed: {text.strip().splitlines()[-1:]}"
+    if "Traceback" in text:
+        yield f"a traceback with {victim or 'nothing'} killed: {text[text.index('Traceback') :][-1500:]}"
+    if status == 1 and not re.search(r"^error: [^\n]*; go on with: [^\n]*\n*\Z", text, re.MULTILINE):
+        yield f"status 1 without a word on how to go on: {text.strip().splitlines()[-1:]}"
+
+
+class Chaos:
+    """Rounds over runs in `directory`, all against one undisturbed run."""
+
+    def __init__(self, seed: int, directory: Path, say: Callable[[str], None] = print):
+        self.random, self.directory, self.say = random.Random(seed), directory, say
+        self.known, self.rounds, self.deck = Known(), list[Round](), list[str]()
+        self.durations: dict[str, float] = {}
+        self.startup = 0.0
+
+    def undisturbed(self) -> None:
+        """The run that all others are held against, and how long each stage takes."""
+        run = Run(self.directory / "undisturbed")
+        attempt = Attempt(run, "1")
+        try:
+            begun, stage = 0.0, "judge"
+            while attempt.driver.poll() is None:
+                if not self.startup and run.spec.exists():
+                    self.startup = attempt.seconds
+                now = stage_of(run)
+                if now and now != stage:
+                    self.durations[stage], stage, begun = attempt.seconds - begun, now, attempt.seconds
+                if attempt.seconds > HANG_SECONDS:
+                    raise TimeoutError("the undisturbed run hangs")
+                time.sleep(POLL_SECONDS)
+            self.durations[stage] = attempt.seconds - begun
+            faults = [*ended(attempt, attempt.wait(), None), *accounting(run), *tally(run, Snapshot([], {}))]
+            if not attempt.gone():
+                faults.append(f"left behind {LEFT_SECONDS} s later: {attempt.processes()}")
+        finally:
+            attempt.clear()
+        if faults or self.durations.keys() != set(STAGES):
+            raise AssertionError(f"the undisturbed run: {faults}, stages {self.durations}")
+        compare(self.known, run)
+        shown = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.durations.items())
+        self.say(f"undisturbed: {sum(self.durations.values()):.0f} s ({shown})")
+
+    def round(self, stage: str | None = None) -> Round:
+        """Disturb a run, in a stage if one is named, until it is done."""
+        this = Round(len(self.rounds))
+        self.rounds.append(this)
+        run = Run(self.directory / f"round-{this.number:02d}")
+        attempts: list[Attempt] = []
+        started = time.monotonic()
+        if stage is None:
+            stage = self._in_turn() if this.number % 2 == 0 else self._by_duration(STAGES)
+        try:
+            self._disturb(run, this, attempts, stage)
+        except Exception as error:  # a hang, or a file that can't be read: the round's fault, not the end of all rounds
+            this.faults.append(f"{type(error).__name__}: {error}")
+        finally:
+            for attempt in attempts:
+                attempt.clear()
+        this.seconds = time.monotonic() - started
+        kills = "; ".join(
+            f"{kill.title} at {kill.seconds:.1f} s in {kill.stage} -> {kill.status}" for kill in this.kills
+        )
+        self.say(
+            f"round {this.number}: {this.seconds:.0f} s, {len(attempts)} attempts, {this.compared} compared; {kills}"
+        )
+        for fault in this.faults:
+            self.say(f"  fault: {fault}")
+        if not this.faults:
+            for path in self.directory.glob(f"{run.path.name}*"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return this
+
+    def _disturb(self, run: Run, this: Round, attempts: list[Attempt], stage: str | None) -> None:
+        before = snapshot(run)
+        while True:
+            attempt = Attempt(run, str(len(attempts) + 1))
+            attempts.append(attempt)
+            kill = self._kill(attempt, this, stage) if stage else None
+            status = attempt.wait()
+            if kill:
+                kill.status, kill.ended = status, round(attempt.seconds - kill.seconds, 2)
+                self.say(f"  {kill}")
+            this.faults += ended(attempt, status, kill.victim if kill else None)
+            after = snapshot(run)
+            if kill and kill.stage == "search" and kill.victim != "worker":
+                lost = after.repeated()
+                kill.repeated = min(sum(lost), kill.training)
+                if max(lost, default=0) > 1:
+                    this.faults.append(f"evaluations lost by trial: {lost}")
+            this.faults += kept(before, after)
+            if before.left and "trials" in run.summary():
+                this.tallied = True
+                this.faults += tally(run, before)
+            if not kill and status != 0:
+                return
+            before = after
+            now = stage_of(run)
+            if status == 0 and now is None:
+                break
+            stage = self._by_duration(STAGES[STAGES.index(now or "export") :]) if self.random.random() < AGAIN else None
+        self._judge(run, this, attempts)
+
+    def _judge(self, run: Run, this: Round, attempts: list[Attempt]) -> None:
+        """What is wrong with a run that says it is finished."""
+        this.faults += accounting(run)
+        this.lost = lost_trials(run)
+        if this.lost:
+            this.faults.append(f"{this.lost} trials lost")
+        this.compared, differing = compare(self.known, run)
+        this.faults += differing
+        files = _files(run)
+        attempt = Attempt(run, "more")
+        attempts.append(attempt)
+        this.faults += ended(attempt, attempt.wait(), None)
+        if _files(run) != files:
+            this.faults.append("the command once more changed a finished run")
+        for attempt in attempts:
+            if not attempt.gone():
+                this.faults.append(f"left behind {LEFT_SECONDS} s later: {attempt.processes()}")
+
+    def _in_turn(self) -> str:
+        """Each stage once in random order, and again."""
+        if not self.deck:
+            self.deck = self.random.sample(STAGES, len(STAGES))
+        return self.deck.pop()
+
+    def _by_duration(self, stages: Sequence[str]) -> str:
+        """The stage of a moment drawn uniformly from what is left of a run."""
+        return self.random.choices(stages, [self.durations[stage] for stage in stages])[0]
+
+    def _kill(self, attempt: Attempt, this: Round, wanted: str) -> Kill | None:
+        """Kill a random process of a random kind at a random moment of a stage. None where it was over before.
+
+        A stage is shorter on a quieter machine: then the kill falls at its end, and the next takes it for as short.
+        """
+        part, entered = self.random.random(), 0.0
+        resumed = stage_of(attempt.run) == wanted != "judge"
+        while attempt.driver.poll() is None and attempt.seconds < HANG_SECONDS:
+            now = stage_of(attempt.run)
+            if now == wanted:
+                entered = entered or attempt.seconds
+                if attempt.seconds - entered >= part * (self.durations[wanted] + (self.startup if resumed else 0)):
+                    break
+            elif now is None or STAGES.index(now) > STAGES.index(wanted):
+                self._shorten(wanted, attempt.seconds - entered)
+                break
+            time.sleep(POLL_SECONDS)
+        else:
+            self._shorten(wanted, attempt.seconds - entered)
+            return None
+        stage, victims, running = stage_of(attempt.run), attempt.victims(), 0
+        if not victims or stage is None:
+            return None
+        kind = self.random.choice(sorted(victims))
+        pid, title = self.random.choice(sorted(victims[kind].items()))
+        if kind == "worker" and stage == "search" and "Trainable" in title:
+            running = sum(trial.state == TrialState.RUNNING for trial in trials_of(attempt.run))
+        training = sum("Trainable" in name for name in victims.get("worker", {}).values())
+        kill = Kill(this.number, stage, kind, title, round(attempt.seconds, 2), training, min(1, running))
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return None
+        this.kills.append(kill)
+        return kill
+
+    def _shorten(self, stage: str, seconds: float) -> None:
+        self.durations[stage] = min(self.durations[stage], seconds)
+
+    def report(self) -> dict[str, Any]:
+        """The count of everything, for one line of JSON."""
+        kills = [kill for this in self.rounds for kill in this.kills]
+        counted = Counter((kill.stage, kill.victim) for kill in kills)
+        repeated = [kill.repeated for kill in kills]
+        seconds = [this.seconds for this in self.rounds]
+        return {
+            "rounds": len(self.rounds),
+            "rounds_with_faults": sum(bool(this.faults) for this in self.rounds),
+            "kills": len(kills),
+            "kills_per_stage": {
+                stage: {victim: counted[stage, victim] for victim in VICTIMS if counted[stage, victim]}
+                for stage in STAGES
+            },
+            "kills_per_victim": {victim: sum(kill.victim == victim for kill in kills) for victim in VICTIMS},
+            "titles": dict(Counter(kill.title for kill in kills)),
+            "trials_lost": sum(this.lost for this in self.rounds),
+            "evaluations_repeated": {
+                "mean": round(sum(repeated) / max(1, len(repeated)), 3),
+                "worst_per_kill": max(repeated, default=0),
+            },
+            "numbers_compared": sum(this.compared for this in self.rounds),
+            "tallies_compared": sum(this.tallied for this in self.rounds),
+            "worst_seconds_to_the_end_after_ray_died": max(
+                (kill.ended for kill in kills if kill.victim in ("raylet", "gcs_server")), default=0.0
+            ),
+            "seconds": round(sum(seconds), 1),
+            "seconds_per_round": {
+                "mean": round(sum(seconds) / max(1, len(seconds)), 1),
+                "worst": round(max(seconds, default=0.0), 1),
+            },
+            "faults": [f"round {this.number}: {fault}" for this in self.rounds for fault in this.faults],
+        }
+
+
+def lines(report: dict[str, Any]) -> Iterable[str]:
+    """Kills per stage and victim as a small table."""
+    yield f"{'':<10}" + "".join(f"{victim:>12}" for victim in VICTIMS)
+    for stage, counts in report["kills_per_stage"].items():
+        yield f"{stage:<10}" + "".join(f"{counts.get(victim, 0):>12}" for victim in VICTIMS)
+    yield f"{'all':<10}" + "".join(f"{report['kills_per_victim'][victim]:>12}" for victim in VICTIMS)
+
+
+def _files(run: Run) -> dict[str, tuple[int, int]]:
+    stats = {str(path): path.stat() for path in run.path.rglob("*") if path.is_file()}
+    return {path: (stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Kill a small run at random moments and see that nothing is lost.")
+    parser.add_argument("--rounds", type=int, default=30, metavar="N")
+    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="where the line of JSON goes as well")
+    parser.add_argument("--dir", type=Path, metavar="DIR", help="for the runs; the faulty ones stay")
+    arguments = parser.parse_args(argv)
+    directory = arguments.dir or Path(tempfile.mkdtemp(prefix="chaos-"))
+    directory.mkdir(parents=True, exist_ok=True)
+    chaos = Chaos(arguments.seed, directory, lambda text: print(text, flush=True))
+    chaos.undisturbed()
+    for _ in range(arguments.rounds):
+        chaos.round()
+    report = {"seed": arguments.seed} | chaos.report()
+    line = json.dumps(report)
+    print(line)
+    print("\n".join(lines(report)))
+    if arguments.out:
+        arguments.out.write_text(f"{line}\n")
+    if report["faults"]:
+        print(f"{len(report['faults'])} faults; their runs are in {directory}")
+        return 1
+    shutil.rmtree(directory)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
