@@ -79,7 +79,7 @@ def resumable(again: str) -> Iterator[None]:
         except OSError as error:
             if error.errno not in UNWRITABLE:
                 raise
-            _leave(f"error: {error.filename or 'writing'}: {error.strerror}; once that is mended, {words}", 1)
+            _leave(f"error: {error.filename or 'the run directory'}: {error.strerror}; once that is mended, {words}", 1)
 
 
 @contextmanager
@@ -95,12 +95,13 @@ def _signals(words: str) -> Iterator[list[int]]:
         caught.append(number)
         if len(caught) > 1:
             end(number)
-        timer = threading.Timer(STOP_SECONDS, end, [number])
-        timer.daemon = True
+        timer.args = [number]
         timer.start()
         print("stopping; once more stops at once", file=sys.stderr)
         raise KeyboardInterrupt
 
+    timer = threading.Timer(STOP_SECONDS, end)
+    timer.daemon = True
     if threading.current_thread() is not threading.main_thread():
         yield caught
         return
@@ -108,6 +109,7 @@ def _signals(words: str) -> Iterator[list[int]]:
     try:
         yield caught
     finally:
+        timer.cancel()
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -112,7 +112,8 @@ class StudySearcher(Searcher):
             self.on_trial_result(trial_id, result)
         trial = self.live.pop(trial_id)
         if error:
-            causes = trial.user_attrs.get("lost", ["unknown"])
+            fresh = self.study.get_trials(deepcopy=False)[trial.number].user_attrs  # the rule wrote, not this object
+            causes = fresh.get("lost", ["unknown"])
             self._end(trial, TrialState.FAIL, f"worker lost {len(causes)} times, the last time: {causes[-1]}")
         elif not result:
             self._end(trial, TrialState.FAIL, "never started")
@@ -188,6 +189,8 @@ def cause_of(error: str) -> str:
     """Ray's account of a lost worker in a few words."""
     if "OutOfMemory" in error or "running low on memory" in error:
         return "out of memory"
+    if "node has died" in error or "NodeDiedError" in error:
+        return "its node died"
     if "ActorUnavailableError" in error or "ActorDiedError" in error or "is dead" in error or "unavailable" in error:
         return "its process died"
     lines = [line.strip() for line in error.splitlines() if line.strip()]

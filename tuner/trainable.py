@@ -132,12 +132,14 @@ class TrialTrainable(tune.Trainable):
             "outcome": "complete" if last else "running",
             "done": last,
         }
-        if report["rung"] == 1 and not scores["active_units"] and self.number != BASELINE:
-            return self._failed("collapsed", f"no active latent unit at epoch {record.epoch:g}", report)
+        pictures = sheets(self.state.model, prior, self.scorer.images[:SHEET_IMAGES])
+        past_grace = last or report["rung"] > 1  # latents that sleep at the first rung often wake up after it
+        if past_grace and not scores["active_units"] and self.number != BASELINE:
+            reason = f"no active latent unit at epoch {record.epoch:g}"
+            return self._failed("collapsed", reason, report) | {"sheets": pictures}
         self._keep_best(report, prior)
         buffer = io.BytesIO()
         torch.save({"last": self.state.state_dict(), "best": self.best, "report": report}, buffer)
-        pictures = sheets(self.state.model, prior, self.scorer.images[:SHEET_IMAGES])
         return report | {"checkpoint": buffer.getvalue(), "sheets": pictures}
 
     def _failed(self, outcome: str, reason: str, report: dict[str, Any] | None = None) -> dict[str, Any]:

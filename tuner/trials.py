@@ -4,17 +4,18 @@ import logging
 import os
 import secrets
 import signal
-import socket
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
 import optuna
 import ray
 from ray import tune
 from ray._private import ray_constants
+from ray._private.services import resolve_ip_for_localhost
 from ray.autoscaler import sdk as autoscaler
 from ray.autoscaler.v2.sdk import get_cluster_status
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -34,7 +35,7 @@ from tuner.views import TensorBoard
 from tuner.workspace import JUDGES, Workspace, keep_judges, load_judges
 
 WORKER_RETRIES = 3  # how often a trial whose worker died goes on from its checkpoint
-CONNECT_SECONDS = 10
+CONNECT_SECONDS = 5
 NO_AUTOSCALER = "0"  # the version of the autoscaler's state where there is none
 
 
@@ -71,14 +72,19 @@ def cluster(address: str | None, concurrency: int | None, wanted: Resources) -> 
 
 
 def _require_answer(address: str) -> None:
-    """Ray itself waits long for a cluster that isn't there."""
-    host, _, port = address.rpartition(":")
-    if address == "auto" or address == "local":
+    """Ray itself waits minutes for a cluster that isn't there."""
+    if address == "auto":
         return
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdigit()):
+        raise Refused(f"--address {address}: expected HOST:PORT")
+    channel = grpc.insecure_channel(f"{resolve_ip_for_localhost(host)}:{port}")
     try:
-        socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
-    except (OSError, ValueError) as error:
-        raise Refused(f"--address {address}: no Ray cluster answers there: {error}") from error
+        grpc.channel_ready_future(channel).result(CONNECT_SECONDS)
+    except grpc.FutureTimeoutError as error:
+        raise Refused(f"--address {address}: no Ray cluster answers there") from error
+    finally:
+        channel.close()
 
 
 def _require_room(wanted: Resources) -> None:
@@ -230,6 +236,7 @@ class Driver(tune.Callback):
         checkpoint, sheets = result.pop("checkpoint", None), result.pop("sheets", {})
         if checkpoint is not None:
             write_atomic(self.run.checkpoint(result["trial"]), checkpoint)
+        if sheets:  # a repeated report has none
             self.board.report_trial(result["trial"], result, sheets)
 
     @fatal
