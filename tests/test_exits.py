@@ -138,7 +138,7 @@ def test_a_full_disk_is_told_with_the_file_and_ends_with_status_1(ended):
         full.write(b"x")
     assert ended(caught.value) == (
         1,
-        f"error: writing: No space left on device; once that is mended, go on with: {AGAIN}",
+        f"error: the run directory: No space left on device; once that is mended, go on with: {AGAIN}",
     )
     named = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "run/checkpoints/0003.pt")
     assert ended(named)[1].startswith("error: run/checkpoints/0003.pt: No space left on device; once that is mended, ")

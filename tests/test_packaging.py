@@ -26,7 +26,12 @@ CONSTRAINTS = {canonicalize_name(line.split("==")[0]): line.split("==")[-1] for 
 ASKED = [
     Requirement(text) for part in (PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()) for text in part
 ]
-DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow", "sklearn": "scikit-learn"}  # where the import has another name
+DISTRIBUTIONS = {
+    "grpc": "grpcio",
+    "yaml": "pyyaml",
+    "PIL": "pillow",
+    "sklearn": "scikit-learn",
+}  # where the import has another name
 MODULES = [module.name for module in pkgutil.walk_packages(tuner.__path__, "tuner.")]
 
 
@@ -120,7 +125,8 @@ def test_every_package_that_is_imported_is_asked_for_by_name():
         for node in ast.walk(ast.parse(path.read_text()))
         for module in _modules(node)
     }
-    known = {"tuner", "tests", *sys.stdlib_module_names}
+    ours = {path.stem for path in (ROOT / "tests").rglob("*.py")}
+    known = {"tuner", "tests", *ours, *sys.stdlib_module_names}
     others = {canonicalize_name(DISTRIBUTIONS.get(name, name)) for name in imported - known}
     assert others - asked == set()
 

@@ -13,6 +13,8 @@ import pytest
 
 from tuner.run import Refused, Run, write_atomic
 
+COMPLETE = {"state": "complete", "reason": "", "epochs_trained": 4}
+
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
@@ -188,12 +190,13 @@ def test_a_new_run_has_an_empty_summary_and_makes_no_file(run):
 
 
 def test_a_mapping_is_merged_into_the_summary_and_anything_else_replaces(run):
-    run.update_summary(floor=1.9, seconds={"judge": 3}, promotion=[1, 2])
-    returned = run.update_summary(seconds={"search": 60, "judge": 4}, promotion=[3], best={"trial": 5})
-    expected = {"floor": 1.9, "seconds": {"judge": 4, "search": 60}, "promotion": [3], "best": {"trial": 5}}
+    first, second = ({"trial": trial, "epoch": 1.0, "searched": 2.0} for trial in (1, 2))
+    run.update_summary(floor=1.9, seconds={"judge": 3}, promotion=[first, second], kept=1)
+    returned = run.update_summary(seconds={"search": 60, "judge": 4}, promotion=[second], kept={"trial": 5})
+    expected = {"floor": 1.9, "seconds": {"judge": 4, "search": 60}, "promotion": [second], "kept": {"trial": 5}}
     assert returned == run.summary() == expected
-    run.update_summary(best=None, floor={"search": 2})
-    assert run.summary() == expected | {"best": None, "floor": {"search": 2}}
+    run.update_summary(kept=None, more={"search": 2})
+    assert run.summary() == expected | {"kept": None, "more": {"search": 2}}
 
 
 def test_the_summary_has_the_same_bytes_in_whatever_order_it_was_told(run, tmp_path):
@@ -256,13 +259,13 @@ def test_a_table_read_again_has_its_numbers_and_leaves_empty_cells_out(run):
     assert run.read_trials() == []
     run.write_trials(
         [
-            {"trial": 0, "mse": 0.25, "prior": "standard_normal", "reason": ""},
-            {"trial": 1, "mse": float("inf"), "latent_dim": 8, "reason": "loss is nan"},
+            COMPLETE | {"trial": 0, "mse": 0.25, "prior": "standard_normal"},
+            COMPLETE | {"trial": 1, "mse": float("inf"), "latent_dim": 8, "reason": "loss is nan"},
         ]
     )
     assert run.read_trials() == [
-        {"trial": 0, "mse": 0.25, "prior": "standard_normal", "reason": ""},
-        {"trial": 1, "mse": float("inf"), "latent_dim": 8, "reason": "loss is nan"},
+        COMPLETE | {"trial": 0, "mse": 0.25, "prior": "standard_normal"},
+        COMPLETE | {"trial": 1, "mse": float("inf"), "latent_dim": 8, "reason": "loss is nan"},
     ]
 
 
