@@ -23,7 +23,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tuner.run import Run
-from tuner.search import begin, main, open_run, parse
+from tuner.search import begin, load_spec, main, parse
 from tuner.study import evaluations, open_study
 from tuner.trials import search_stage
 from tuner.vae import codec
@@ -179,7 +179,8 @@ def tiny_run(workspace, ray_cluster, tmp_path_factory):
     """A function that searches a new run with `TINY` and the judges of the finished run: same seed, same judges."""
 
     def search(concurrency: int) -> Run:
-        run, spec = open_run(parse(["--run", str(tmp_path_factory.mktemp("tiny")), *TINY]))
+        run = Run(tmp_path_factory.mktemp("tiny"))
+        spec = load_spec(run, parse(TINY))
         search_stage(Workspace(run, spec, workspace.data, workspace.judges, Path("never read")), concurrency)
         return run
 
@@ -307,7 +308,8 @@ def test_a_search_that_was_stopped_and_killed_again_and_again_ends_as_if_nothing
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system of its own: needs root")
 def test_a_full_disk_ends_a_search_in_one_line_and_with_more_room_the_same_command_ends_well(finished_run, tmp_path):
     flags = ["--trials=2", "--max-epochs=1", "--set=budget.grace_epochs=1", "--no-retrain", "--concurrency=1"]
-    begun, spec = open_run(parse(["--run", str(tmp_path / "begun"), *flags]))
+    begun = Run(tmp_path / "begun")
+    spec = load_spec(begun, parse(flags))
     begin(begun, spec)  # with judges, so that the disk is full when the first checkpoint comes
     begun.update_summary(judges=finished_run.summary()["judges"])
     shutil.copytree(finished_run.judges, begun.judges)
