@@ -1,5 +1,6 @@
 """What TensorBoard shows: one run per trial, written by the driver alone, so that workers share no disk."""
 
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -118,6 +119,7 @@ class TensorBoard:
 
     def embed(self, latents: torch.Tensor, labels: torch.Tensor, images: torch.Tensor) -> None:
         """The projector: latents (N, Z) with labels (N,) and images (N, 1, 28, 28) in [0, 1] as sprites."""
+        shutil.rmtree(self.directory / "projector", ignore_errors=True)  # an export that is made again
         writer = self._writer("projector")
         writer.add_embedding(latents, [str(label) for label in labels.tolist()], 1 - images, tag="test_latents")
         self.writers.pop("projector").close()
