@@ -42,7 +42,7 @@ def retrain(workspace: Workspace, report: Report) -> dict[str, Any]:
     state = State.fresh(schedule, seed, trial)
     contest = _Contest(workspace, scorer)
     if run.retrain_checkpoint.exists():
-        with reading(run.retrain_checkpoint):
+        with reading(run, run.retrain_checkpoint):
             saved = load_tensors(run.retrain_checkpoint.read_bytes())
             state.load_state_dict(saved["last"])
             contest.restore(saved["best"])

@@ -138,13 +138,13 @@ class Run:
         except FileNotFoundError:
             return {}
         except (OSError, ValueError) as error:
-            raise Refused(f"{self.summary_file}: not readable as JSON: {error}") from error
+            raise Refused(f"{self.name_of(self.summary_file)}: not readable as JSON: {error}") from error
         if not isinstance(summary, dict):
-            raise Refused(f"{self.summary_file}: expected a mapping")
+            raise Refused(f"{self.name_of(self.summary_file)}: expected a mapping")
         for key in summary.keys() & SUMMARY.keys():
             misfit = _misfit(summary[key], SUMMARY[key], key)
             if misfit:
-                raise Refused(f"{self.summary_file}: damaged at {misfit}")
+                raise Refused(f"{self.name_of(self.summary_file)}: damaged at {misfit}")
         return summary
 
     def update_summary(self, **parts: Any) -> dict[str, Any]:
@@ -177,7 +177,7 @@ class Run:
             header, *lines = list(csv.reader(io.StringIO(self.trials.read_text()), strict=True)) or [[]]
             return [_row(number, dict(zip(header, line, strict=True))) for number, line in enumerate(lines)]
         except (OSError, ValueError, csv.Error) as error:
-            raise Refused(f"{self.trials}: damaged: {' '.join(str(error).split())}") from error
+            raise Refused(f"{self.name_of(self.trials)}: damaged: {' '.join(str(error).split())}") from error
 
 
 def _row(number: int, cells: dict[str, str]) -> dict[str, Any]:

@@ -51,7 +51,8 @@ def opened(place: str) -> Iterator[Run]:
 class Mirror:
     """Copies a run to storage so that at every moment the copy is one to go on from.
 
-    What lists other files (trials.csv, summary.json) is read before and written after them.
+    What tells of other files is read before and written after them: summary.json of trials.csv, that of the
+    journal, that of checkpoints.
     """
 
     def __init__(self, url: str, local: Path):
@@ -91,12 +92,12 @@ class Mirror:
         while not done.wait(PUSH_SECONDS):
             try:
                 self.push()
-            except OSError:
+            except (OSError, ValueError):  # pyarrow has its own of either
                 continue
 
     def push(self) -> None:
         """Write what has changed since the last push, remove what is gone. Raises OSError."""
-        listing = (self.run.trials, self.run.summary_file)
+        listing = (self.run.summary_file, self.run.trials, self.run.journal)
         lists = {path: (_signature(path), path.read_bytes()) for path in listing if path.exists()}
         present = {path for path in self.run.path.rglob("*") if self._belongs(path)}
         for path in sorted(present - set(listing), key=lambda path: (path != self.run.spec, path)):
@@ -107,7 +108,7 @@ class Mirror:
                     self.known[path] = signature
             except FileNotFoundError:  # replaced meanwhile: the next push has it
                 continue
-        for path, (signature, content) in lists.items():
+        for path, (signature, content) in reversed(lists.items()):
             if self.known.get(path) != signature:
                 self._write(path, content)
                 self.known[path] = signature

@@ -164,7 +164,9 @@ def require_whole(run: Run, study: optuna.Study) -> None:
     finished = sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
     listed = sum(row["state"] != "running" for row in run.read_trials())
     if finished < listed:
-        raise Refused(f"{run.journal}: has {finished} finished trials where {run.trials.name} has {listed}")
+        raise Refused(
+            f"{run.name_of(run.journal)}: has {finished} finished trials where {run.trials.name} has {listed}"
+        )
 
 
 def run_trials(

@@ -93,14 +93,14 @@ class Workspace:
 def best_of(run: Run, trial: int) -> Candidate:
     """The best evaluation of a trial, exactly as it was scored. Raises Refused where the file is damaged."""
     path = run.checkpoint(trial)
-    with reading(path):
+    with reading(run, path):
         return Candidate.from_state_dict(load_tensors(path.read_bytes())["best"])
 
 
 def last_of(run: Run, trial: int) -> Candidate:
     """Where a trial ended, with N(0, I) as its prior: what the baseline is. Raises Refused as `best_of`."""
     path = run.checkpoint(trial)
-    with reading(path):
+    with reading(run, path):
         saved = load_tensors(path.read_bytes())
         parameters = saved["best"]["parameters"] | {"prior": "standard_normal"}
         return Candidate.from_state_dict(
@@ -115,7 +115,7 @@ def last_of(run: Run, trial: int) -> Candidate:
 
 def retrained(run: Run) -> Candidate:
     """What the retrain kept. Raises Refused where the file is damaged."""
-    with reading(run.retrained):
+    with reading(run, run.retrained):
         return Candidate.from_state_dict(load_tensors(run.retrained.read_bytes()))
 
 
@@ -173,12 +173,14 @@ def load_judges(run: Run) -> dict[str, Judge]:
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
+def reading(run: Run, path: Path) -> Iterator[None]:
     """Turn whatever a damaged checkpoint provokes into Refused."""
     try:
         yield
     except Exception as error:
-        raise Refused(f"{path}: not readable as a checkpoint: {' '.join(str(error).split())[:200]}") from error
+        raise Refused(
+            f"{run.name_of(path)}: not readable as a checkpoint: {' '.join(str(error).split())[:200]}"
+        ) from error
 
 
 def load_tensors(content: bytes) -> dict[str, Any]:
