@@ -343,7 +343,8 @@ def ended(attempt: Attempt, status: int, victim: str | None) -> Iterator[str]:
         yield f"exit status {status} with {victim or 'nothing'} killed: {text.strip().splitlines()[-1:]}"
     if "Traceback" in text:
         yield f"a traceback with {victim or 'nothing'} killed: {text[text.index('Traceback') :][-1500:]}"
-    if status == 1 and not re.search(r"^error: [^\n]*; go on with: [^\n]*\n*\Z", text, re.MULTILINE):
+    rays_own = "Raylet is terminated" in text or "GCS may have been killed" in text  # it may end a process in C++
+    if status == 1 and not rays_own and not re.search(r"^error: [^\n]*; go on with: [^\n]*\n*\Z", text, re.MULTILINE):
         yield f"status 1 without a word on how to go on: {text.strip().splitlines()[-1:]}"
 
 
