@@ -108,12 +108,16 @@ def _slots(node: dict[str, float], wanted: Resources) -> int:
     return min(slots, int(node.get("GPU", 0) / wanted.gpu)) if wanted.gpu else slots
 
 
-def require_ray() -> None:
-    """Raises CutOff where a process of the cluster that this process started has died: Ray would take a minute."""
+def dead_processes() -> list[str]:
+    """Which of the processes that a cluster of our own can't do without have died."""
     node = ray._private.worker._global_node
-    dead = {kind for kind, _ in node.dead_processes()} if node else set()
-    if dead & {"raylet", "gcs_server"}:
-        raise CutOff(f"Ray's {' and '.join(sorted(dead))} died")
+    return sorted({"raylet", "gcs_server"} & {kind for kind, _ in node.dead_processes()}) if node else []
+
+
+def require_ray() -> None:
+    """Raises CutOff where the cluster that this process started has died: Ray would take a minute."""
+    if dead_processes():
+        raise CutOff(f"Ray's {' and '.join(dead_processes())} died")
 
 
 def _bundle(wanted: Resources) -> dict[str, float]:
@@ -190,7 +194,7 @@ def run_trials(
         return
     autoscaler.request_resources(bundles=[_bundle(wanted)] * min(searcher.remaining, concurrency or searcher.remaining))
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(spec.budget.trials)  # the searcher holds back by itself
-    tune.Tuner(
+    tuner = tune.Tuner(
         tune.with_resources(trainable, {"cpu": wanted.cpu, "gpu": wanted.gpu}),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
@@ -209,8 +213,12 @@ def run_trials(
             verbose=0,
             callbacks=callbacks,
         ),
-    ).fit()
-    autoscaler.request_resources(bundles=[])
+    )
+    try:
+        tuner.fit()
+    finally:
+        if not dead_processes():
+            autoscaler.request_resources(bundles=[])
     searcher.close()
 
 
