@@ -1,7 +1,7 @@
 # make search: install into .venv and run the main job on the embedded digits.
 # make test:   install into .venv and run the tests.
 # make check:  the whole gate, exactly as CI runs it.
-# make chaos:  30 small runs, each killed at random moments and taken up again; about half an hour.
+# make chaos:  30 small runs, each killed at random moments and taken up again; about 40 minutes.
 PYTHON ?= python3
 BIN := .venv/bin
 
