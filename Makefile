@@ -1,11 +1,12 @@
 # make search: install into .venv and run the main job on the embedded digits.
 # make test:   install into .venv and run the tests.
 # make check:  the whole gate, exactly as CI runs it.
+# make long:   the tests that take the gate beyond ten minutes.
 # make chaos:  30 small runs, each killed at random moments and taken up again; about 40 minutes.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install search test check chaos lint types contracts constraints clean
+.PHONY: install search test check long chaos lint types contracts constraints clean
 
 install: .venv/installed
 
@@ -21,6 +22,9 @@ test: install
 	$(BIN)/python -m pytest
 
 check: lint types contracts test
+
+long: install
+	$(BIN)/python -m pytest -m long -n0
 
 chaos: install
 	$(BIN)/python tests/chaos/chaos.py --rounds 30 --seed 0

@@ -278,7 +278,17 @@ def test_a_run_directory_with_a_damaged_summary(refused, tmp_path):
 
 def test_a_run_whose_judge_is_gone(refused, tmp_path):
     run = _run_of(tmp_path / "run")
-    run.update_summary(best={"trial": 0}, judges={"search": {"sha256": "0" * 64, "accuracy": 1, "width": 16}})
+    scores = {"epoch": 1.0, "frechet_distance": 2.0, "gap_closed": 0.5}
+    params = {"latent_dim": 16, "learning_rate": 1e-3, "kl_weight": 1.0}
+    run.update_summary(
+        spec={"trials": 1, "metric": "frechet_distance", "direction": "minimize", "searched": []},
+        judges={"search": {"sha256": "0" * 64, "accuracy": 1, "width": 16}},
+        trials={"complete": 1, "pruned": 0, "failed": 0},
+        floor=1.0,
+        baseline=3.0,
+        promotion=[],
+        best={"trial": 0, "params": params, **scores},
+    )
     assert "run/judge/search.safetensors" in refused("--run", "run")
     for command in (tuner.retrain.main, tuner.export.main):
         assert "run/judge/search.safetensors" in refused("run", command=command)

@@ -325,6 +325,7 @@ def test_a_search_goes_on_to_its_end_when_one_worker_is_killed_one_is_drained_an
     assert before.items() <= stamps(run).items(), "what was evaluated before is kept"
 
 
+@pytest.mark.long
 def test_trials_that_moved_score_to_the_last_bit_as_on_one_machine(submitted, nodes, folder):
     run, *_ = submitted
     here = Run(folder / "here")

@@ -462,7 +462,8 @@ def test_a_damaged_judge(copies, damage, told):
     content = damaged(copies.content["judge/search.safetensors"], damage)
     run = copies.new("judge/search.safetensors", content)
     if told:
-        run.update_summary(judges={"search": {"sha256": hashlib.sha256(content).hexdigest()}})
+        known = run.summary()["judges"]["search"]
+        run.update_summary(judges={"search": known | {"sha256": hashlib.sha256(content).hexdigest()}})
     judges = result_of(lambda: load_judges(run), "search.safetensors")
     assert judges is None or judges["search"].features(torch.zeros(2, 1, 28, 28)).shape == (2, 64)
 

@@ -94,6 +94,8 @@ def test_a_search_under_way_can_be_reported_on(run_copy: Run):
 
 
 def test_a_folder_that_is_no_run_is_refused_in_one_line(tmp_path: Path, capsys):
-    assert main([str(tmp_path)]) == 2
+    with pytest.raises(SystemExit) as ended:
+        main([str(tmp_path)])
+    assert ended.value.code == 2
     error = capsys.readouterr().err
     assert error == f"error: {tmp_path}: no search to report on (no spec.yaml or study.journal)\n"

@@ -13,6 +13,7 @@ import pytest
 
 from tuner.run import Refused, Run, write_atomic
 
+PROMOTED = {"epoch": 1.0, "searched": 2.0, "search_gap_closed": 0.5, "second_gap_closed": 0.5}
 COMPLETE = {"state": "complete", "reason": "", "epochs_trained": 4}
 
 
@@ -190,7 +191,7 @@ def test_a_new_run_has_an_empty_summary_and_makes_no_file(run):
 
 
 def test_a_mapping_is_merged_into_the_summary_and_anything_else_replaces(run):
-    first, second = ({"trial": trial, "epoch": 1.0, "searched": 2.0} for trial in (1, 2))
+    first, second = (PROMOTED | {"trial": trial} for trial in (1, 2))
     run.update_summary(floor=1.9, seconds={"judge": 3}, promotion=[first, second], kept=1)
     returned = run.update_summary(seconds={"search": 60, "judge": 4}, promotion=[second], kept={"trial": 5})
     expected = {"floor": 1.9, "seconds": {"judge": 4, "search": 60}, "promotion": [second], "kept": {"trial": 5}}

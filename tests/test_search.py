@@ -343,7 +343,7 @@ def test_a_full_disk_ends_a_search_in_one_line_and_with_more_room_the_same_comma
     assert not list(ended.path.rglob("*.tmp"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_plain_autoencoder_goes_all_the_way_on_a_cluster_that_runs_already(other_cluster, tmp_path):
     path, (address, environment) = tmp_path / "run", other_cluster
     flags = [
@@ -392,7 +392,7 @@ def test_a_trial_that_no_node_can_hold_is_refused_with_what_is_asked_and_what_th
     assert (there[1], int(there[2])) == ("127.0.0.1", max(3, os.cpu_count() or 1)) if own else ("127.0.0.2", 2)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_training_loss_as_objective_is_searched_and_promotion_looks_at_samples(tmp_path):
     flags = [
         "--trials=2",

@@ -439,7 +439,7 @@ def killed_run(
     return url, stored, ended
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_search_goes_on_from_its_copy_in_storage_to_the_end(killed_run):
     url, before, ended = killed_run
     assert "report.html" not in before
@@ -460,7 +460,7 @@ def test_a_killed_search_goes_on_from_its_copy_in_storage_to_the_end(killed_run)
             assert rows(stored["trials.csv"])[int(row["trial"])]["ended"] == row["ended"], "no trial was run twice"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_search_in_storage_scores_as_one_on_a_disk(killed_run, local_search):
     url, _, _ = killed_run
     local, search = local_search
@@ -475,7 +475,7 @@ def test_a_search_in_storage_scores_as_one_on_a_disk(killed_run, local_search):
     assert summary["test"] == local.summary()["test"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_other_commands_take_a_url_too(killed_run, environment, tmp_path):
     url, _, _ = killed_run
 

@@ -68,5 +68,7 @@ def test_status_needs_neither_ray_nor_torch(finished_run: Run):
 
 
 def test_status_of_no_run_is_refused_in_one_line(tmp_path, capsys):
-    assert main(["--status", str(tmp_path)]) == 2
+    with pytest.raises(SystemExit) as ended:
+        main(["--status", str(tmp_path)])
+    assert ended.value.code == 2
     assert capsys.readouterr().err == f"error: {tmp_path}: not a run directory (no spec.yaml)\n"

@@ -23,12 +23,22 @@ SUMMARY: dict[str, Any] = {
     "trials": {"complete": int, "pruned": int, "failed": int},
     "floor": float,
     "baseline": float,
-    "promotion": [{"trial": int, "epoch": float, "searched": float, "*": float}],
+    "promotion": [
+        {
+            "trial": int,
+            "epoch": float,
+            "searched": float,
+            "search_gap_closed": float,
+            "second_gap_closed": float,
+            "*": float,
+        }
+    ],
     "best": {"trial": int, "epoch": float, "params": _WINNER, **_SCORES},
     "retrain": {"epochs": int, "kept_epoch": float, "params": _WINNER, **_SCORES},
     "test": {"baseline": _SCORES, "best": {"floor": float, **_SCORES}, "*": _SCORES},
     "seconds": {"*": float},
 }
+BEFORE_BEST = {"spec", "judges", "trials", "floor", "baseline", "promotion"}
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -141,10 +151,15 @@ class Run:
             raise Refused(f"{self.name_of(self.summary_file)}: not readable as JSON: {error}") from error
         if not isinstance(summary, dict):
             raise Refused(f"{self.name_of(self.summary_file)}: expected a mapping")
+        missing = sorted(BEFORE_BEST - summary.keys()) if "best" in summary else []
+        if missing:
+            raise Refused(f"{self.name_of(self.summary_file)}: damaged at {missing[0]}")
         for key in summary.keys() & SUMMARY.keys():
             misfit = _misfit(summary[key], SUMMARY[key], key)
             if misfit:
                 raise Refused(f"{self.name_of(self.summary_file)}: damaged at {misfit}")
+        if len({frozenset(entry) for entry in summary.get("promotion", [])}) > 1:
+            raise Refused(f"{self.name_of(self.summary_file)}: damaged at promotion")
         return summary
 
     def update_summary(self, **parts: Any) -> dict[str, Any]:

@@ -189,37 +189,45 @@ def run_trials(
         there = sum(_slots(node["Resources"], wanted) for node in ray.nodes() if node["Alive"])
         return min(there, concurrency or there)
 
-    searcher = StudySearcher(study, spec, capacity)
-    if not searcher.remaining:
-        return
-    autoscaler.request_resources(bundles=[_bundle(wanted)] * min(searcher.remaining, concurrency or searcher.remaining))
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(spec.budget.trials)  # the searcher holds back by itself
-    tuner = tune.Tuner(
-        tune.with_resources(trainable, {"cpu": wanted.cpu, "gpu": wanted.gpu}),
-        tune_config=tune.TuneConfig(
-            search_alg=searcher,
-            scheduler=SuccessiveHalving(study, spec),
-            num_samples=searcher.remaining,
-            time_budget_s=spec.budget.time_limit,
-            reuse_actors=True,
-            trial_name_creator=lambda trial: f"{trial.config['trial']:04d}",
-            trial_dirname_creator=lambda trial: f"{trial.config['trial']:04d}",
-        ),
-        run_config=tune.RunConfig(
-            name="search",
-            storage_path=str(storage),
-            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the driver keeps them
-            failure_config=tune.FailureConfig(max_failures=WORKER_RETRIES),
-            verbose=0,
-            callbacks=callbacks,
-        ),
-    )
-    try:
-        tuner.fit()
-    finally:
-        if not dead_processes():
-            autoscaler.request_resources(bundles=[])
-    searcher.close()
+    while True:
+        searcher = StudySearcher(study, spec, capacity)
+        left = searcher.remaining
+        if not left:
+            return
+        tuner = tune.Tuner(
+            tune.with_resources(trainable, {"cpu": wanted.cpu, "gpu": wanted.gpu}),
+            tune_config=tune.TuneConfig(
+                search_alg=searcher,
+                scheduler=SuccessiveHalving(study, spec),
+                num_samples=left,
+                time_budget_s=spec.budget.time_limit,
+                reuse_actors=True,
+                trial_name_creator=lambda trial: f"{trial.config['trial']:04d}",
+                trial_dirname_creator=lambda trial: f"{trial.config['trial']:04d}",
+            ),
+            run_config=tune.RunConfig(
+                name="search",
+                storage_path=str(storage),
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the driver keeps them
+                failure_config=tune.FailureConfig(max_failures=WORKER_RETRIES),
+                verbose=0,
+                callbacks=callbacks,
+            ),
+        )
+        autoscaler.request_resources(bundles=[_bundle(wanted)] * min(left, concurrency or left))
+        try:
+            tuner.fit()
+        except RuntimeError as error:
+            # Tune gives up where a report is lost along with its node; the study knows what is left to do.
+            if not isinstance(error.__cause__, ray.exceptions.ObjectLostError):
+                raise
+        else:
+            searcher.close()
+            return
+        finally:
+            if not dead_processes():
+                autoscaler.request_resources(bundles=[])
 
 
 class Driver(tune.Callback):
