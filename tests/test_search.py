@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from processes import processes_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tuner.run import Run
@@ -228,18 +229,6 @@ def test_a_diverging_trial_fails_with_its_reason_and_parameters_and_the_search_g
 
 def command(path: Path, *flags: str) -> list[str]:
     return [sys.executable, "-m", "tuner.search", "--run", str(path), *flags]
-
-
-def processes_of(mark: str) -> list[int]:
-    """Ids of the running processes that inherited TUNER_TEST=mark."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit() and f"TUNER_TEST={mark}".encode() in (entry / "environ").read_bytes():
-                found.append(int(entry.name))
-        except OSError:  # gone meanwhile, or not ours
-            continue
-    return found
 
 
 def ended_trials(run: Run) -> int:

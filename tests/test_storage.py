@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from processes import processes_of
 from pyarrow.fs import FileSelector, FileSystem, FileType
 
 import tuner
@@ -371,18 +372,6 @@ def test_a_last_push_that_fails_says_where_the_whole_run_lies(bucket, s3_server,
 
 def command(module: str, *arguments: str) -> list[str]:
     return [sys.executable, "-m", module, *arguments]
-
-
-def processes_of(mark: str) -> list[int]:
-    """Ids of the running processes that inherited TUNER_TEST=mark."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit() and f"TUNER_TEST={mark}".encode() in (entry / "environ").read_bytes():
-                found.append(int(entry.name))
-        except OSError:  # gone meanwhile, or not ours
-            continue
-    return found
 
 
 def rows(content: bytes) -> list[dict[str, str]]:

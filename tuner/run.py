@@ -58,6 +58,11 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     sync_directory(path.parent)
 
 
+def one_line(error: BaseException) -> str:
+    """What an error says, without line breaks."""
+    return " ".join(str(error).split())
+
+
 def sync_directory(path: Path) -> None:
     """Make a rename inside `path` outlive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -192,7 +197,7 @@ class Run:
             header, *lines = list(csv.reader(io.StringIO(self.trials.read_text()), strict=True)) or [[]]
             return [_row(number, dict(zip(header, line, strict=True))) for number, line in enumerate(lines)]
         except (OSError, ValueError, csv.Error) as error:
-            raise Refused(f"{self.name_of(self.trials)}: damaged: {' '.join(str(error).split())}") from error
+            raise Refused(f"{self.name_of(self.trials)}: damaged: {one_line(error)}") from error
 
 
 def _row(number: int, cells: dict[str, str]) -> dict[str, Any]:

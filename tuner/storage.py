@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tuner.exits import CutOff
-from tuner.run import Refused, Run
+from tuner.run import Refused, Run, one_line
 
 PUSH_SECONDS = 5  # between two looks at what has changed
 
@@ -44,7 +44,7 @@ def opened(place: str) -> Iterator[Run]:
         try:
             mirror.push()
         except OSError as error:
-            raise CutOff(f"{place}: {_one_line(error)}; the whole run lies in {local}") from error
+            raise CutOff(f"{place}: {one_line(error)}; the whole run lies in {local}") from error
         shutil.rmtree(local.parent)
 
 
@@ -63,7 +63,7 @@ class Mirror:
         try:
             self.storage, self.root = FileSystem.from_uri(url)
         except (ValueError, OSError) as error:
-            raise Refused(f"{url}: {_one_line(error)}") from error
+            raise Refused(f"{url}: {one_line(error)}") from error
         self.known: dict[Path, tuple[int, int]] = {}
 
     def pull(self) -> None:
@@ -85,7 +85,7 @@ class Mirror:
                         shutil.copyfileobj(source, file)
                     self.known[path] = _signature(path)
         except OSError as error:
-            raise Refused(f"{self.url}: {_one_line(error)}") from error
+            raise Refused(f"{self.url}: {one_line(error)}") from error
 
     def follow(self, done: threading.Event) -> None:
         """Push now and then until `done`; a push that fails is tried again."""
@@ -129,10 +129,6 @@ class Mirror:
         self.storage.create_dir(remote.rpartition("/")[0], recursive=True)
         with self.storage.open_output_stream(remote) as stream:
             shutil.copyfileobj(io.BytesIO(content), stream)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
 
 
 def _signature(path: Path) -> tuple[int, int]:

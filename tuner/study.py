@@ -11,7 +11,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.storages.journal._file import LOCK_FILE_SUFFIX
 from optuna.trial import FrozenTrial, TrialState
 
-from tuner.run import Refused
+from tuner.run import Refused, one_line
 from tuner.spec import Spec
 from tuner.vae.score import METRICS, gap_closed
 
@@ -71,7 +71,7 @@ def _damaged(journal: Path, error: Exception) -> Exception:
     """Optuna raises whatever the damage provokes; a disk that can't be written is another matter."""
     if isinstance(error, OSError) and not isinstance(error, IsADirectoryError):
         return error
-    return Refused(f"{journal}: not readable as an Optuna journal: {' '.join(str(error).split())}")
+    return Refused(f"{journal}: not readable as an Optuna journal: {one_line(error)}")
 
 
 def evaluations(trial: FrozenTrial) -> list[dict[str, float]]:

@@ -15,7 +15,7 @@ import torch
 
 from tuner import spec as specs
 from tuner.exits import command, refuse, resumable
-from tuner.run import Refused, Run, write_atomic
+from tuner.run import Refused, Run, one_line, write_atomic
 from tuner.spec import Spec
 from tuner.storage import opened
 from tuner.vae import data as datasets
@@ -178,9 +178,7 @@ def reading(run: Run, path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise Refused(
-            f"{run.name_of(path)}: not readable as a checkpoint: {' '.join(str(error).split())[:200]}"
-        ) from error
+        raise Refused(f"{run.name_of(path)}: not readable as a checkpoint: {one_line(error)[:200]}") from error
 
 
 def load_tensors(content: bytes) -> dict[str, Any]:
