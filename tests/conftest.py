@@ -13,19 +13,19 @@ from pathlib import Path
 
 import pytest
 import ray
-import torch
 
 from tuner.run import Run
 from tuner.search import main
 from tuner.spec import Resources
 from tuner.trials import cluster
+from tuner.vae.process import settle
 from tuner.workspace import Workspace, open_workspace
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _as_in_a_trial() -> None:
-    """One thread, as each trial has, so that scores are equal to the last bit; and clusters of our own alone."""
-    torch.set_num_threads(1)
+    """Settled as each trial is, so that scores are equal to the last bit; and clusters of our own alone."""
+    settle()
     os.environ.pop("RAY_ADDRESS", None)
 
 

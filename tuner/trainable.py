@@ -16,6 +16,7 @@ from tuner.vae.data import Data
 from tuner.vae.judge import Judge
 from tuner.vae.parameters import Parameters
 from tuner.vae.prior import Prior
+from tuner.vae.process import settle
 from tuner.vae.score import Scorer
 from tuner.vae.sheet import sheets
 from tuner.vae.train import Diverged, State, train
@@ -61,7 +62,7 @@ class TrialTrainable(tune.Trainable):
     """
 
     def setup(self, config: dict[str, Any], spec: Spec, checkpoints: ActorHandle, data: Data, judge: Judge) -> None:
-        torch.set_num_threads(1)  # Ray's workers are processes of their own
+        settle()
         self.spec, self.checkpoints, self.images = spec, checkpoints, data.train.images
         self.scorer = search_scorer(spec, data, judge)
         self.reset_config(config)

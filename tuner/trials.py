@@ -30,6 +30,7 @@ from tuner.terminal import Progress, search_line, stage
 from tuner.trainable import CheckpointReader, TrialTrainable, search_scorer
 from tuner.vae.data import Data
 from tuner.vae.judge import Judge, train_judge
+from tuner.vae.process import settle
 from tuner.vae.train import Stream, derive_seed
 from tuner.views import TensorBoard
 from tuner.workspace import JUDGES, Workspace, keep_judges, load_judges
@@ -124,10 +125,15 @@ def _bundle(wanted: Resources) -> dict[str, float]:
     return {"CPU": wanted.cpu} | ({"GPU": wanted.gpu} if wanted.gpu else {})
 
 
+def _settled_judge(data: Data, seed: int, width: int) -> Judge:
+    settle()
+    return train_judge(data, seed, width)
+
+
 def judge_stage(run: Run, spec: Spec, data: Data) -> dict[str, Judge]:
     """The run's judges, trained side by side and frozen."""
     with stage(run, "judge") as progress:
-        train = ray.remote(num_cpus=1)(train_judge)
+        train = ray.remote(num_cpus=1)(_settled_judge)
         reference = ray.put(data)
         tasks = [
             train.remote(reference, derive_seed(spec.seed, Stream.JUDGE, index), width)

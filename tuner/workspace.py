@@ -24,6 +24,7 @@ from tuner.vae.judge import Judge, load_judge, to_bytes
 from tuner.vae.model import VAE, build
 from tuner.vae.parameters import Parameters
 from tuner.vae.prior import Prior, standard_normal
+from tuner.vae.process import settle
 from tuner.vae.score import Scorer
 from tuner.vae.train import Stream, derive_seed
 
@@ -65,9 +66,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Workspace:
-    """Making one sets PyTorch to a single thread: networks this small gain little from more, and numbers then
-    don't depend on how many cores a machine has.
-    """
+    """Making one settles the process."""
 
     run: Run
     spec: Spec
@@ -76,7 +75,7 @@ class Workspace:
     data_directory: Path
 
     def __post_init__(self) -> None:
-        torch.set_num_threads(1)
+        settle()
 
     def scorer(self, judge: str = "search", held_out: Split | None = None) -> Scorer:
         """A scorer with noise that no trial was scored with, on the validation split unless told otherwise."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.utils import parameters_to_vector
 
-from tuner.vae.model import build
+from tuner.vae.model import ToPixels, build
 from tuner.vae.parameters import CLASSIC, Parameters
 
 IMAGES = torch.rand(5, 1, 28, 28, generator=torch.Generator().manual_seed(0))
@@ -45,6 +45,21 @@ def test_a_drawing_is_the_sigmoid_of_the_logits():
     torch.testing.assert_close(drawing, 1 / (1 + torch.exp(-model.decode(latents))))
     assert drawing.min() >= 0
     assert drawing.max() <= 1
+
+
+@pytest.mark.parametrize(("channels", "size"), [(1, 1), (3, 5), (32, 14)])
+def test_the_last_layer_is_pytorchs_transposed_convolution(channels, size):
+    layer = ToPixels(channels, 1, 3, stride=2, padding=1, output_padding=1).double()
+    plain = torch.nn.ConvTranspose2d(channels, 1, 3, stride=2, padding=1, output_padding=1).double()
+    plain.load_state_dict(layer.state_dict())
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, channels, size, size, generator=generator, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(layer(images), plain(images))
+    probe = torch.randn(2, 1, 2 * size, 2 * size, generator=generator, dtype=torch.float64)
+    ours = torch.autograd.grad((layer(images) * probe).sum(), [images, *layer.parameters()])
+    theirs = torch.autograd.grad((plain(images) * probe).sum(), [images, *plain.parameters()])
+    for our, their in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(our, their)
 
 
 def test_the_same_seed_gives_the_same_weights_whatever_ran_before():

@@ -6,6 +6,7 @@ Axes: B batch, C channels, H/W pixels, Z latent. Images are (B, 1, 28, 28) float
 import torch
 from torch import Tensor, nn
 
+from tuner.vae.convolution import to_pixels
 from tuner.vae.parameters import Parameters
 
 
@@ -21,22 +22,22 @@ class VAE(nn.Module):
         self.variational = variational
         self.encoder = nn.Sequential(
             nn.Conv2d(1, width, 3, stride=2, padding=1),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Flatten(),
             nn.Linear(2 * width * 7 * 7, 128),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
         )
         self.mean = nn.Linear(128, latent_dim)
         self.log_variance = nn.Linear(128, latent_dim) if variational else None
         self.decoder = nn.Sequential(
             nn.Linear(latent_dim, 2 * width * 7 * 7),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Unflatten(1, (2 * width, 7, 7)),
             nn.ConvTranspose2d(2 * width, width, 3, stride=2, padding=1, output_padding=1),
-            nn.ReLU(),
-            nn.ConvTranspose2d(width, 1, 3, stride=2, padding=1, output_padding=1),
+            nn.ReLU(inplace=True),
+            ToPixels(width, 1, 3, stride=2, padding=1, output_padding=1),
         )
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -59,3 +60,13 @@ def build(parameters: Parameters, seed: int) -> VAE:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return VAE(parameters.latent_dim, parameters.width, parameters.model == "vae")
+
+
+class ToPixels(nn.ConvTranspose2d):
+    """A transposed convolution to one channel (3x3, stride 2, padding 1): (B, C, H, W) -> (B, 1, 2H, 2W)."""
+
+    def forward(self, images: Tensor, output_size: list[int] | None = None) -> Tensor:
+        if images.device.type != "cpu" or torch.compiler.is_exporting():
+            return super().forward(images, output_size)
+        assert self.bias is not None
+        return to_pixels(images.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tuner.vae.array import Array
 from tuner.vae.data import pixels
-from tuner.vae.losses import RECONSTRUCTION, kl_divergence
 from tuner.vae.model import VAE, build
 from tuner.vae.parameters import Parameters
 
-FINITE_CHECK_STEPS = 50  # reading a loss waits for the device, so not every step
+FINITE_CHECK_STEPS = 50  # reading a loss waits for a GPU, so not every step
 
 
 class Stream(IntEnum):
@@ -48,29 +48,28 @@ class Diverged(ValueError):
 
 @dataclass
 class State:
-    """All that training needs to go on: with the trial's parameters and seeds it determines every later number."""
+    """All that training needs to go on: with the trial's parameters and seeds it determines every later number.
+
+    `moments` (2, P) are Adam's, of the model's weights end to end.
+    """
 
     model: VAE
-    optimizer: torch.optim.Optimizer
+    moments: Tensor
     step: int = 0
 
     @classmethod
-    def fresh(cls, parameters: Parameters, seed: int, trial: int, device: str = "cpu") -> "State":
-        model = build(parameters, derive_seed(seed, Stream.INITIALISATION, trial)).to(device)
-        return cls(model, adam(model, parameters.learning_rate))
+    def fresh(cls, parameters: Parameters, seed: int, trial: int) -> "State":
+        model = build(parameters, derive_seed(seed, Stream.INITIALISATION, trial))
+        return cls(model, torch.zeros(2, sum(weight.numel() for weight in model.parameters())))
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, numbers and plain containers only: `torch.load(weights_only=True)` reads it back."""
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}
+        return {"model": self.model.state_dict(), "moments": self.moments, "step": self.step}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
+        self.moments.copy_(saved["moments"])
         self.step = saved["step"]
-
-
-def adam(model: VAE, learning_rate: float) -> torch.optim.Optimizer:
-    return torch.optim.Adam(model.parameters(), lr=learning_rate, fused=True)
 
 
 @dataclass(frozen=True)
@@ -102,6 +101,39 @@ def learning_rate_factor(parameters: Parameters, step: int, total_steps: int) ->
     return warmup * (1 + math.cos(math.pi * min(step / total_steps, 1.0))) / 2
 
 
+class Feed:
+    """What a trial's training is fed at each step: a function of (seed, trial, step) and the parameters alone."""
+
+    def __init__(self, parameters: Parameters, images: int, *, seed: int, trial: int, total_epochs: float):
+        self.parameters, self.images, self.seed, self.trial = parameters, images, seed, trial
+        self.per_epoch = steps_per_epoch(images, parameters.batch_size)
+        self.total_steps = max(1, round(total_epochs * self.per_epoch))
+        self.epoch = -1
+        self.order, self.noise = torch.empty(0), torch.empty(0)
+
+    def begin(self, epoch: int) -> None:
+        """Draw the order (N,) of the images and the noise (N, Z) of an epoch."""
+        self.epoch = epoch
+        self.order = torch.randperm(self.images, generator=_generator(self.seed, Stream.ORDER, self.trial, epoch))
+        generator = _generator(self.seed, Stream.NOISE, self.trial, epoch)
+        self.noise = torch.randn(self.images, self.parameters.latent_dim, generator=generator)
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """The images' indices (B,) and the noise (B, Z) of a step; an epoch's last batch may be short."""
+        if step // self.per_epoch != self.epoch:
+            self.begin(step // self.per_epoch)
+        first = step % self.per_epoch * self.parameters.batch_size
+        part = slice(first, first + self.parameters.batch_size)
+        return self.order[part], self.noise[part]
+
+    def learning_rate(self, step: int) -> float:
+        return self.parameters.learning_rate * learning_rate_factor(self.parameters, step, self.total_steps)
+
+    def kl_factor(self, step: int) -> float:
+        warmup = self.parameters.kl_warmup_epochs * self.per_epoch
+        return self.parameters.kl_weight * (min(1.0, step / warmup) if warmup else 1.0)
+
+
 def train(
     state: State,
     parameters: Parameters,
@@ -112,63 +144,42 @@ def train(
     trial: int,
     total_epochs: float,
 ) -> Iterator[Record]:
-    """Train `state` in place and yield at each of `epochs` (increasing; those already behind are skipped).
+    """Train `state` and yield at each of `epochs` (increasing; those already behind are skipped).
 
-    An epoch is rounded to whole steps, one at least; of epochs that share a step the last is yielded.
+    An epoch is rounded to whole steps, one at least; of epochs that share a step the last is yielded. In between,
+    `state` is as it was at the last record.
 
-    `images` is (N, 1, 28, 28) uint8 on the device of the model. The cosine schedule ends at `total_epochs`.
-    Raises Diverged as soon as a loss is seen not to be finite.
+    `images` is (N, 1, 28, 28) uint8, on the device to train on; `state` lives on the CPU. The cosine schedule ends at `total_epochs`. Raises Diverged as soon as a loss
+    is seen not to be finite.
     """
-    per_epoch = steps_per_epoch(len(images), parameters.batch_size)
-    total_steps = max(1, round(total_epochs * per_epoch))
-    reconstruction_loss = RECONSTRUCTION[parameters.likelihood]
-    variational = parameters.model == "vae"
-    warmup_steps = parameters.kl_warmup_epochs * per_epoch
-    model, optimizer = state.model, state.optimizer
-    order_epoch, order = -1, torch.empty(0)
-
-    stops = {max(1, round(epoch * per_epoch)): epoch for epoch in epochs}
+    feed = Feed(parameters, len(images), seed=seed, trial=trial, total_epochs=total_epochs)
+    device = images.device
+    array = Array(parameters, device=device)
+    array.load(0, state.model, state.moments)
+    stops = {max(1, round(epoch * feed.per_epoch)): epoch for epoch in epochs}
     for last_step, epoch in stops.items():
         if last_step <= state.step:
             continue
         started = time.perf_counter()
-        sums = torch.zeros(3, device=images.device)  # loss, reconstruction, KL
+        sums = torch.zeros(3, device=device)  # loss, reconstruction, KL
         seen = 0
-        model.train()
-        while state.step < last_step:
-            step = state.step
-            if step // per_epoch != order_epoch:
-                order_epoch = step // per_epoch
-                order = torch.randperm(len(images), generator=_generator(seed, Stream.ORDER, trial, order_epoch))
-                order = order.to(images.device)
-            begin = step % per_epoch * parameters.batch_size
-            batch = pixels(images[order[begin : begin + parameters.batch_size]])
-
-            latents, log_variance = model.encode(batch)
-            kl = torch.zeros_like(sums[:1])
-            if variational:
-                assert log_variance is not None
-                kl = kl_divergence(latents, log_variance)
-                noise = torch.randn(latents.shape, generator=_generator(seed, Stream.NOISE, trial, step))
-                latents = latents + torch.exp(0.5 * log_variance) * noise.to(latents.device)
-            reconstruction = reconstruction_loss(model.decode(latents), batch)
-            factor = parameters.kl_weight * (min(1.0, step / warmup_steps) if warmup_steps else 1.0)
-            loss = reconstruction.mean() + factor * kl.mean()
-
-            for group in optimizer.param_groups:
-                group["lr"] = parameters.learning_rate * learning_rate_factor(parameters, step, total_steps)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-
-            sums += torch.stack([loss, reconstruction.mean(), kl.mean()]).detach() * len(batch)
-            seen += len(batch)
-            state.step = step + 1
-            check = state.step % FINITE_CHECK_STEPS == 0 or state.step == last_step
+        for step in range(state.step, last_step):
+            order, noise = feed.batch(step)
+            count = len(order)
+            batch = pixels(images[order.to(device)]).view(1, count, 28, 28)
+            share = torch.full((1, count), 1 / count, device=device)
+            factor = torch.tensor([feed.kl_factor(step)], device=device)
+            means = array.backward(batch, share, noise.unsqueeze(0).to(device), factor)
+            array.update(0, feed.learning_rate(step), step)
+            sums += means[0] * count
+            seen += count
+            check = (step + 1) % FINITE_CHECK_STEPS == 0 or step + 1 == last_step
             if check and not bool(torch.isfinite(sums).all()):
-                raise Diverged(f"training loss not finite at epoch {state.step / per_epoch:.3g}")
-        loss_mean, reconstruction_mean, kl_mean = (sums / seen).tolist()
-        yield Record(epoch, state.step, loss_mean, reconstruction_mean, kl_mean, seen, time.perf_counter() - started)
+                raise Diverged(f"training loss not finite at epoch {(step + 1) / feed.per_epoch:.3g}")
+        array.store(0, state.model, state.moments)
+        state.step = last_step
+        loss, reconstruction, kl = (sums / seen).tolist()
+        yield Record(epoch, last_step, loss, reconstruction, kl, seen, time.perf_counter() - started)
 
 
 def _generator(seed: int, *path: int) -> torch.Generator:

@@ -1,0 +1,180 @@
+"""One training step on one core: ours against the tutorial loop, end to end with evaluation.
+
+    python benchmarks/step.py [--data-dir data] [--quick]
+
+The tutorial loop is what the MNIST tutorials show: torchvision's ToTensor, a DataLoader, the plain network, Adam, the
+loss on held-out images after each epoch. Ours is the trial's: the training generator, then the prior fitted and every
+score. Same network, batch, images, one thread, two epochs: denormal numbers only come up in the second. Each runs in a
+process of its own, turn by turn, and both also with and without the settings of `tuner/vae/process.py`. Without
+--data-dir the embedded digits are repeated to MNIST's number.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from tuner.vae import data as datasets
+from tuner.vae.data import Data, Split
+from tuner.vae.judge import Judge
+from tuner.vae.model import VAE
+from tuner.vae.parameters import Parameters
+from tuner.vae.process import settle
+from tuner.vae.score import Scorer
+from tuner.vae.train import State, train
+
+BATCH = 128
+MFLOP = 14.2  # a training image, forward and backward; a multiplication and an addition are two
+EPOCHS = 2
+VARIANTS = ("tutorial", "tutorial, settled", "ours, not settled", "ours")
+
+
+def plain(latent_dim: int) -> VAE:
+    """The network in PyTorch's own layers."""
+    model = VAE(latent_dim)
+    pixels = nn.ConvTranspose2d(32, 1, 3, stride=2, padding=1, output_padding=1)
+    pixels.load_state_dict(model.decoder[-1].state_dict())
+    model.decoder[-1] = pixels
+    return model
+
+
+class Pictures(Dataset[tuple[Tensor, int]]):
+    """As torchvision's MNIST hands them out."""
+
+    def __init__(self, split: Split):
+        datasets._torchvision_datasets()  # torchvision beside a CPU build of torch
+        from torchvision.transforms import ToTensor
+
+        self.split, self.transform = split, ToTensor()
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        picture = Image.fromarray(self.split.images[index, 0].numpy())
+        return self.transform(picture), int(self.split.labels[index])
+
+
+def tutorial(data: Data) -> tuple[float, float]:
+    """Seconds of training and of evaluation."""
+    model = plain(16)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    training = DataLoader(Pictures(data.train), batch_size=BATCH, shuffle=True)
+    held_out = DataLoader(Pictures(data.validation), batch_size=BATCH)
+
+    def loss_of(images: Tensor) -> Tensor:
+        mean, log_variance = model.encode(images)
+        latents = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
+        error = F.mse_loss(torch.sigmoid(model.decode(latents)), images, reduction="sum")
+        return error - 0.5 * torch.sum(1 + log_variance - mean.pow(2) - log_variance.exp())
+
+    seconds = [0.0, 0.0]
+    total = 0.0
+    for _ in range(EPOCHS):
+        started = time.perf_counter()
+        model.train()
+        for images, _ in training:
+            optimizer.zero_grad()
+            loss = loss_of(images)
+            loss.backward()
+            total += loss.item()
+            optimizer.step()
+        trained = time.perf_counter()
+        model.eval()
+        with torch.no_grad():
+            for images, _ in held_out:
+                total += loss_of(images).item()
+        seconds[0] += trained - started
+        seconds[1] += time.perf_counter() - trained
+    return seconds[0], seconds[1]
+
+
+def ours(data: Data) -> tuple[float, float]:
+    """Seconds of training and of evaluation; the judge is untrained, which takes the same time."""
+    count = len(data.train)
+    judge = Judge().eval().requires_grad_(False)
+    scorer = Scorer(judge, data.train, data.validation, seed=0, count=count // 20, prior_count=count // 10)
+    parameters = Parameters(latent_dim=16, batch_size=BATCH, prior="gaussian_mixture")
+    state = State.fresh(parameters, 0, 0)
+    seconds = [0.0, 0.0]
+    images, epochs = data.train.images, range(1, EPOCHS + 1)
+    for record in train(state, parameters, images, epochs, seed=0, trial=0, total_epochs=EPOCHS):
+        started = time.perf_counter()
+        scorer(state.model, parameters, scorer.fit_prior(state.model, parameters))
+        seconds[0] += record.seconds
+        seconds[1] += time.perf_counter() - started
+    return seconds[0], seconds[1]
+
+
+def matrix_product() -> float:
+    """GFLOP/s of this core in a product of 1,024 x 1,024 matrices."""
+    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    a @ b
+    seconds = []
+    for _ in range(10):
+        started = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - started)
+    return 2 * 1024**3 / statistics.median(seconds) / 1e9
+
+
+def load(directory: Path | None, images: int) -> Data:
+    data = datasets.load("mnist" if directory else "digits", directory or Path(), download=False)
+
+    def sized(split: Split, count: int) -> Split:
+        index = torch.arange(count) % len(split)
+        return Split(split.images[index], split.labels[index])
+
+    return Data(sized(data.train, images), sized(data.validation, images // 5))
+
+
+def measure(variant: str, directory: Path | None, images: int) -> None:
+    """Train and evaluate as `variant` does, after a short time that warms up."""
+    torch.set_num_threads(1)
+    if variant in ("tutorial, settled", "ours"):
+        settle()
+    torch.manual_seed(0)
+    run = tutorial if variant.startswith("tutorial") else ours
+    run(load(directory, 10 * BATCH))
+    training, evaluation = run(load(directory, images))
+    rate = EPOCHS * images / training
+    result = {
+        "variant": variant,
+        "images_per_second": round(EPOCHS * images / (training + evaluation)),
+        "training_alone": round(rate),
+        "share_of_matrix_product": round(rate * MFLOP / 1e3 / matrix_product(), 3),
+    }
+    print(json.dumps(result), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, help="where MNIST lies")
+    parser.add_argument("--quick", action="store_true", help="fewer images and rounds")
+    parser.add_argument("--variant", choices=VARIANTS, help="measure one, in this process")
+    arguments = parser.parse_args()
+    images, rounds = (5_000, 2) if arguments.quick else (50_000, 3)
+    if arguments.variant:
+        measure(arguments.variant, arguments.data_dir, images)
+        return
+    found: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    for _ in range(rounds):
+        for variant in VARIANTS:
+            command = [sys.executable, __file__, *sys.argv[1:], "--variant", variant]
+            line = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            print(line, end="", flush=True)
+            found[variant].append(json.loads(line)["images_per_second"])
+    print(f"ratio {statistics.median(found['ours']) / statistics.median(found['tutorial']):.2f}")
+
+
+if __name__ == "__main__":
+    main()

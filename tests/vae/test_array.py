@@ -1,0 +1,88 @@
+"""Networks trained as one array: each has the gradients and the steps that it has alone and in plain PyTorch."""
+
+import pytest
+import torch
+
+from tuner.vae.array import Array
+from tuner.vae.losses import RECONSTRUCTION, kl_divergence
+from tuner.vae.model import VAE, build
+from tuner.vae.parameters import Parameters
+
+WIDEST = 5
+LATENTS = {1: [5], 3: [5, 2, 3]}
+KINDS = [("gaussian", "vae"), ("bernoulli", "vae"), ("gaussian", "autoencoder")]
+
+
+def _size(model: VAE) -> int:
+    return sum(weight.numel() for weight in model.parameters())
+
+
+def _draw(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def _filled(parameters: Parameters, slots: int) -> tuple[Array, list[VAE]]:
+    array = Array(parameters, slots)
+    models = []
+    for slot, latent_dim in enumerate(LATENTS[slots]):
+        models.append(build(parameters.model_copy(update={"latent_dim": latent_dim}), seed=slot))
+        array.load(slot, models[slot], _draw(2, _size(models[slot])).abs())
+    return array, models
+
+
+@pytest.mark.parametrize(("likelihood", "kind"), KINDS)
+@pytest.mark.parametrize("slots", LATENTS)
+def test_losses_and_gradients_are_those_of_autograd_on_the_plain_network(slots, likelihood, kind):
+    parameters = Parameters(latent_dim=WIDEST, width=4, likelihood=likelihood, model=kind)
+    array, models = _filled(parameters, slots)
+    images = torch.sigmoid(_draw(slots, 6, 28, 28))
+    noise, factors = torch.zeros(slots, 6, WIDEST), torch.tensor([0.3, 0.0, 2.0])[:slots]
+    share = torch.tensor([1, 1, 1, 2, 0, 1]).expand(slots, 6) / 6
+    for slot, latent_dim in enumerate(LATENTS[slots]):
+        noise[slot, :, :latent_dim] = _draw(6, latent_dim)
+    means = array.backward(images, share, noise, factors)
+    array.flat[0] = array.flat[1]  # so that `store` hands the gradients out
+    for slot, model in enumerate(models):
+        batch = images[slot].unsqueeze(1)
+        latents, log_variance = model.encode(batch)
+        kl = torch.zeros(6)
+        if log_variance is not None:
+            kl = kl_divergence(latents, log_variance)
+            latents = latents + torch.exp(0.5 * log_variance) * noise[slot, :, : model.latent_dim]
+        reconstruction = RECONSTRUCTION[likelihood](model.decode(latents), batch)
+        loss = (share[slot] * (reconstruction + factors[slot] * kl)).sum()
+        expected = torch.stack([loss, (share[slot] * reconstruction).sum(), (share[slot] * kl).sum()])
+        torch.testing.assert_close(means[slot], expected.detach(), rtol=1e-5, atol=1e-5)
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        array.store(slot, model, torch.zeros(2, _size(model)))
+        for ours, theirs in zip(model.parameters(), gradients, strict=True):
+            assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["vae", "autoencoder"])
+def test_what_is_loaded_is_what_is_stored_to_the_bit(kind):
+    array, models = _filled(Parameters(latent_dim=WIDEST, width=2, model=kind), 3)
+    for slot, model in enumerate(models):
+        other = build(Parameters(latent_dim=model.latent_dim, width=2, model=kind), seed=99)
+        moments = torch.zeros(2, _size(model))
+        array.store(slot, other, moments)
+        for ours, theirs in zip(other.parameters(), model.parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+        assert torch.equal(moments, _draw(2, _size(model)).abs())
+
+
+def test_an_update_is_pytorchs_adam_and_leaves_the_other_networks_alone():
+    array, _ = _filled(Parameters(latent_dim=WIDEST, width=2), 3)
+    before = array.flat.clone()
+    array.flat[1] = _draw(*array.flat[1].shape)
+    weights = before[0, 1].clone().requires_grad_()
+    optimizer = torch.optim.Adam([weights], lr=0.02)
+    optimizer.state[weights] = {"step": torch.tensor(7.0), "exp_avg": before[2, 1], "exp_avg_sq": before[3, 1]}
+    weights.grad = array.flat[1, 1].clone()
+    untouched = array.flat[:, [0, 2]].clone()
+    optimizer.step()
+    array.update(1, 0.02, 7)
+    torch.testing.assert_close(array.flat[0, 1], weights.detach())
+    torch.testing.assert_close(array.flat[2, 1], optimizer.state[weights]["exp_avg"])
+    torch.testing.assert_close(array.flat[3, 1], optimizer.state[weights]["exp_avg_sq"])
+    assert torch.equal(array.flat[:, [0, 2]], untouched)

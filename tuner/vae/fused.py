@@ -1,0 +1,205 @@
+"""Trials of one shape trained as one array on one device, each at its own pace with its own parameters.
+
+A trial enters with its state and leaves with it at its next rung, so a slot is free for the next trial at once and
+its neighbours take no notice. What a trial computes is what `train` computes for it alone, but for rounding.
+
+On a GPU one step of all slots is one CUDA graph. Everything that differs between steps is on the device: the host
+only counts steps, and steps in when a trial ends an epoch or reaches its rung.
+"""
+
+import time
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tuner.vae.array import Array
+from tuner.vae.data import pixels
+from tuner.vae.parameters import Parameters
+from tuner.vae.train import Diverged, Feed, Record, State, steps_per_epoch
+
+WARM_UP_STEPS = 3  # before a CUDA graph is captured, libraries must have chosen their kernels
+
+
+@dataclass(eq=False)
+class Job:
+    """Train `state` in place up to `epoch`; `record` says how that went."""
+
+    trial: int
+    parameters: Parameters
+    state: State
+    epoch: float
+    seed: int
+    total_epochs: float
+    record: Record | Diverged | None = None
+
+
+@dataclass
+class _Slot:
+    job: Job
+    feed: Feed
+    first_step: int
+    last_step: int
+    started: float
+
+
+def shape_of(parameters: Parameters, widest: int) -> Parameters:
+    """What trials must share to be trained as one array of up to `widest` latents; the rest is at its default."""
+    shared = {name: getattr(parameters, name) for name in ("model", "width", "likelihood", "batch_size")}
+    return Parameters(**shared, latent_dim=widest)
+
+
+class Fused:
+    """Up to `slots` trials of one shape at once, on the device of `images` (N, 1, 28, 28) uint8; others wait.
+
+    Where memory runs out, half as many slots are tried: those that no longer fit wait. Raises
+    torch.OutOfMemoryError where a single one does not fit.
+    """
+
+    def __init__(self, shape: Parameters, slots: int, images: Tensor):
+        self.shape, self.images = shape, images
+        self.per_epoch = steps_per_epoch(len(images), shape.batch_size)
+        self.waiting: deque[Job] = deque()
+        self.steps = 0  # of the whole array, since it was made
+        self._allocate(slots)
+
+    def _allocate(self, slots: int) -> None:
+        device, count = self.images.device, len(self.images)
+        self.slots: list[_Slot | None] = [None] * slots
+        self.array = Array(self.shape, slots, device)
+        self.order = torch.zeros(slots, count, dtype=torch.long, device=device)
+        self.noise = torch.zeros(slots, count, self.shape.latent_dim, device=device)
+        self.schedule = torch.zeros(2, slots, 1, device=device)  # learning rate and KL factor at each step
+        self.step = torch.zeros(slots, dtype=torch.long, device=device)
+        self.active = torch.zeros(slots, dtype=torch.bool, device=device)
+        self.sums = torch.zeros(slots, 3, device=device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def enter(self, job: Job) -> None:
+        """Queue a job; `advance` gives it a slot. May be called from another thread."""
+        self.waiting.append(job)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting) or any(self.slots)
+
+    def advance(self) -> list[Job]:
+        """Train until a trial has reached its epoch or an epoch has ended -> the jobs that are done."""
+        try:
+            self._fill()
+            running = [slot for slot in self.slots if slot]
+            count = min((self._until_event(slot) for slot in running), default=0)
+            for _ in range(count):
+                self._advance_one()
+            return self._collect(count)
+        except torch.OutOfMemoryError:
+            if len(self.slots) == 1:
+                raise
+        self._shrink()  # out here the error no longer holds the tensors of the step that failed
+        return []
+
+    def _until_event(self, slot: _Slot) -> int:
+        done = slot.job.state.step
+        return min(slot.last_step - done, self.per_epoch - done % self.per_epoch)
+
+    def _fill(self) -> None:
+        """Put waiting jobs into free slots, and next epochs' orders and noise into those that begin one."""
+        for number, slot in enumerate(self.slots):
+            if slot is None and self.waiting:
+                self._load(number, self.waiting.popleft())
+                slot = self.slots[number]
+            if slot and slot.job.state.step // self.per_epoch != slot.feed.epoch:
+                slot.feed.begin(slot.job.state.step // self.per_epoch)
+                self.order[number] = slot.feed.order.to(self.order.device)
+                self.noise[number, :, : slot.job.parameters.latent_dim] = slot.feed.noise.to(self.noise.device)
+
+    def _load(self, number: int, job: Job) -> None:
+        feed = Feed(job.parameters, len(self.images), seed=job.seed, trial=job.trial, total_epochs=job.total_epochs)
+        last_step = max(1, round(job.epoch * self.per_epoch))
+        slot = self.slots[number] = _Slot(job, feed, job.state.step, last_step, time.perf_counter())
+        self.array.load(number, job.state.model, job.state.moments)
+        steps = range(last_step)
+        schedule = torch.tensor([[feed.learning_rate(s) for s in steps], [feed.kl_factor(s) for s in steps]])
+        if last_step > self.schedule.shape[2]:
+            longer = torch.zeros(2, len(self.slots), max(last_step, feed.total_steps), device=self.schedule.device)
+            longer[:, :, : self.schedule.shape[2]] = self.schedule
+            self.schedule, self.graph = longer, None
+        self.schedule[:, number, :last_step] = schedule.to(self.schedule.device)
+        self.noise[number] = 0
+        self.sums[number] = 0
+        self.step[number] = slot.first_step
+        self.active[number] = True
+
+    def _advance_one(self) -> None:
+        self.steps += 1
+        if self.images.device.type != "cuda":
+            self._step()
+        elif self.graph is not None:
+            self.graph.replay()
+        elif self.steps <= WARM_UP_STEPS:
+            self._step()
+        else:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._step()
+            self.graph = graph
+            graph.replay()
+
+    @torch.no_grad()
+    def _step(self) -> None:
+        """One step of every active slot. Nothing in here waits for the device, nor depends on what it computed."""
+        size, count = self.shape.batch_size, len(self.images)
+        place = (self.step % self.per_epoch * size).unsqueeze(1) + torch.arange(size, device=self.step.device)
+        there = (place < count) & self.active.unsqueeze(1)
+        place = place.clamp(max=count - 1)
+        batch = pixels(self.images[self.order.gather(1, place), 0])
+        noise = self.noise.gather(1, place.unsqueeze(2).expand(-1, -1, self.shape.latent_dim))
+        images = there.sum(1, keepdim=True)
+        at = self.step.clamp(max=self.schedule.shape[2] - 1).expand(2, 1, -1).mT
+        learning_rate, kl_factor = self.schedule.gather(2, at).squeeze(2)
+        means = self.array.backward(batch, there / images.clamp(min=1), noise, kl_factor)
+        self.array.update_all(learning_rate, self.step, self.active)
+        self.sums += torch.where(self.active.unsqueeze(1), means * images, 0)
+        self.step += self.active
+
+    def _collect(self, count: int) -> list[Job]:
+        """Count steps; empty the slots of trials that have come to their epoch, or whose loss is not finite."""
+        done = []
+        finite = torch.isfinite(self.sums).all(1).tolist()
+        for number, slot in enumerate(self.slots):
+            if slot is None:
+                continue
+            job = slot.job
+            job.state.step += count
+            if not finite[number]:
+                job.record = Diverged(f"training loss not finite at epoch {job.state.step / self.per_epoch:.3g}")
+            elif job.state.step == slot.last_step:
+                self.array.store(number, job.state.model, job.state.moments)
+                seen = self._images_at(slot.last_step) - self._images_at(slot.first_step)
+                loss, reconstruction, kl = (self.sums[number] / seen).tolist()
+                seconds = time.perf_counter() - slot.started
+                job.record = Record(job.epoch, slot.last_step, loss, reconstruction, kl, seen, seconds)
+            if job.record:
+                self.slots[number] = None
+                self.active[number] = False
+                done.append(job)
+        return done
+
+    def _images_at(self, step: int) -> int:
+        """Images a trial has seen before `step`."""
+        epochs, steps = divmod(step, self.per_epoch)
+        return epochs * len(self.images) + steps * self.shape.batch_size
+
+    def _shrink(self) -> None:
+        """Half the slots. Trials go on from the rung they came from: their states on the CPU are whole."""
+        for slot in reversed(self.slots):
+            if slot:
+                slot.job.state.step = slot.first_step
+                self.waiting.appendleft(slot.job)
+        slots = len(self.slots) // 2
+        del self.array, self.order, self.noise
+        self.graph = None
+        if self.images.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._allocate(slots)
