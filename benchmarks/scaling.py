@@ -17,9 +17,10 @@ from typing import Any
 import optuna
 from ray import cloudpickle, tune
 
+from tuner.cluster import cluster
 from tuner.spec import Resources, Spec
 from tuner.study import open_study
-from tuner.trials import cluster, run_trials
+from tuner.trials import run_trials
 
 SPACE = {"learning_rate": {"type": "float", "low": 1e-4, "high": 1e-2, "log": True}}
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import ray
 
+from tuner.cluster import cluster
 from tuner.run import Run
 from tuner.search import main
 from tuner.spec import Resources
-from tuner.trials import cluster
 from tuner.vae.process import settle
 from tuner.workspace import Workspace, open_workspace
 

@@ -27,14 +27,14 @@ from optuna.trial import FrozenTrial, TrialState
 from ray import cloudpickle, tune
 
 import tuner
+from tuner.cluster import cluster
 from tuner.run import Run
 from tuner.search import load_spec, parse
 from tuner.spec import Resources, Spec
 from tuner.study import evaluations, open_study, read_study
-from tuner.trials import cluster, judge_stage, run_trials, search_stage
+from tuner.trials import run_trials, search_stage
 from tuner.vae import data as datasets
 from tuner.vae.score import METRICS
-from tuner.workspace import Workspace
 
 ROOT = Path(tuner.__file__).parents[1]
 RAY = Path(sys.executable).with_name("ray")
@@ -222,8 +222,7 @@ def search_here(path: str) -> None:
     spec = load_spec(run, parse(["--run", path, *SMALL]))
     data = datasets.load("digits", Path("never read"), False)
     with run.claimed(), cluster(None, None, spec.resources):
-        judges = judge_stage(run, spec, data)
-        search_stage(Workspace(run, spec, data, judges, Path("never read")), 2)
+        search_stage(run, spec, data, 2)
 
 
 def entrypoint(folder: Path) -> list[str]:

@@ -29,7 +29,7 @@ from tuner.study import evaluations, open_study
 from tuner.trials import search_stage
 from tuner.vae import codec
 from tuner.vae.score import METRICS
-from tuner.workspace import Workspace
+from tuner.workspace import keep_judge
 
 STAGES = {"judge", "search", "promote", "retrain", "export"}
 TIMES = {"seconds_train", "seconds_score", "started", "ended", "worker"}
@@ -182,7 +182,9 @@ def tiny_run(workspace, ray_cluster, tmp_path_factory):
     def search(concurrency: int) -> Run:
         run = Run(tmp_path_factory.mktemp("tiny"))
         spec = load_spec(run, parse(TINY))
-        search_stage(Workspace(run, spec, workspace.data, workspace.judges, Path("never read")), concurrency)
+        for name, judge in workspace.judges.items():
+            keep_judge(run, workspace.data, name, judge)
+        search_stage(run, spec, workspace.data, concurrency)
         return run
 
     return search

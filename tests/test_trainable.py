@@ -15,7 +15,7 @@ from tuner.run import Run, write_atomic
 from tuner.searcher import FAILURES
 from tuner.spec import Spec
 from tuner.study import BASELINE
-from tuner.trainable import CheckpointReader, TrialTrainable
+from tuner.trainable import CheckpointReader, Shared, TrialTrainable
 from tuner.vae.data import Data
 from tuner.vae.parameters import Parameters
 from tuner.vae.score import METRICS
@@ -39,10 +39,12 @@ def begin(workspace: Workspace, ray_cluster: str, tmp_path: Path) -> Begin:
         trial = TrialTrainable.__new__(TrialTrainable)  # Tune's own beginning makes a log folder at home
         trial.setup(
             {"trial": number, "parameters": parameters.model_dump()},
-            spec=spec,
-            checkpoints=ray.remote(CheckpointReader).options(num_cpus=0).remote(Run(tmp_path)),
-            data=data,
-            judge=workspace.judges["search"],
+            Shared(
+                spec,
+                ray.remote(CheckpointReader).options(num_cpus=0).remote(Run(tmp_path)),
+                ray.put(data),
+                ray.put(workspace.judges["search"]),
+            ),
         )
         return trial
 
@@ -88,18 +90,19 @@ def test_what_needs_more_memory_than_there_is_is_out_of_memory(begin, workspace)
     train = workspace.data.train
     many = replace(train, images=train.images[:1].expand(2**40, 1, 28, 28), labels=train.labels[:1].expand(2**40))
     trial = begin()
-    trial.images = many.images
+    trial.data = replace(workspace.data, train=many)
     check_failure(trial.step(), "out of memory")
 
 
 def test_any_other_exception_is_told_by_its_type_and_first_line_and_the_worker_takes_the_next_trial(begin, workspace):
     trial = begin()
-    trial.images = workspace.data.train.images[:, :, :14]  # no network of this size fits
+    train = workspace.data.train
+    trial.data = replace(workspace.data, train=replace(train, images=train.images[:, :, :14]))  # fits no network
     report = trial.step()
     check_failure(report, "error")
     assert report["reason"].startswith("error: RuntimeError: ")
 
-    trial.images = workspace.data.train.images
+    trial.data = workspace.data
     assert trial.reset_config({"trial": 2, "parameters": GOOD.model_dump()})
     report = trial.step()
     assert (report["trial"], report["outcome"], report["rung"]) == (2, "running", 1)

@@ -1,4 +1,4 @@
-"""The main job, read top to bottom: spec -> judges -> search -> promote -> retrain -> export -> report.
+"""The main job, read top to bottom: spec -> search and judges -> promote -> retrain -> export -> report.
 
 `python -m tuner.search [SPEC.yaml] [--run DIR]`. On a run that was cut off, the same command goes on with it.
 """
@@ -37,12 +37,13 @@ def main(argv: list[str] | None = None) -> int:
 def job(run: Run, arguments: argparse.Namespace) -> int:
     """All stages of a run, each skipped where it is done already -> exit status."""
     # Ray and torch take seconds to import: --help, --status and a mistyped flag don't wait for them.
+    from tuner.cluster import cluster
     from tuner.export import export_stage
     from tuner.promote import promote_stage
     from tuner.report import report_stage
     from tuner.retrain import retrain_stage
     from tuner.study import BASELINE
-    from tuner.trials import cluster, judge_stage, search_stage
+    from tuner.trials import search_stage
     from tuner.vae import data as datasets
     from tuner.workspace import Workspace, load_judges
 
@@ -53,7 +54,7 @@ def job(run: Run, arguments: argparse.Namespace) -> int:
             return finish(run)
         directory = arguments.data_dir or spec.data.directory
         data = datasets.load(spec.data.name, directory, spec.data.download)
-        judges = load_judges(run)
+        load_judges(run)
     except ValueError as error:
         refuse(error)
 
@@ -61,17 +62,15 @@ def job(run: Run, arguments: argparse.Namespace) -> int:
         begin(run, spec)
         if "best" not in run.summary():
             with cluster(arguments.address, arguments.concurrency, spec.resources):
-                judges = judges or judge_stage(run, spec, data)
-                workspace = Workspace(run, spec, data, judges, directory)
-                rows = search_stage(workspace, arguments.concurrency)
+                rows = search_stage(run, spec, data, arguments.concurrency)
             if rows[BASELINE]["state"] == "failed" or not rows[BASELINE]["epochs_trained"]:
                 everything = all(row["state"] == "failed" for row in rows)
                 reasons = Counter(row["reason"] for row in (rows if everything else rows[: BASELINE + 1]))
                 subject = "every trial failed" if everything else "the baseline was never scored"
                 print(f"error: {subject}: {reasons.most_common(1)[0][0]}", file=sys.stderr)
                 return 1
-            promote_stage(workspace, rows)
-        workspace = Workspace(run, spec, data, judges, directory)
+            promote_stage(Workspace(run, spec, data, load_judges(run), directory), rows)
+        workspace = Workspace(run, spec, data, load_judges(run), directory)
         if not arguments.no_retrain and "retrain" not in run.summary():
             retrain_stage(workspace)
         run.report.unlink(missing_ok=True)  # a report is the last thing a finished run gets

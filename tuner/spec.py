@@ -213,6 +213,9 @@ class Spec(_Frozen):
     budget: Budget = Budget()
     retrain: RetrainSpec = RetrainSpec()
     resources: Resources = Resources()
+    execution: Literal["process", "fused", "auto"] = Field(
+        "auto", description="process: each trial in its own; fused: many as one array; auto: fused where there is a GPU"
+    )
     seed: int = Field(0, ge=0, lt=2**32)
 
     @model_validator(mode="after")
@@ -257,6 +260,13 @@ class Spec(_Frozen):
         """Optuna's distributions, inclusive at both ends as the YAML is."""
         return {name: entry.distribution() for name, entry in self.space.items()}
 
+    @property
+    def widest(self) -> int:
+        """The most latents a trial can have."""
+        entry = self.space.get("latent_dim")
+        searched = [int(value) for value in entry.ends()] if entry else [self.parameters({}).latent_dim]
+        return max(*searched, self.baseline.latent_dim)
+
     def parameters(self, searched: dict[str, Value]) -> Parameters:
         """A trial's full parameters from the searched ones."""
         return Parameters.model_validate(self.fixed | searched)
@@ -299,7 +309,7 @@ class Spec(_Frozen):
     def differences(self, other: "Spec") -> list[str]:
         """Keys whose values differ, as 'key: ours, theirs'; places and the time limit don't count."""
         ours, theirs = _flatten(self.model_dump(mode="json")), _flatten(other.model_dump(mode="json"))
-        free = {"data.directory", "data.download", "budget.time_limit", "resources.cpu", "resources.gpu"}
+        free = {"data.directory", "data.download", "budget.time_limit", "resources.cpu", "resources.gpu", "execution"}
         return [
             f"{key}: {ours.get(key, 'unset')} here, {theirs.get(key, 'unset')} there"
             for key in sorted(ours.keys() | theirs.keys())

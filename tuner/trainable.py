@@ -2,13 +2,17 @@
 
 import io
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import ray
 import torch
-from ray import tune
+from ray import ObjectRef, tune
 from ray.actor import ActorHandle
 
+from tuner.fusion import train_fused
 from tuner.run import Run
 from tuner.spec import Spec
 from tuner.study import BASELINE
@@ -19,7 +23,7 @@ from tuner.vae.prior import Prior
 from tuner.vae.process import settle
 from tuner.vae.score import Scorer
 from tuner.vae.sheet import sheets
-from tuner.vae.train import Diverged, State, train
+from tuner.vae.train import Diverged, Record, State, train
 from tuner.workspace import Candidate, load_tensors
 
 SEARCH_SAMPLES = 2_500  # of each kind per score: keeps scoring below 15 % of training on MNIST
@@ -52,6 +56,17 @@ class CheckpointReader:
         return path.read_bytes() if path.exists() else None
 
 
+@dataclass(frozen=True)
+class Shared:
+    """What the trials of a search share: handles and references, small wherever they are sent."""
+
+    spec: Spec
+    checkpoints: ActorHandle  # of a CheckpointReader
+    data: ObjectRef  # to Data
+    judge: ObjectRef  # to a Judge
+    arrays: tuple[ActorHandle, ...] = ()  # where trials are fused; without any, each trains in its own process
+
+
 class TrialTrainable(tune.Trainable):
     """Trains to the next rung at each step and reports its scores, a sample sheet and a checkpoint.
 
@@ -61,11 +76,15 @@ class TrialTrainable(tune.Trainable):
     sees an error only where the process itself dies.
     """
 
-    def setup(self, config: dict[str, Any], spec: Spec, checkpoints: ActorHandle, data: Data, judge: Judge) -> None:
+    def setup(self, config: dict[str, Any], shared: Shared) -> None:
         settle()
-        self.spec, self.checkpoints, self.images = spec, checkpoints, data.train.images
-        self.scorer = search_scorer(spec, data, judge)
+        self.shared, self.spec, self.data = shared, shared.spec, ray.get(shared.data)
         self.reset_config(config)
+
+    @cached_property
+    def scorer(self) -> Scorer:
+        """Made at the first rung: until then the judge may still be in training."""
+        return search_scorer(self.spec, self.data, ray.get(self.shared.judge))
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self.number = new_config["trial"]
@@ -83,6 +102,8 @@ class TrialTrainable(tune.Trainable):
             return self._evaluate()
         except Diverged as error:
             return self._failed("diverged", str(error))
+        except ray.exceptions.RayError:
+            raise  # a node or an actor was lost: Tune takes the trial up again
         except (MemoryError, torch.OutOfMemoryError) as error:
             return self._failed("out of memory", _first_line(error))
         except Exception as error:
@@ -95,7 +116,7 @@ class TrialTrainable(tune.Trainable):
         self.state = State.fresh(self.parameters, self.spec.seed, self.number)
         self.best: dict[str, Any] | None = None
         report = None
-        content = ray.get(self.checkpoints.read.remote(self.number))
+        content = ray.get(self.shared.checkpoints.read.remote(self.number))
         if content is not None:
             try:
                 saved = load_tensors(content)
@@ -104,16 +125,23 @@ class TrialTrainable(tune.Trainable):
                     self.best, report = saved["best"], saved["report"]
             except Exception:  # torch raises whatever the damage provokes; training again gives the same numbers
                 self.state = State.fresh(self.parameters, self.spec.seed, self.number)
-        self.records = train(
+        self.records = self._records()
+        return report
+
+    def _records(self) -> Iterator[Record]:
+        arrays, images, spec = self.shared.arrays, self.data.train.images, self.spec
+        if arrays:
+            host = arrays[self.number % len(arrays)]
+            return train_fused(host, len(images), self.state, self.parameters, spec, self.number)
+        return train(
             self.state,
             self.parameters,
-            self.images,
-            self.spec.budget.rungs,
-            seed=self.spec.seed,
+            images,
+            spec.budget.rungs,
+            seed=spec.seed,
             trial=self.number,
-            total_epochs=self.spec.budget.max_epochs,
+            total_epochs=spec.budget.max_epochs,
         )
-        return report
 
     def _evaluate(self) -> dict[str, Any]:
         record = next(self.records)

@@ -152,17 +152,13 @@ def run_alone(module: str, description: str, work: Callable[[Workspace], object]
     return 0
 
 
-def keep_judges(run: Run, data: Data, judges: dict[str, Judge]) -> dict[str, dict[str, Any]]:
-    """Write the frozen judges; describe each by hash, width and how often it is right on the validation split."""
-    images = pixels(data.validation.images)
-    described = {}
-    for name, judge in judges.items():
-        content = to_bytes(judge)
-        write_atomic(run.judge(name), content)
-        accuracy = judge.accuracy(images, data.validation.labels)
-        described[name] = {"sha256": hashlib.sha256(content).hexdigest(), "accuracy": accuracy, "width": judge.width}
-    run.update_summary(judges=described)
-    return described
+def keep_judge(run: Run, data: Data, name: str, judge: Judge) -> None:
+    """Write a frozen judge; describe it by hash, width and how often it is right on the validation split."""
+    content = to_bytes(judge)
+    write_atomic(run.judge(name), content)
+    accuracy = judge.accuracy(pixels(data.validation.images), data.validation.labels)
+    entry = {"sha256": hashlib.sha256(content).hexdigest(), "accuracy": accuracy, "width": judge.width}
+    run.update_summary(judges={name: entry})
 
 
 def load_judges(run: Run) -> dict[str, Judge]:

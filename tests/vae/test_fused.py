@@ -131,13 +131,14 @@ def test_where_memory_runs_out_the_array_shrinks_and_the_trials_go_on(images, mo
         _assert_as_alone(job, images)
 
 
-def test_where_a_single_trial_does_not_fit_the_error_is_heard(images, monkeypatch):
+def test_a_trial_that_does_not_fit_alone_hears_of_it(images, monkeypatch):
     def full(self, *arguments):
-        raise torch.OutOfMemoryError
+        raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr(Array, "backward", full)
     fused = Fused(shape_of(TRIALS[1], WIDEST), 2, images)
     fused.enter(_job(1))
-    assert fused.advance() == []
-    with pytest.raises(torch.OutOfMemoryError):
-        fused.advance()
+    fused.enter(_job(2))
+    done = _finish(fused)
+    assert sorted(done) == [1, 2]
+    assert all(isinstance(job.record, torch.OutOfMemoryError) and "no room" in str(job.record) for job in done.values())

@@ -17,7 +17,7 @@ from torch import Tensor
 from tuner.vae.array import Array
 from tuner.vae.data import pixels
 from tuner.vae.parameters import Parameters
-from tuner.vae.train import Diverged, Feed, Record, State, steps_per_epoch
+from tuner.vae.train import Diverged, Feed, Record, State, steps_per_epoch, stops
 
 WARM_UP_STEPS = 3  # before a CUDA graph is captured, libraries must have chosen their kernels
 
@@ -32,7 +32,7 @@ class Job:
     epoch: float
     seed: int
     total_epochs: float
-    record: Record | Diverged | None = None
+    record: Record | Exception | None = None
 
 
 @dataclass
@@ -53,8 +53,8 @@ def shape_of(parameters: Parameters, widest: int) -> Parameters:
 class Fused:
     """Up to `slots` trials of one shape at once, on the device of `images` (N, 1, 28, 28) uint8; others wait.
 
-    Where memory runs out, half as many slots are tried: those that no longer fit wait. Raises
-    torch.OutOfMemoryError where a single one does not fit.
+    Where memory runs out, half as many slots are tried: those that no longer fit wait. A trial that does not even
+    fit alone gets the error as its record.
     """
 
     def __init__(self, shape: Parameters, slots: int, images: Tensor):
@@ -93,11 +93,21 @@ class Fused:
             for _ in range(count):
                 self._advance_one()
             return self._collect(count)
-        except torch.OutOfMemoryError:
-            if len(self.slots) == 1:
-                raise
+        except torch.OutOfMemoryError as error:
+            alone = self.slots[0] if len(self.slots) == 1 else None
+            if alone:
+                alone.job.record = torch.OutOfMemoryError(str(error))
         self._shrink()  # out here the error no longer holds the tensors of the step that failed
-        return []
+        return [alone.job] if alone else []
+
+    def abandon(self, error: Exception) -> list[Job]:
+        """Give up all jobs for an error, and begin anew -> the jobs."""
+        jobs = [slot.job for slot in self.slots if slot] + list(self.waiting)
+        self.waiting.clear()
+        for job in jobs:
+            job.record = error
+        self._allocate(len(self.slots))
+        return jobs
 
     def _until_event(self, slot: _Slot) -> int:
         done = slot.job.state.step
@@ -116,7 +126,7 @@ class Fused:
 
     def _load(self, number: int, job: Job) -> None:
         feed = Feed(job.parameters, len(self.images), seed=job.seed, trial=job.trial, total_epochs=job.total_epochs)
-        last_step = max(1, round(job.epoch * self.per_epoch))
+        (last_step,) = stops(job.parameters, len(self.images), [job.epoch])
         slot = self.slots[number] = _Slot(job, feed, job.state.step, last_step, time.perf_counter())
         self.array.load(number, job.state.model, job.state.moments)
         steps = range(last_step)
@@ -194,10 +204,10 @@ class Fused:
     def _shrink(self) -> None:
         """Half the slots. Trials go on from the rung they came from: their states on the CPU are whole."""
         for slot in reversed(self.slots):
-            if slot:
+            if slot and not slot.job.record:
                 slot.job.state.step = slot.first_step
                 self.waiting.appendleft(slot.job)
-        slots = len(self.slots) // 2
+        slots = max(1, len(self.slots) // 2)
         del self.array, self.order, self.noise
         self.graph = None
         if self.images.device.type == "cuda":

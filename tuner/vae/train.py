@@ -90,6 +90,12 @@ def steps_per_epoch(images: int, batch_size: int) -> int:
     return math.ceil(images / batch_size)
 
 
+def stops(parameters: Parameters, images: int, epochs: Sequence[float]) -> dict[int, float]:
+    """The steps at which `epochs` end, and which they are: whole steps, one at least; the last of equal ones counts."""
+    per_epoch = steps_per_epoch(images, parameters.batch_size)
+    return {max(1, round(epoch * per_epoch)): epoch for epoch in epochs}
+
+
 def learning_rate_factor(parameters: Parameters, step: int, total_steps: int) -> float:
     """What `learning_rate` is multiplied by at `step`: a linear warm-up times the schedule, in [0, 1].
 
@@ -149,15 +155,14 @@ def train(
     An epoch is rounded to whole steps, one at least; of epochs that share a step the last is yielded. In between,
     `state` is as it was at the last record.
 
-    `images` is (N, 1, 28, 28) uint8, on the device to train on; `state` lives on the CPU. The cosine schedule ends at `total_epochs`. Raises Diverged as soon as a loss
-    is seen not to be finite.
+    `images` is (N, 1, 28, 28) uint8, on the device to train on; `state` stays on the CPU. The cosine schedule ends
+    at `total_epochs`. Raises Diverged as soon as a loss is seen not to be finite.
     """
     feed = Feed(parameters, len(images), seed=seed, trial=trial, total_epochs=total_epochs)
     device = images.device
     array = Array(parameters, device=device)
     array.load(0, state.model, state.moments)
-    stops = {max(1, round(epoch * feed.per_epoch)): epoch for epoch in epochs}
-    for last_step, epoch in stops.items():
+    for last_step, epoch in stops(parameters, len(images), epochs).items():
         if last_step <= state.step:
             continue
         started = time.perf_counter()

@@ -1,0 +1,102 @@
+"""Trials trained as one array, behind Ray: one actor a GPU trains what the light actors of the trials send it."""
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+from ray import ObjectRef
+from ray.actor import ActorHandle
+
+from tuner.cluster import alive
+from tuner.spec import Resources, Spec
+from tuner.vae.data import Data
+from tuner.vae.fused import Fused, Job, shape_of
+from tuner.vae.parameters import Parameters
+from tuner.vae.process import settle
+from tuner.vae.train import Record, State, stops
+
+SLOTS = 64  # trials in one array, unless --concurrency says otherwise
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """How a search trains its trials: in `arrays`, or where there are none each in a process of its own.
+
+    `resources` is what a trial then takes beside its array: a share of a CPU, for its scores.
+    """
+
+    arrays: tuple[ActorHandle, ...]
+    resources: Resources
+
+
+def fusion(spec: Spec, data: ObjectRef, concurrency: int | None) -> Fusion:
+    """Start an array for each GPU of the cluster, or one on the CPU, where the spec's `execution` wants them."""
+    gpus = int(sum(node["Resources"].get("GPU", 0) for node in alive()))
+    if spec.execution == "process" or (spec.execution == "auto" and not gpus):
+        return Fusion((), spec.resources)
+    trials = min(concurrency or SLOTS * max(1, gpus), spec.budget.trials)
+    slots = -(-trials // max(1, gpus))
+    host = ray.remote(
+        num_gpus=1 if gpus else 0, num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=2 * slots + 1
+    )(ArrayHost)
+    arrays = tuple(host.remote(data, spec.widest, slots) for _ in range(max(1, gpus)))
+    cpus = sum(node["Resources"].get("CPU", 0) for node in alive())
+    share = min(spec.resources.cpu, int(100 * cpus / trials) / 100)
+    return Fusion(arrays, Resources(cpu=max(share, 0.01), gpu=0))
+
+
+class ArrayHost:
+    """Trains whatever trials send, side by side: an array for each shape, each call waiting for its own trial."""
+
+    def __init__(self, data: Data, widest: int, slots: int):
+        settle()
+        self.images = data.train.images.to("cuda" if torch.cuda.is_available() else "cpu")
+        if self.images.is_cuda:
+            torch.set_float32_matmul_precision("high")  # TF32, as PyTorch's convolutions have by default
+        self.widest, self.slots = widest, slots
+        self.arrays: dict[Parameters, Fused] = {}
+        self.changed = threading.Condition()
+        self.finished: set[Job] = set()
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def train(self, job: Job) -> Job:
+        """Train a job to its epoch; its `record` says how that went. Raises what its array could not stand."""
+        shape = shape_of(job.parameters, self.widest)
+        with self.changed:
+            self.arrays.setdefault(shape, Fused(shape, self.slots, self.images)).enter(job)
+            self.changed.notify_all()
+            self.changed.wait_for(lambda: job in self.finished)
+            self.finished.remove(job)
+        return job
+
+    def _work(self) -> None:
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: any(array.busy for array in self.arrays.values()))
+                busy = [array for array in self.arrays.values() if array.busy]
+            for array in busy:
+                try:
+                    done = array.advance()
+                except Exception as error:  # whatever it is, the trials that wait must hear of it
+                    done = array.abandon(error)
+                with self.changed:
+                    self.finished.update(done)
+                    self.changed.notify_all()
+
+
+def train_fused(
+    host: ActorHandle, images: int, state: State, parameters: Parameters, spec: Spec, trial: int
+) -> Iterator[Record]:
+    """What `train` yields, trained by an array to which the state travels and from which it comes back."""
+    for last_step, epoch in stops(parameters, images, spec.budget.rungs).items():
+        if last_step <= state.step:
+            continue
+        job = Job(trial, parameters, state, epoch, spec.seed, spec.budget.max_epochs)
+        done: Any = ray.get(host.train.remote(job))
+        if isinstance(done.record, Exception):
+            raise done.record
+        state.load_state_dict(done.state.state_dict())
+        yield done.record
