@@ -40,6 +40,9 @@ class Judged:
 
     kept: tuple[()] = ()
 
+    def begin(self, name: str) -> None:
+        pass
+
 
 def report(random: np.random.Generator, number: int, rung: int, last: bool) -> dict[str, Any]:
     scores = {name: float(random.uniform(1, 100)) for name in METRICS}

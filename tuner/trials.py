@@ -43,7 +43,7 @@ def search_stage(run: Run, spec: Spec, data: Data, concurrency: int | None) -> l
     lasting = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)
     reader = lasting(CheckpointReader).remote(run)
     fused = fusion(spec, reference, concurrency)
-    shared = Shared(spec, reader, reference, judges.references["search"], fused.arrays)
+    shared = Shared(spec, reader, reference, judges.begin("search"), fused.arrays)
     with stage(run, "search") as progress, closing(TensorBoard(run.tensorboard, spec)) as board:
         board.start_search()
         driver = Driver(run, spec, study, judges, progress, board)
@@ -154,7 +154,10 @@ class Driver(tune.Callback):
 
     @fatal
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.board.start_trial(trial.config["trial"], trial.config["parameters"])
+        number = trial.config["trial"]
+        self.board.start_trial(number, trial.config["parameters"])
+        if number + 1 == self.spec.budget.trials:
+            self.judges.begin("second")  # which the promotion needs: as the search ends, cores fall idle
         self.keep_table()
 
     @fatal

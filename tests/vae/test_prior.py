@@ -1,10 +1,14 @@
 """Priors: samples have the moments they should, and a fit finds the mixture it was drawn from."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.mixture import GaussianMixture
 
-from tuner.vae.prior import Prior, fit_mixture, standard_normal
+from tuner.vae.prior import Prior, expectation_maximization, fit_mixture, standard_normal
 
 TWO = Prior(
     weights=torch.tensor([0.3, 0.7]),
@@ -49,6 +53,37 @@ def test_a_fit_recovers_a_known_mixture():
     torch.testing.assert_close(fitted.weights[order], TWO.weights, rtol=0, atol=0.03)
     torch.testing.assert_close(fitted.means[order], TWO.means, rtol=0, atol=0.15)
     torch.testing.assert_close(fitted.covariances[order], TWO.covariances, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("rounds", [1, 5])
+def test_rounds_of_em_are_scikit_learns(rounds):
+    points = torch.cat([_draw(TWO, 700), 3 + torch.randn(60, 2, generator=torch.Generator().manual_seed(1))]).double()
+    begin = Prior(
+        torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64),
+        points[[0, 200, 710]],
+        torch.stack([torch.eye(2, dtype=torch.float64) * scale for scale in (1.0, 2.0, 3.0)]),
+    )
+    reference = GaussianMixture(
+        3,
+        tol=0,
+        reg_covar=1e-3,
+        max_iter=rounds,
+        weights_init=begin.weights.numpy(),
+        means_init=begin.means.numpy(),
+        precisions_init=np.linalg.inv(begin.covariances.numpy()),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        reference.fit(points.numpy())
+    ours, likelihoods = begin, []
+    for _ in range(rounds):
+        ours, likelihood = expectation_maximization(points, ours, 1e-3 * torch.eye(2, dtype=torch.float64))
+        likelihoods.append(likelihood)
+    torch.testing.assert_close(ours.weights, torch.from_numpy(reference.weights_))
+    torch.testing.assert_close(ours.means, torch.from_numpy(reference.means_))
+    torch.testing.assert_close(ours.covariances, torch.from_numpy(reference.covariances_))
+    assert likelihoods == sorted(likelihoods)
+    assert likelihoods[-1] == pytest.approx(reference.lower_bound_)
 
 
 def test_one_component_is_the_mean_and_covariance_of_the_points():

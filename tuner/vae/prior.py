@@ -3,12 +3,14 @@
 Fitting a density to the codes after training is ex-post density estimation (Ghosh et al. 2020, section 4).
 """
 
-import warnings
+import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
+
+ROUNDS, TOLERANCE = 50, 1e-3  # of EM at most; nats a point, below which a round gains too little
+CHUNK = 4_000_000  # numbers at a time
 
 
 @dataclass(frozen=True)
@@ -48,26 +50,68 @@ def standard_normal(latent_dim: int) -> Prior:
 def fit_mixture(latents: Tensor, components: int, seed: int) -> Prior:
     """Fit a full-covariance mixture by EM on latents (N, Z); at most one component for every Z + 1 latents.
 
-    Raises ValueError where the latents are not finite or collapse onto a point.
+    Begins at k-means++ centres (Arthur & Vassilvitskii 2007) with the covariance of all latents. Raises ValueError
+    where the latents are not finite or collapse onto a point.
     """
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.mixture import GaussianMixture
-
-    points = latents.double().numpy()
-    spread = float(points.std(0).max()) if np.isfinite(points).all() else 0.0
+    points = latents.double()
+    spread = points.std(0, correction=0).max().item() if bool(torch.isfinite(points).all()) else 0.0
     if not spread > 0:
         raise ValueError("the encoded training images are not finite or all the same")
     components = max(1, min(components, len(points) // (points.shape[1] + 1)))
-    mixture = GaussianMixture(
-        components,
-        reg_covar=1e-6 * spread**2 + 1e-12,
-        tol=1e-2,
-        max_iter=50,
-        init_params="k-means++",
-        random_state=seed % 2**32,
+    centre = points.mean(0)
+    points = points - centre  # second moments about the centre lose no digits
+    floor = (1e-6 * spread**2 + 1e-12) * torch.eye(points.shape[1], dtype=torch.float64)
+    start = Prior(
+        torch.full((components,), 1 / components, dtype=torch.float64),
+        points[_spread_out(points, components, torch.Generator().manual_seed(seed))],
+        (points.T @ points / len(points) + floor).expand(components, -1, -1),
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # 50 rounds of EM are the method, not an accident
-        mixture.fit(points)
-    weights, means, covariances = mixture.weights_, mixture.means_, mixture.covariances_
-    return Prior(*(torch.from_numpy(np.asarray(a)).float() for a in (weights, means, covariances)))
+    fitted, likelihood = start, -math.inf
+    for _ in range(ROUNDS):
+        before = likelihood
+        fitted, likelihood = expectation_maximization(points, fitted, floor)
+        if likelihood - before < TOLERANCE:
+            break
+    return Prior(fitted.weights.float(), (fitted.means + centre).float(), fitted.covariances.float())
+
+
+def expectation_maximization(points: Tensor, mixture: Prior, floor: Tensor) -> tuple[Prior, float]:
+    """One round of EM on points (N, Z), float64 -> the new mixture, and the mean log-likelihood under the old one.
+
+    Both halves are one matrix product each: a Gaussian's log-density is linear in the point's products (N, Z^2), the
+    point and 1, and the new mixture's moments are sums of these, weighted by responsibilities. `floor` (Z, Z) is added
+    to every covariance.
+    """
+    size = points.shape[1]
+    factors = torch.linalg.cholesky(mixture.covariances)
+    precisions = torch.cholesky_inverse(factors)
+    slopes = torch.einsum("kij,kj->ki", precisions, mixture.means)
+    logdet = 2 * factors.diagonal(dim1=1, dim2=2).log().sum(1)
+    constants = mixture.weights.log() - 0.5 * (size * math.log(2 * math.pi) + logdet)
+    constants -= 0.5 * (slopes * mixture.means).sum(1)
+    densities = torch.cat([-0.5 * precisions.flatten(1), slopes, constants.unsqueeze(1)], 1)
+    sums, likelihood = torch.zeros_like(densities), 0.0
+    for part in points.split(max(1, CHUNK // densities.shape[1])):
+        products = (part.unsqueeze(2) * part.unsqueeze(1)).flatten(1)
+        terms = torch.cat([products, part, torch.ones(len(part), 1, dtype=part.dtype)], 1)
+        logits = terms @ densities.T
+        likelihood += logits.logsumexp(1).sum().item()
+        sums += logits.softmax(1).T @ terms
+    counts = sums[:, -1:] + 10 * torch.finfo(sums.dtype).eps  # of a component that has lost all its points, too
+    means = sums[:, -1 - size : -1] / counts
+    second = (sums[:, : size * size] / counts).unflatten(1, (size, size))
+    covariances = second - means.unsqueeze(2) * means.unsqueeze(1) + floor
+    return Prior(counts[:, 0] / counts.sum(), means, covariances), likelihood / len(points)
+
+
+def _spread_out(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Indices of `count` points, each drawn by its squared distance to those drawn before."""
+    chosen = torch.randint(len(points), (1,), generator=generator)
+    nearest = (points - points[chosen]).square().sum(1)
+    for _ in range(count - 1):
+        if not bool(nearest.any()):
+            nearest = torch.ones_like(nearest)  # fewer different points than components
+        following = torch.multinomial(nearest, 1, generator=generator)
+        nearest = torch.minimum(nearest, (points - points[following]).square().sum(1))
+        chosen = torch.cat([chosen, following])
+    return chosen
