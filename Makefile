@@ -2,12 +2,13 @@
 # make test:   install into .venv and run the tests.
 # make check:  the whole gate, exactly as CI runs it.
 # make long:   the tests that take the gate beyond ten minutes.
-# make bench-step: one training step against the tutorial loop; QUICK=1 for the short form of a benchmark.
+# make bench-step, bench-search, bench-fused: the training step, the search and fused trials against plain references;
+#              QUICK=1 for the short form, DATA=DIR for the MNIST that lies there.
 # make chaos:  30 small runs, each killed at random moments and taken up again; about 40 minutes.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install search test check long chaos lint types contracts constraints clean bench-step
+.PHONY: install search test check long chaos lint types contracts constraints clean bench-step bench-search bench-fused
 
 install: .venv/installed
 
@@ -30,8 +31,8 @@ long: install
 chaos: install
 	$(BIN)/python tests/chaos/chaos.py --rounds 30 --seed 0
 
-bench-step: install
-	$(BIN)/python benchmarks/step.py $(if $(QUICK),--quick) $(if $(DATA),--data-dir $(DATA))
+bench-step bench-search bench-fused: bench-%: install
+	$(BIN)/python benchmarks/$*.py $(if $(QUICK),--quick) $(if $(DATA),--data-dir $(DATA))
 
 lint: install
 	$(BIN)/ruff check .

@@ -114,7 +114,7 @@ def run_tune(loop: str, data_dir: Path | None, judge_file: Path, folder: Path, s
     judge.load_state_dict(torch.load(judge_file))
 
     def objective(config: dict[str, Any], data: Data, judge: Judge) -> None:
-        number = int(tune.get_context().get_trial_id().split("_")[-1])
+        number = int(tune.get_context().get_trial_id().split("_")[-1], 16)
         judge = judge.eval().requires_grad_(False)
         for distance in evaluations(loop, spec.parameters(config), spec, data, judge, number, folder):
             tune.report({"frechet_distance": distance})
