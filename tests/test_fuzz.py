@@ -25,6 +25,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import tuner.cluster
 import tuner.export
 import tuner.report
 import tuner.retrain
@@ -257,7 +258,7 @@ def _nothing_is_trained(copies: Copies) -> Iterator[None]:
     board = SimpleNamespace(report=lambda *_: None, embed=lambda *_: None, close=lambda: None)
     digits = cache(tuner.vae.data._digits)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tuner.trials, "cluster", cluster)
+        patch.setattr(tuner.cluster, "cluster", cluster)
         patch.setattr(tuner.retrain, "train", lambda *_, **__: iter(()))
         patch.setattr(tuner.workspace.Workspace, "scorer", lambda *_, **__: StandInScorer())
         patch.setattr(tuner.retrain, "TensorBoard", lambda *_: board)

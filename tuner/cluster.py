@@ -95,11 +95,6 @@ def alive() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]
 
 
-def is_ours() -> bool:
-    """Whether this process started the cluster."""
-    return ray._private.worker._global_node is not None and ray._private.worker._global_node.head
-
-
 def dead_processes() -> list[str]:
     """Which of the processes that a cluster of our own can't do without have died."""
     node = ray._private.worker._global_node

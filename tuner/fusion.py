@@ -34,7 +34,8 @@ class Fusion:
 
 def fusion(spec: Spec, data: ObjectRef, concurrency: int | None) -> Fusion:
     """Start an array for each GPU of the cluster, or one on the CPU, where the spec's `execution` wants them."""
-    gpus = int(sum(node["Resources"].get("GPU", 0) for node in alive()))
+    there = int(sum(node["Resources"].get("GPU", 0) for node in alive()))
+    gpus = max(there, 1 if spec.resources.gpu else 0)  # one that the autoscaler has still to bring counts
     if spec.execution == "process" or (spec.execution == "auto" and not gpus):
         return Fusion((), spec.resources)
     trials = min(concurrency or SLOTS * max(1, gpus), spec.budget.trials)
@@ -59,32 +60,46 @@ class ArrayHost:
         self.widest, self.slots = widest, slots
         self.arrays: dict[Parameters, Fused] = {}
         self.changed = threading.Condition()
+        self.arrived: list[Job] = []
         self.finished: set[Job] = set()
         threading.Thread(target=self._work, daemon=True).start()
 
     def train(self, job: Job) -> Job:
-        """Train a job to its epoch; its `record` says how that went. Raises what its array could not stand."""
-        shape = shape_of(job.parameters, self.widest)
+        """Train a job to its epoch; its `record` says how that went."""
         with self.changed:
-            self.arrays.setdefault(shape, Fused(shape, self.slots, self.images)).enter(job)
+            self.arrived.append(job)
             self.changed.notify_all()
             self.changed.wait_for(lambda: job in self.finished)
             self.finished.remove(job)
         return job
 
     def _work(self) -> None:
+        """The one thread that touches the device: another's work would spoil the capture of a graph."""
         while True:
             with self.changed:
-                self.changed.wait_for(lambda: any(array.busy for array in self.arrays.values()))
-                busy = [array for array in self.arrays.values() if array.busy]
-            for array in busy:
+                self.changed.wait_for(lambda: self.arrived or any(array.busy for array in self.arrays.values()))
+                arrived, self.arrived = self.arrived, []
+            done = []
+            for job in arrived:
                 try:
-                    done = array.advance()
-                except Exception as error:  # whatever it is, the trials that wait must hear of it
-                    done = array.abandon(error)
-                with self.changed:
-                    self.finished.update(done)
-                    self.changed.notify_all()
+                    self._enter(job)
+                except Exception as error:  # whatever it is, the trial that waits must hear of it
+                    job.record = error
+                    done.append(job)
+            for array in [array for array in self.arrays.values() if array.busy]:
+                try:
+                    done += array.advance()
+                except Exception as error:
+                    done += array.abandon(error)
+            with self.changed:
+                self.finished.update(done)
+                self.changed.notify_all()
+
+    def _enter(self, job: Job) -> None:
+        shape = shape_of(job.parameters, self.widest)
+        if shape not in self.arrays:
+            self.arrays[shape] = Fused(shape, self.slots, self.images)
+        self.arrays[shape].enter(job)
 
 
 def train_fused(

@@ -2,8 +2,9 @@
 
 import ray
 from ray import ObjectRef
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from tuner.cluster import is_ours, require_ray
+from tuner.cluster import alive, require_ray
 from tuner.run import Run
 from tuner.spec import Spec
 from tuner.vae.data import Data
@@ -24,8 +25,12 @@ class Judges:
     def begin(self, name: str) -> ObjectRef:
         """Train a judge, unless that was begun before."""
         if name not in self.references:
-            # On a cluster of our own no trial waits for it; elsewhere a node must have room.
-            train = ray.remote(num_cpus=0 if is_ours() else 1, max_calls=1)(_train)
+            # It takes no CPU from Ray's books, or trials that wait for it might hold the one that it waits for.
+            train = ray.remote(num_cpus=0, max_calls=1)(_train)
+            workers = [node["NodeID"] for node in alive() if node["Resources"].get("CPU")]
+            if workers:
+                place = NodeAffinitySchedulingStrategy(workers[len(self.references) % len(workers)], soft=True)
+                train = train.options(scheduling_strategy=place)
             seed = derive_seed(self.spec.seed, Stream.JUDGE, list(JUDGES).index(name))
             self.references[name] = train.remote(self.reference, seed, JUDGES[name])
         return self.references[name]

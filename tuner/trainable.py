@@ -133,10 +133,11 @@ class TrialTrainable(tune.Trainable):
         if arrays:
             host = arrays[self.number % len(arrays)]
             return train_fused(host, len(images), self.state, self.parameters, spec, self.number)
+        device = "cuda" if spec.resources.gpu and torch.cuda.is_available() else "cpu"
         return train(
             self.state,
             self.parameters,
-            images,
+            images.to(device),
             spec.budget.rungs,
             seed=spec.seed,
             trial=self.number,

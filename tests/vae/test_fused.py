@@ -131,6 +131,24 @@ def test_where_memory_runs_out_the_array_shrinks_and_the_trials_go_on(images, mo
         _assert_as_alone(job, images)
 
 
+def test_an_array_that_does_not_fit_begins_with_fewer_slots(images, monkeypatch):
+    begin = Array.__init__
+
+    def limited(self, parameters, slots=1, device="cpu"):
+        if slots > 1:
+            raise torch.OutOfMemoryError
+        begin(self, parameters, slots, device)
+
+    monkeypatch.setattr(Array, "__init__", limited)
+    fused = Fused(shape_of(TRIALS[1], WIDEST), 4, images)
+    assert len(fused.slots) == 1
+    fused.enter(_job(1))
+    fused.enter(_job(2))
+    for job in _finish(fused).values():
+        assert isinstance(job.record, Record)
+    assert fused.steps == 2 * 12
+
+
 def test_a_trial_that_does_not_fit_alone_hears_of_it(images, monkeypatch):
     def full(self, *arguments):
         raise torch.OutOfMemoryError("no room")

@@ -9,6 +9,7 @@ only counts steps, and steps in when a trial ends an epoch or reaches its rung.
 
 import time
 from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ from tuner.vae.data import pixels
 from tuner.vae.parameters import Parameters
 from tuner.vae.train import Diverged, Feed, Record, State, steps_per_epoch, stops
 
+DRAWING_THREADS = 4
 WARM_UP_STEPS = 3  # before a CUDA graph is captured, libraries must have chosen their kernels
 
 
@@ -42,6 +44,8 @@ class _Slot:
     first_step: int
     last_step: int
     started: float
+    epoch: int = -1  # whose order and noise are on the device
+    upcoming: "Future[tuple[Tensor, Tensor]] | None" = None  # those of the epoch after it
 
 
 def shape_of(parameters: Parameters, widest: int) -> Parameters:
@@ -61,10 +65,22 @@ class Fused:
         self.shape, self.images = shape, images
         self.per_epoch = steps_per_epoch(len(images), shape.batch_size)
         self.waiting: deque[Job] = deque()
+        self.pool = ThreadPoolExecutor(DRAWING_THREADS)  # draws the next epochs while the device is busy
         self.steps = 0  # of the whole array, since it was made
         self._allocate(slots)
 
     def _allocate(self, slots: int) -> None:
+        """Room for `slots` trials, or half as many where that is too much. Raises torch.OutOfMemoryError below one."""
+        try:
+            self._try_to_allocate(slots)
+        except torch.OutOfMemoryError:
+            if slots == 1:
+                raise
+        else:
+            return
+        self._allocate(slots // 2)
+
+    def _try_to_allocate(self, slots: int) -> None:
         device, count = self.images.device, len(self.images)
         self.slots: list[_Slot | None] = [None] * slots
         self.array = Array(self.shape, slots, device)
@@ -119,10 +135,13 @@ class Fused:
             if slot is None and self.waiting:
                 self._load(number, self.waiting.popleft())
                 slot = self.slots[number]
-            if slot and slot.job.state.step // self.per_epoch != slot.feed.epoch:
-                slot.feed.begin(slot.job.state.step // self.per_epoch)
-                self.order[number] = slot.feed.order.to(self.order.device)
-                self.noise[number, :, : slot.job.parameters.latent_dim] = slot.feed.noise.to(self.noise.device)
+            if slot and slot.job.state.step // self.per_epoch != slot.epoch:
+                slot.epoch = slot.job.state.step // self.per_epoch
+                order, noise = slot.upcoming.result() if slot.upcoming else slot.feed.draw(slot.epoch)
+                self.order[number] = order.to(self.order.device)
+                self.noise[number, :, : slot.job.parameters.latent_dim] = noise.to(self.noise.device)
+                more = (slot.epoch + 1) * self.per_epoch < slot.last_step
+                slot.upcoming = self.pool.submit(slot.feed.draw, slot.epoch + 1) if more else None
 
     def _load(self, number: int, job: Job) -> None:
         feed = Feed(job.parameters, len(self.images), seed=job.seed, trial=job.trial, total_epochs=job.total_epochs)

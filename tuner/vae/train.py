@@ -117,17 +117,17 @@ class Feed:
         self.epoch = -1
         self.order, self.noise = torch.empty(0), torch.empty(0)
 
-    def begin(self, epoch: int) -> None:
-        """Draw the order (N,) of the images and the noise (N, Z) of an epoch."""
-        self.epoch = epoch
-        self.order = torch.randperm(self.images, generator=_generator(self.seed, Stream.ORDER, self.trial, epoch))
+    def draw(self, epoch: int) -> tuple[Tensor, Tensor]:
+        """The order (N,) of the images and the noise (N, Z) of an epoch."""
+        order = torch.randperm(self.images, generator=_generator(self.seed, Stream.ORDER, self.trial, epoch))
         generator = _generator(self.seed, Stream.NOISE, self.trial, epoch)
-        self.noise = torch.randn(self.images, self.parameters.latent_dim, generator=generator)
+        return order, torch.randn(self.images, self.parameters.latent_dim, generator=generator)
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """The images' indices (B,) and the noise (B, Z) of a step; an epoch's last batch may be short."""
         if step // self.per_epoch != self.epoch:
-            self.begin(step // self.per_epoch)
+            self.epoch = step // self.per_epoch
+            self.order, self.noise = self.draw(self.epoch)
         first = step % self.per_epoch * self.parameters.batch_size
         part = slice(first, first + self.parameters.batch_size)
         return self.order[part], self.noise[part]
