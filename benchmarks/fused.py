@@ -16,15 +16,12 @@ from pathlib import Path
 
 import torch
 import torch.multiprocessing as multiprocessing
-from search import SPECS, load_spec, our_loop, reached, watch
+from search import SPECS, load_spec, reached, watch, yardstick
 from torch import Tensor
 
 from tuner.vae.fused import Fused, Job, shape_of
-from tuner.vae.judge import train_judge
-from tuner.vae.parameters import CLASSIC, Parameters
-from tuner.vae.prior import standard_normal
+from tuner.vae.parameters import Parameters
 from tuner.vae.process import settle
-from tuner.vae.score import Scorer
 from tuner.vae.train import State, train
 
 WIDEST = 32
@@ -92,10 +89,7 @@ def fused(images: Tensor, epochs: int, slots: int) -> float:
 def searches(data_dir: Path | None, seconds: float) -> None:
     """Time from the command to 0.9 of the gap, trials fused and in processes."""
     spec, data = load_spec(data_dir)
-    scorer = Scorer(train_judge(data, 22), data.train, data.validation, seed=33, count=5_000, prior_count=5_000)
-    classic = CLASSIC.model_copy(update={"batch_size": spec.baseline.batch_size})
-    *_, (_, model) = our_loop(classic, spec, data, 0)
-    baseline = scorer.distance(scorer.samples(model, standard_normal(classic.latent_dim), scorer.count))
+    scorer, baseline = yardstick(spec, data)
     with tempfile.TemporaryDirectory() as folder:
         for execution in ("fused", "process"):
             run = Path(folder) / execution

@@ -38,12 +38,13 @@ def fusion(spec: Spec, data: ObjectRef, concurrency: int | None) -> Fusion:
     gpus = max(there, 1 if spec.resources.gpu else 0)  # one that the autoscaler has still to bring counts
     if spec.execution == "process" or (spec.execution == "auto" and not gpus):
         return Fusion((), spec.resources)
-    trials = min(concurrency or SLOTS * max(1, gpus), spec.budget.trials)
-    slots = -(-trials // max(1, gpus))
+    hosts = max(1, gpus)
+    trials = min(concurrency or SLOTS * hosts, spec.budget.trials)
+    slots = -(-trials // hosts)
     host = ray.remote(
         num_gpus=1 if gpus else 0, num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=2 * slots + 1
     )(ArrayHost)
-    arrays = tuple(host.remote(data, spec.widest, slots) for _ in range(max(1, gpus)))
+    arrays = tuple(host.remote(data, spec.widest, slots) for _ in range(hosts))
     cpus = sum(node["Resources"].get("CPU", 0) for node in alive())
     share = min(spec.resources.cpu, int(100 * cpus / trials) / 100)
     return Fusion(arrays, Resources(cpu=max(share, 0.01), gpu=0))

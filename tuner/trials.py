@@ -52,8 +52,10 @@ def search_stage(run: Run, spec: Spec, data: Data, concurrency: int | None) -> l
         driver.keep_table()
         progress.done(driver.line())
     with stage(run, "judge") as progress:
-        accuracy = {name: judges.keep(name) and run.summary()["judges"][name]["accuracy"] for name in JUDGES}
-        progress.done(", ".join(f"{name} judge {right:.1%} right" for name, right in accuracy.items()))
+        for name in JUDGES:
+            judges.keep(name)
+        described = run.summary()["judges"]
+        progress.done(", ".join(f"{name} judge {described[name]['accuracy']:.1%} right" for name in JUDGES))
     states = Counter(row["state"] for row in driver.rows)
     run.update_summary(trials={state: states[state] for state in ("complete", "pruned", "failed")})
     return driver.rows
