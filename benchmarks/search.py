@@ -91,7 +91,7 @@ def evaluations(
     """Train a peer's trial, keep each epoch's candidate in `folder` and yield its Frechet distance."""
     scorer = Scorer(judge, data.train, data.validation, seed=spec.seed, count=2_500, prior_count=5_000)
     for epoch, model in (our_loop if loop == "ours" else tutorial_loop)(parameters, spec, data, number):
-        prior = scorer.fit_prior(model, parameters)
+        prior = scorer.fit(model, parameters)
         distance = scorer(model, parameters, prior)["frechet_distance"]
         torch.save({"best": Candidate(model, parameters, prior, epoch).state_dict()}, folder / f".{number}.tmp")
         (folder / f".{number}.tmp").rename(folder / f"{number:04d}-{epoch:02.0f}.pt")

@@ -109,7 +109,7 @@ def ours(data: Data) -> tuple[float, float]:
     images, epochs = data.train.images, range(1, EPOCHS + 1)
     for record in train(state, parameters, images, epochs, seed=0, trial=0, total_epochs=EPOCHS):
         started = time.perf_counter()
-        scorer(state.model, parameters, scorer.fit_prior(state.model, parameters))
+        scorer(state.model, parameters, scorer.fit(state.model, parameters))
         seconds[0] += record.seconds
         seconds[1] += time.perf_counter() - started
     return seconds[0], seconds[1]

@@ -39,7 +39,7 @@ def small_flags() -> list[str]:
         "--set=budget.grace_epochs=1",
         "--set=budget.reduction_factor=2",
         "--set=retrain.epochs=4",
-        "--set=retrain.prior_components=[5,10]",
+        "--set=retrain.priors=[{prior: gaussian_mixture, prior_components: 5}]",
     ]
 
 

@@ -30,7 +30,7 @@ space:
 fixed: {batch_size: 32, prior: gaussian_mixture, prior_components: 10}
 objective: frechet_distance
 budget: {trials: 24, max_epochs: 18, grace_epochs: 2, reduction_factor: 3}
-retrain: {epochs: 50, prior_components: [5, 10, 20]}
+retrain: {epochs: 50, priors: [{prior: gaussian_mixture, prior_components: 5}]}
 seed: 0
 """
 
@@ -127,7 +127,7 @@ def test_a_file_that_is_no_mapping(refused, tmp_path, text, words):
         ("space.latent", {"choices": [4]}, "space.latent: unknown parameter; known are model, latent_dim"),
         ("space.latent_dim", {"choices": [4, "x"]}, "space.latent_dim: 'x': Input should be a valid integer"),
         ("fixed.latnet", 3, "fixed.latnet: unknown parameter; known are model, latent_dim"),
-        ("fixed.prior", "flow", "fixed.prior: 'flow': Input should be 'standard_normal' or 'gaussian_mixture'"),
+        ("fixed.prior", "vamp", "fixed.prior: 'vamp': Input should be 'standard_normal', 'gaussian_mixture' or 'flow'"),
         ("try_first", [{"latent_dim": 3}], "try_first.0.latent_dim: 3 is outside of space.latent_dim"),
         ("objective", "accuracy", "(got 'accuracy')"),
         (

@@ -92,7 +92,8 @@ def test_model_json_says_what_it_is_and_where_it_comes_from(export, finished_run
     info, summary = json.loads((export / "model.json").read_text()), finished_run.summary()
     assert info["parameters"] == summary["retrain"]["params"]
     assert info["test"] == summary["test"]["retrained"]
-    assert info["weights"] == sum(weight.numel() for weight in load_file(export / "weights.safetensors").values())
+    saved = load_file(export / "weights.safetensors")
+    assert info["weights"] == sum(weight.numel() for name, weight in saved.items() if name != "contrast")
     lineage = info["lineage"]
     assert lineage["run"] == finished_run.path.name
     assert (lineage["trial"], lineage["epoch"]) == (summary["best"]["trial"], summary["best"]["epoch"])

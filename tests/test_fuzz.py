@@ -244,7 +244,7 @@ class StandInScorer:
     def __call__(self, *_: Any) -> dict[str, float]:
         return dict.fromkeys([name for name in METRICS if name != "loss"], 2.0)
 
-    def fit_prior(self, model: Any, parameters: Any) -> Any:
+    def fit(self, model: Any, parameters: Any) -> Any:
         return standard_normal(parameters.latent_dim)
 
 

@@ -56,10 +56,11 @@ class Decoder(nn.Module):
 
     def __init__(self, model: VAE):
         super().__init__()
-        self.decoder = model.decoder
+        self.model = model
 
     def forward(self, latents: Tensor) -> Tensor:
-        return torch.sigmoid(self.decoder(latents))
+        images: Tensor = self.model.draw(latents)
+        return images
 
 
 def export(workspace: Workspace) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def retrain(workspace: Workspace, report: Report) -> dict[str, Any]:
     """Train the promoted checkpoint for `retrain.epochs` with a cosine to zero and keep the best.
 
     The result is never worse on validation than what it started from, because the start takes part. At the
-    end the mixture's size is chosen on validation. Writes `retrain/model.pt`, calls `report` after each
+    end the prior is chosen on validation. Writes `retrain/model.pt`, calls `report` after each
     epoch and returns the summary.
     """
     run, spec = workspace.run, workspace.spec
@@ -56,7 +56,7 @@ def retrain(workspace: Workspace, report: Report) -> dict[str, Any]:
         for record in train(state, schedule, images, range(1, epochs + 1), seed=seed, trial=trial, total_epochs=epochs):
             line: dict[str, Any] = {"epoch": record.epoch, "loss": record.loss, "seconds_train": record.seconds}
             if record.epoch in evaluated:
-                prior = scorer.fit_prior(state.model, start.parameters)
+                prior = scorer.fit(state.model, start.parameters)
                 line |= contest.enter(Candidate(state.model, start.parameters, prior, record.epoch))
             buffer = io.BytesIO()
             torch.save({"last": state.state_dict(), "best": contest.state_dict()}, buffer)
@@ -66,10 +66,10 @@ def retrain(workspace: Workspace, report: Report) -> dict[str, Any]:
         pass  # the best so far stands, and the start was part of it
 
     best = Candidate.from_state_dict(contest.best)
-    if start.parameters.prior == "gaussian_mixture":
-        for components in spec.retrain.prior_components:
-            sized = start.parameters.model_copy(update={"prior_components": components})
-            contest.enter(Candidate(best.model, sized, scorer.fit_prior(best.model, sized), best.epoch))
+    if start.parameters.prior != "standard_normal":
+        for wanted in spec.retrain.priors:
+            other = start.parameters.model_copy(update=wanted.model_dump())
+            contest.enter(Candidate(best.model, other, scorer.fit(best.model, other), best.epoch))
     buffer = io.BytesIO()
     torch.save(contest.best, buffer)
     write_atomic(run.retrained, buffer.getvalue())

@@ -186,10 +186,18 @@ class Budget(_Frozen):
         return (*rungs, self.max_epochs)
 
 
+class FittedPrior(_Frozen):
+    """A prior that is fitted after training, as in a trial's parameters."""
+
+    prior: Literal["gaussian_mixture", "flow"]
+    prior_components: int = Field(Parameters.model_fields["prior_components"].default, ge=1, le=1000)
+
+
 class RetrainSpec(_Frozen):
     epochs: int = Field(50, ge=1)
-    prior_components: tuple[Annotated[int, Field(ge=1, le=1000)], ...] = Field(
-        (10, 20, 50, 100), min_length=1, description="mixture sizes to choose among on the validation split"
+    priors: tuple[FittedPrior, ...] = Field(
+        tuple(FittedPrior(prior="gaussian_mixture", prior_components=count) for count in (10, 20, 50, 100)),
+        description="what is tried at the end beside the trial's own fitted prior; the best on validation is kept",
     )
 
 

@@ -147,7 +147,7 @@ class TrialTrainable(tune.Trainable):
     def _evaluate(self) -> dict[str, Any]:
         record = next(self.records)
         started = time.perf_counter()
-        prior = self.scorer.fit_prior(self.state.model, self.parameters)
+        prior = self.scorer.fit(self.state.model, self.parameters)
         scores = self.scorer(self.state.model, self.parameters, prior)
         rungs = self.spec.budget.rungs
         last = record.epoch == rungs[-1]

@@ -57,7 +57,7 @@ class Candidate:
         parameters = Parameters.model_validate(saved["parameters"])
         model = build(parameters, seed=0)
         model.load_state_dict(saved["model"])
-        prior, epoch = Prior(**saved["prior"]), saved["epoch"]
+        prior, epoch = Prior.from_state_dict(saved["prior"]), saved["epoch"]
         prior.place(torch.zeros(1, parameters.latent_dim), torch.zeros(1))
         if not isinstance(epoch, int | float):
             raise TypeError(f"epoch is {epoch!r}")

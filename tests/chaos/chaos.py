@@ -57,7 +57,7 @@ FLAGS = (
     "--set=space.learning_rate.high=0.004",
     "--set=space.kl_weight.high=0.1",
     "--set=retrain.epochs=2",
-    "--set=retrain.prior_components=[5]",
+    "--set=retrain.priors=[{prior: gaussian_mixture, prior_components: 5}]",
 )
 AGAIN = 1 / 3  # how often the attempt after a kill is disturbed as well
 HANG_SECONDS = 420  # an attempt that takes longer hangs

@@ -38,7 +38,7 @@ def test_every_parameter_says_what_it_is():
         ("model", "gan"),
         ("likelihood", "poisson"),
         ("schedule", "linear"),
-        ("prior", "flow"),
+        ("prior", "vamp"),
         ("beta", 1.0),
     ],
 )

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -18,7 +19,16 @@ from tuner.vae.losses import PIXELS
 from tuner.vae.model import VAE, build
 from tuner.vae.parameters import Parameters
 from tuner.vae.prior import standard_normal
-from tuner.vae.score import METRICS, Scorer, frechet_distance, gap_closed, grey_share, kernel_distance, moments
+from tuner.vae.score import (
+    METRICS,
+    Scorer,
+    frechet_distance,
+    gap_closed,
+    grey_share,
+    kernel_distance,
+    matching_contrast,
+    moments,
+)
 from tuner.vae.train import Diverged
 
 VARIATIONAL = Parameters(latent_dim=4, width=4)
@@ -41,7 +51,7 @@ def _features(count: int, seed: int, shift: float = 0.0) -> torch.Tensor:
 
 
 def _score(scorer: Scorer, model: VAE, parameters: Parameters) -> dict[str, float]:
-    return scorer(model, parameters, scorer.fit_prior(model, parameters))
+    return scorer(model, parameters, scorer.fit(model, parameters))
 
 
 def _silent(parameters: Parameters) -> VAE:
@@ -244,7 +254,7 @@ def test_active_units_are_latents_whose_mean_varies_by_more_than_a_hundredth(sco
 def test_a_fitted_prior_has_the_moments_of_the_encoded_training_images(scorer, digits):
     parameters = PLAIN.model_copy(update={"prior": "gaussian_mixture", "prior_components": 3})
     model = build(parameters, seed=4)
-    prior = scorer.fit_prior(model, parameters)
+    prior = scorer.fit(model, parameters)
     with torch.no_grad():
         codes, _ = model.encode(pixels(digits.train.images))
     torch.testing.assert_close(prior.weights @ prior.means, codes.mean(0), rtol=1e-3, atol=1e-4)
@@ -254,7 +264,7 @@ def test_a_fitted_prior_of_a_vae_covers_the_posteriors_and_not_only_their_means(
     parameters = VARIATIONAL.model_copy(update={"prior": "gaussian_mixture", "prior_components": 1})
     model = _silent(parameters)
     nn.init.constant_(model.log_variance.bias, math.log(9))  # every posterior is N(0, 9 I)
-    prior = scorer.fit_prior(model, parameters)
+    prior = scorer.fit(model, parameters)
     torch.testing.assert_close(prior.covariances[0], 9 * torch.eye(4), rtol=0, atol=9 * 5 * math.sqrt(2 / 997))
     torch.testing.assert_close(prior.means[0], torch.zeros(4), rtol=0, atol=3 * 5 / math.sqrt(997))
 
@@ -283,8 +293,40 @@ def test_the_scale_of_the_judges_features_does_not_change_the_kernel_distance(sc
 
 
 def test_the_standard_normal_prior_is_not_fitted(scorer):
-    fitted, expected = scorer.fit_prior(build(VARIATIONAL, seed=4), VARIATIONAL), standard_normal(4)
+    fitted, expected = scorer.fit(build(VARIATIONAL, seed=4), VARIATIONAL), standard_normal(4)
     torch.testing.assert_close(fitted.state_dict(), expected.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_a_matching_contrast_makes_that_share_of_pixels_grey(share):
+    logits = 3 * torch.randn(100, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    contrast = matching_contrast(logits, share)
+    assert grey_share(torch.sigmoid(contrast * logits)) == pytest.approx(share, abs=1e-4)
+    normal = NormalDist(0, 3 * contrast)  # what the logits then are
+    assert normal.cdf(math.log(9)) - normal.cdf(-math.log(9)) == pytest.approx(share, abs=0.01)
+
+
+def test_a_matched_contrast_makes_samples_as_grey_as_training_images_and_leaves_likelihoods(scorer, digits):
+    matched = VARIATIONAL.model_copy(update={"contrast": "matched"})
+    model = build(matched, seed=4)
+    nn.init.normal_(model.decoder[-1].weight, 0, 1, generator=torch.Generator().manual_seed(0))
+    plain = _score(scorer, model, VARIATIONAL)
+    assert model.contrast == 1
+    scores = _score(scorer, model, matched)
+    assert model.contrast != 1
+    samples = scorer.samples(model, standard_normal(4), 1_000)
+    assert grey_share(samples) == pytest.approx(grey_share(pixels(digits.train.images)), rel=0.05)
+    assert scores["sharpness"] == pytest.approx(1, rel=0.05)
+    assert scores["frechet_distance"] != plain["frechet_distance"]
+    assert scores["frechet_distance_reconstruction"] != plain["frechet_distance_reconstruction"]
+    for name in ("mse", "distortion", "rate", "calibrated_nll"):
+        assert scores[name] == plain[name]
+
+
+def test_a_contrast_without_bounds_is_a_divergence(scorer):
+    matched = VARIATIONAL.model_copy(update={"contrast": "matched"})
+    with pytest.raises(Diverged, match="contrast is not finite"):
+        scorer.fit(_silent(matched), matched)
 
 
 def test_samples_are_drawings_of_the_prior_with_the_same_noise_each_time(scorer):

@@ -256,7 +256,7 @@ def test_trials_and_scores_of_one_seed_share_no_numbers(images, digits, monkeypa
     for trial in range(6):
         state, _ = _run(images, [1], parameters, trial=trial)
     scorer = score.Scorer(Judge(1), digits.train, digits.validation, seed=5, count=50, prior_count=50)
-    scorer(state.model, parameters, scorer.fit_prior(state.model, parameters))
+    scorer(state.model, parameters, scorer.fit(state.model, parameters))
     trained, scored = used.values()
     assert len(set(trained)) == len(trained) == 6 * 3  # first weights, order, noise
     assert len(set(scored)) >= 4

@@ -62,7 +62,7 @@ def load(path: Path | str) -> Codec:
         model.load_state_dict(load_file(file))
         file = path / "prior.npz"
         with np.load(file, allow_pickle=False) as arrays:
-            prior = Prior(*(torch.from_numpy(arrays[name]) for name in ("weights", "means", "covariances")))
+            prior = Prior.from_state_dict({name: torch.from_numpy(arrays[name]) for name in arrays})
         latents = (parameters.latent_dim, parameters.latent_dim)
         if prior.covariances.shape[1:] != latents:
             raise ValueError(

@@ -94,42 +94,47 @@ def _digits() -> tuple[Split, Split, Split]:
 
 def _mnist(directory: Path, train: bool, download: bool) -> Split:
     raw = directory / "MNIST" / "raw"
-    for name in IDX_FILES:
-        if (raw / name).exists():
-            _check_idx(raw / name)
-    MNIST = _torchvision_datasets().MNIST
+    if not all((raw / name).exists() for name in IDX_FILES):
+        _fetch_mnist(directory, download)
+    files = [_read_idx(raw / name) for name in IDX_FILES]  # a damaged test split is told before hours of training
+    images, labels = files[:2] if train else files[2:]
+    if len(labels) and int(labels.max()) > 9:
+        raise ValueError(f"{raw}: a label in {IDX_FILES[1 if train else 3]} is no digit: {int(labels.max())}")
+    if len(images) != len(labels):
+        raise ValueError(f"{raw}: {len(images):,} images but {len(labels):,} labels")
+    return Split(images.unsqueeze(1), labels.long())
+
+
+def _fetch_mnist(directory: Path, download: bool) -> None:
+    """Have torchvision complete the files; it takes a second to import, so only where one is missing."""
+    raw = directory / "MNIST" / "raw"
     try:
-        data = MNIST(str(directory), train=train, download=download)
+        _torchvision_datasets().MNIST(str(directory), download=download)
     except (RuntimeError, OSError) as error:
         raise ValueError(
             f"no MNIST in {raw} (wanted: {', '.join(IDX_FILES)}) and "
             f"{'the download failed' if download else 'downloading is off'} ({_first_line(error)}); "
             "put the files there, or use the embedded data set: data.name=digits"
         ) from error
-    if len(data.targets) and int(data.targets.max()) > 9:
-        raise ValueError(f"{raw}: a label in {IDX_FILES[1 if train else 3]} is no digit: {int(data.targets.max())}")
-    if len(data.data) != len(data.targets):
-        raise ValueError(f"{raw}: {len(data.data):,} images but {len(data.targets):,} labels")
-    return Split(data.data.unsqueeze(1), data.targets.long())
 
 
-def _check_idx(path: Path) -> None:
-    """Raise ValueError unless the file is what its name and IDX header say (LeCun: magic, sizes, bytes)."""
+def _read_idx(path: Path) -> Tensor:
+    """The uint8 numbers of an IDX file. Raises ValueError unless it is what its name and header say (LeCun)."""
     axes = 3 if "idx3" in path.name else 1
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            head = file.read(4 + 4 * axes)
+        content = np.fromfile(path, np.uint8)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from error
-    sizes = np.frombuffer(head[4:], ">u4").tolist() if len(head) == 4 + 4 * axes else []
-    if head[:4] != bytes((0, 0, 8, axes)) or (axes == 3 and sizes[1:] != [28, 28]):
+    head = 4 + 4 * axes
+    sizes = content[4:head].view(">u4").tolist() if len(content) >= head else []
+    if content[:4].tolist() != [0, 0, 8, axes] or (axes == 3 and sizes[1:] != [28, 28]):
         raise ValueError(
             f"{path}: damaged IDX file, its header is not that of {'28x28 images' if axes == 3 else 'labels'}"
         )
-    expected = len(head) + math.prod(sizes)
-    if size != expected:
-        raise ValueError(f"{path}: damaged IDX file, {size:,} bytes where its header says {expected:,}")
+    expected = head + math.prod(sizes)
+    if len(content) != expected:
+        raise ValueError(f"{path}: damaged IDX file, {len(content):,} bytes where its header says {expected:,}")
+    return torch.from_numpy(content[head:]).view(sizes)
 
 
 def _first_line(error: BaseException) -> str:

@@ -14,7 +14,11 @@ class VAE(nn.Module):
     """Encoder: conv 1 -> width -> 2 width (3x3, stride 2), fully connected 128, two heads. Decoder: its mirror.
 
     With `variational=False` it is a plain autoencoder: one head, the latent is the mean.
+
+    `contrast` is what logits are multiplied by where images are drawn; it has no part in training or likelihoods.
     """
+
+    contrast: Tensor
 
     def __init__(self, latent_dim: int, width: int = 32, variational: bool = True):
         super().__init__()
@@ -39,6 +43,7 @@ class VAE(nn.Module):
             nn.ReLU(inplace=True),
             ToPixels(width, 1, 3, stride=2, padding=1, output_padding=1),
         )
+        self.register_buffer("contrast", torch.ones(()))
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """(B, 1, 28, 28) -> mean (B, Z) and log-variance (B, Z), None for the plain autoencoder."""
@@ -46,13 +51,13 @@ class VAE(nn.Module):
         return self.mean(hidden), None if self.log_variance is None else self.log_variance(hidden)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """(B, Z) -> logits (B, 1, 28, 28); their sigmoid is the image."""
+        """(B, Z) -> logits (B, 1, 28, 28); their sigmoid is what is learned to be the image."""
         logits: Tensor = self.decoder(latents)
         return logits
 
     def draw(self, latents: Tensor) -> Tensor:
         """(B, Z) -> images (B, 1, 28, 28) in [0, 1]."""
-        return torch.sigmoid(self.decode(latents))
+        return torch.sigmoid(self.contrast * self.decode(latents))
 
 
 def build(parameters: Parameters, seed: int) -> VAE:

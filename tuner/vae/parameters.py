@@ -33,10 +33,16 @@ class Parameters(BaseModel):
     batch_size: int = Field(128, ge=1, description="images a step")
     kl_weight: float = Field(1.0, ge=0, description="factor on the KL term against the summed reconstruction error")
     kl_warmup_epochs: float = Field(0.0, ge=0, description="epochs over which the KL factor rises linearly from 0")
-    prior: Literal["standard_normal", "gaussian_mixture"] = Field(
-        "standard_normal", description="where sampled latents come from; a mixture is fitted on encoded training images"
+    prior: Literal["standard_normal", "gaussian_mixture", "flow"] = Field(
+        "standard_normal",
+        description="where sampled latents come from; a mixture, or one bent by a flow, is fitted on encoded images",
     )
-    prior_components: int = Field(10, ge=1, le=1000, description="Gaussians in the mixture")
+    prior_components: int = Field(10, ge=1, le=1000, description="Gaussians in the mixture, or in the one that is bent")
+    contrast: Literal["plain", "matched"] = Field(
+        "plain",
+        description="matched: drawn images get a contrast fitted after training, at which as many pixels are grey as "
+        "in training images; plain: they stay as blurred as the average over what the decoder can't know",
+    )
 
 
 CLASSIC = Parameters()

@@ -1,6 +1,7 @@
-"""Where sampled latents come from: N(0, I), or a Gaussian mixture fitted on encoded training images.
+"""Where sampled latents come from: N(0, I), or a density fitted on encoded training images.
 
-Fitting a density to the codes after training is ex-post density estimation (Ghosh et al. 2020, section 4).
+Fitting it after training is ex-post density estimation (Ghosh et al. 2020, section 4). It is a Gaussian mixture, or one
+that a flow bends.
 """
 
 import math
@@ -9,17 +10,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tuner.vae.flow import Flow
+
 ROUNDS, TOLERANCE = 50, 1e-3  # of EM at most; nats a point, below which a round gains too little
 CHUNK = 4_000_000  # numbers at a time
+FLOW = "flow."
+FLOW_STEPS, FLOW_BATCH, FLOW_RATE = 2_500, 500, 1e-3
 
 
 @dataclass(frozen=True)
 class Prior:
-    """A mixture of K Gaussians over Z latents: weights (K,), means (K, Z), covariances (K, Z, Z), float32."""
+    """A mixture of K Gaussians over Z latents: weights (K,), means (K, Z), covariances (K, Z, Z), float32.
+
+    With a flow, samples of the mixture pass through it.
+    """
 
     weights: Tensor
     means: Tensor
     covariances: Tensor
+    flow: Flow | None = None
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
         """(count, Z), each drawn independently: no sorting by component."""
@@ -36,10 +45,26 @@ class Prior:
         component = torch.searchsorted(edges / edges[-1], uniform.double(), right=True).clamp(max=len(edges) - 1)
         factors = torch.linalg.cholesky(self.covariances.double()).float()
         noise = noise[:, : self.means.shape[1]]
-        return self.means[component] + torch.einsum("bij,bj->bi", factors[component], noise)
+        points = self.means[component] + torch.einsum("bij,bj->bi", factors[component], noise)
+        if self.flow is None:
+            return points
+        with torch.no_grad():
+            bent: Tensor = self.flow(points)
+        return bent
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"weights": self.weights, "means": self.means, "covariances": self.covariances}
+        flow = {} if self.flow is None else self.flow.state_dict(prefix=FLOW)
+        return {"weights": self.weights, "means": self.means, "covariances": self.covariances} | flow
+
+    @classmethod
+    def from_state_dict(cls, saved: dict[str, Tensor]) -> "Prior":
+        """Raises KeyError, TypeError or RuntimeError on what is no such mapping."""
+        bent = {name.removeprefix(FLOW): tensor for name, tensor in saved.items() if name.startswith(FLOW)}
+        flow = None
+        if bent:
+            flow = Flow(saved["means"].shape[1], len(bent["kept"]), bent["weights.0"].shape[2])
+            flow.load_state_dict(bent)
+        return cls(**{name: tensor for name, tensor in saved.items() if not name.startswith(FLOW)}, flow=flow)
 
 
 def standard_normal(latent_dim: int) -> Prior:
@@ -102,6 +127,43 @@ def expectation_maximization(points: Tensor, mixture: Prior, floor: Tensor) -> t
     second = (sums[:, : size * size] / counts).unflatten(1, (size, size))
     covariances = second - means.unsqueeze(2) * means.unsqueeze(1) + floor
     return Prior(counts[:, 0] / counts.sum(), means, covariances), likelihood / len(points)
+
+
+def fit_flow(means: Tensor, deviations: Tensor, components: int, seed: int) -> Prior:
+    """Fit a mixture and the flow that bends it, by maximum likelihood on draws from N(means, deviations^2).
+
+    Means and deviations are those of the encoded images, (N, Z) each; every step draws anew, so that the few thousand
+    weights see more than N points. Begins at the mixture that EM fits. Raises ValueError as `fit_mixture` does.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    start = fit_mixture(means + deviations * torch.randn(means.shape, generator=generator), components, seed)
+    flow = Flow(means.shape[1])
+    flow.shift.copy_(means.mean(0))
+    flow.scale.copy_((means.var(0, correction=0) + deviations.square().mean(0)).sqrt().clamp(min=1e-6))
+    factors = torch.linalg.cholesky(torch.linalg.inv(start.covariances.double()))
+    mixture = [
+        start.weights.log(),
+        (start.means - flow.shift) / flow.scale,
+        factors.float() * flow.scale.unsqueeze(1),
+    ]
+    logits, centres, factors = mixture = [part.requires_grad_() for part in mixture]
+    optimizer = torch.optim.Adam([*flow.parameters(), *mixture], lr=FLOW_RATE)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, FLOW_RATE, total_steps=FLOW_STEPS, pct_start=0.1)
+    constant = 0.5 * means.shape[1] * math.log(2 * math.pi)
+    for _ in range(FLOW_STEPS):
+        index = torch.randint(len(means), (FLOW_BATCH,), generator=generator)
+        noise = torch.randn(FLOW_BATCH, means.shape[1], generator=generator)
+        points, logdet = flow.inverse(means[index] + deviations[index] * noise)
+        whitened = torch.einsum("bkn,knj->bkj", points.unsqueeze(1) - centres, factors.tril())
+        height = factors.diagonal(dim1=1, dim2=2).abs().log().sum(1) + logits.log_softmax(0)
+        density = (height - 0.5 * whitened.square().sum(2)).logsumexp(1) - constant
+        optimizer.zero_grad()
+        (-(density + logdet).mean()).backward()
+        optimizer.step()
+        schedule.step()
+    precisions = factors.detach().double().tril()
+    covariances = torch.cholesky_inverse(precisions).float()
+    return Prior(logits.detach().softmax(0), centres.detach(), covariances, flow.requires_grad_(False))
 
 
 def _spread_out(points: Tensor, count: int, generator: torch.Generator) -> Tensor:

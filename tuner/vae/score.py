@@ -15,11 +15,13 @@ from tuner.vae.judge import Judge
 from tuner.vae.losses import PIXELS, bernoulli_nll, calibrated_distortion, kl_divergence, squared_error
 from tuner.vae.model import VAE
 from tuner.vae.parameters import Parameters
-from tuner.vae.prior import Prior, fit_mixture, standard_normal
+from tuner.vae.prior import Prior, fit_flow, fit_mixture, standard_normal
 from tuner.vae.train import Diverged, Stream, derive_seed
 
 BATCH = 100  # a decoder's activations at this size stay in the cache
 KERNEL_IMAGES = 1_000  # the kernel distance is unbiased: fewer images cost noise, not truth
+GREY = 0.1  # pixels above this and below 1 minus it
+CONTRAST_IMAGES = 1_000
 ACTIVE_VARIANCE = 0.01  # Burda et al. 2016, section 5.2
 
 
@@ -86,7 +88,16 @@ def gap_closed(distance: float, floor: float, baseline: float) -> float:
 
 def grey_share(images: Tensor) -> float:
     """Share of pixels in (0.1, 0.9) of images in [0, 1]."""
-    return ((images > 0.1) & (images < 0.9)).double().mean().item()
+    return ((images > GREY) & (images < 1 - GREY)).double().mean().item()
+
+
+def matching_contrast(logits: Tensor, share: float) -> float:
+    """The factor on logits at which a `share` of their pixels is grey; infinite where none may be.
+
+    sigmoid(factor * logit) is grey where |factor * logit| < ln 9, so the factor is ln 9 over a quantile of |logit|.
+    """
+    edge = float(np.quantile(logits.abs().numpy(), share))
+    return math.log((1 - GREY) / GREY) / edge if edge else math.inf
 
 
 class Scorer:
@@ -119,20 +130,33 @@ class Scorer:
         return frechet_distance(moments(self.judge.features(images)), self.moments)
 
     @torch.no_grad()
-    def fit_prior(self, model: VAE, parameters: Parameters) -> Prior:
-        """The prior that `parameters` ask for, fitted on one posterior draw per encoded training image.
+    def fit(self, model: VAE, parameters: Parameters) -> Prior:
+        """Fit what `parameters` want fitted after training: the prior, which is returned, and the model's contrast.
 
-        Raises Diverged where the codes are not finite or all the same.
+        Raises Diverged where codes or contrast are not finite or all codes the same.
         """
+        model.eval()
+        model.contrast.fill_(1)
+        prior = self._prior(model, parameters)
+        if parameters.contrast == "matched":
+            latents = prior.sample(CONTRAST_IMAGES, self._generator(5))
+            logits = torch.cat([model.decode(batch) for batch in latents.split(BATCH)])
+            model.contrast.fill_(matching_contrast(logits, grey_share(self.prior_images)))
+            _require_finite({"contrast": model.contrast.item()})
+        return prior
+
+    def _prior(self, model: VAE, parameters: Parameters) -> Prior:
         if parameters.prior == "standard_normal":
             return standard_normal(parameters.latent_dim)
-        model.eval()
-        latents, log_variance = _encode(model, self.prior_images)
-        if log_variance is not None:
-            noise = torch.randn(latents.shape, generator=self._generator(1))
-            latents = latents + torch.exp(0.5 * log_variance) * noise
+        means, log_variance = _encode(model, self.prior_images)
+        deviations = torch.zeros_like(means) if log_variance is None else torch.exp(0.5 * log_variance)
+        seed = derive_seed(self.seed, Stream.SCORE, 2)
         try:
-            return fit_mixture(latents, parameters.prior_components, derive_seed(self.seed, Stream.SCORE, 2))
+            if parameters.prior == "flow":
+                with torch.enable_grad():
+                    return fit_flow(means, deviations, parameters.prior_components, seed)
+            latents = means + deviations * torch.randn(means.shape, generator=self._generator(1))
+            return fit_mixture(latents, parameters.prior_components, seed)
         except ValueError as error:
             raise Diverged(str(error)) from error
 
@@ -164,7 +188,7 @@ class Scorer:
             scores["calibrated_nll"] = scores["rate"] + scores["distortion"]
         scores["active_units"] = float((means.var(0) > ACTIVE_VARIANCE).sum())
         _require_finite(scores)
-        scores["frechet_distance_reconstruction"] = self.distance(torch.sigmoid(logits))
+        scores["frechet_distance_reconstruction"] = self.distance(torch.sigmoid(model.contrast * logits))
 
         images = self.samples(model, prior, self.count)
         features = self.judge.features(images)
