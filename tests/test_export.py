@@ -26,6 +26,7 @@ FILES = {
     "encoder.onnx",
     "encoder.pt2",
     "model.json",
+    "neighbours.png",
     "prior.npz",
     "samples.png",
     "weights.safetensors",

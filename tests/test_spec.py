@@ -79,7 +79,8 @@ def test_shipped_specs_measure_against_the_classic_settings(path):
     changed = spec.baseline.model_dump().items() - CLASSIC.model_dump().items()
     assert {"batch_size", "prior"} <= {name for name, _ in changed} <= {"batch_size", "prior", "prior_components"}
     assert spec.baseline_point() is None  # its pictures have no fitted contrast, so it is no point of the space
-    point = specs.load(path, [("fixed.contrast", "plain")]).baseline_point()
+    plain = [("fixed.contrast", "plain"), ("fixed.warmup_steps", 0), ("fixed.width", 32)]
+    point = specs.load(path, plain).baseline_point()
     assert point == {"latent_dim": 16, "learning_rate": 1e-3, "kl_weight": 1}
 
 
@@ -200,7 +201,13 @@ def test_points_to_try_first_may_leave_parameters_to_the_sampler_but_lie_in_the_
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("form", [lambda name: name, lambda name: {"metric": name}, lambda name: [name]])
 def test_an_objective_is_a_name_a_mapping_or_a_list_and_its_direction_the_better_one(metric, form):
-    assert _spec(objective=form(metric)).objective == (Objective(metric=metric, direction=METRICS[metric].direction),)
+    spec = _spec(objective=form(metric), fixed={"likelihood": "bernoulli"})
+    assert spec.objective == (Objective(metric=metric, direction=METRICS[metric].direction),)
+
+
+def test_the_likelihood_of_binary_pixels_wants_a_bernoulli_decoder():
+    with pytest.raises(ValidationError, match="nll is defined for fixed.likelihood bernoulli alone"):
+        _spec(objective="nll")
 
 
 def test_an_objective_can_name_its_direction_and_there_can_be_several():

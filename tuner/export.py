@@ -25,15 +25,18 @@ from tuner.run import sync_directory, write_atomic
 from tuner.study import BASELINE
 from tuner.terminal import stage
 from tuner.vae import codec
-from tuner.vae.data import load_test, pixels
+from tuner.vae.data import Split, load_test, pixels
+from tuner.vae.judge import Judge
 from tuner.vae.model import VAE
-from tuner.vae.score import gap_closed
-from tuner.vae.sheet import grid, png
+from tuner.vae.neighbours import copied, coverage, nearest, neighbour_accuracy, recall
+from tuner.vae.score import encode, gap_closed
+from tuner.vae.sheet import grid, png, samples
 from tuner.views import TensorBoard
 from tuner.workspace import Candidate, Workspace, best_of, last_of, retrained, run_alone
 
 TOLERANCE = 1e-5
 SAMPLES = 100
+NEIGHBOUR_IMAGES, NEIGHBOURS_SHOWN = 5_000, 20
 PROJECTED = 1_000  # test images in TensorBoard's projector
 VERSIONS = ("torch", "ray", "optuna", "numpy", "onnx", "onnxruntime", "scikit-learn")
 
@@ -96,6 +99,7 @@ def export(workspace: Workspace) -> dict[str, Any]:
         },
     }
     write_files(chosen, info, temporary)
+    write_atomic(temporary / "neighbours.png", png(beside_neighbours(chosen, workspace.data.train)))
     check_files(chosen, pixels(test.images[:7]), temporary)
     sync_directory(temporary)
     with closing(TensorBoard(run.tensorboard, spec)) as board:
@@ -107,8 +111,11 @@ def export(workspace: Workspace) -> dict[str, Any]:
     return run.update_summary(test=scores)
 
 
-def score_test(workspace: Workspace, candidates: dict[str, Candidate], test: Any) -> dict[str, dict[str, float]]:
-    """Every score on the test split, for the baseline with samples from N(0, I) and for each candidate."""
+def score_test(workspace: Workspace, candidates: dict[str, Candidate], test: Split) -> dict[str, dict[str, float]]:
+    """Every score on the test split, for the baseline with samples from N(0, I) and for each candidate.
+
+    The last candidate is the one that is exported: it gets `FINAL_METRICS`, too.
+    """
     scorer = workspace.scorer(held_out=test)
     result = {}
     for name, candidate in {"baseline": last_of(workspace.run, BASELINE), **candidates}.items():
@@ -119,7 +126,31 @@ def score_test(workspace: Workspace, candidates: dict[str, Candidate], test: Any
             "floor": scorer.floor,
             "gap_closed": gap_closed(scores["frechet_distance"], scorer.floor, baseline),
         }
+    drawn = scorer.samples(candidate.model, candidate.prior, NEIGHBOUR_IMAGES)
+    result[name] |= neighbourhood(candidate.model, drawn, scorer.judge, workspace.data.train, test)
     return result
+
+
+def neighbourhood(model: VAE, drawn: Tensor, judge: Judge, train: Split, test: Split) -> dict[str, float]:
+    """`FINAL_METRICS` of samples (N, 1, 28, 28): recall and coverage in the judge's features, copies in pixels."""
+    shown = pixels(test.images[:NEIGHBOUR_IMAGES])
+    learned, known = pixels(train.images), train.labels
+    real, fake, like = (judge.features(images) for images in (shown, drawn, learned[:NEIGHBOUR_IMAGES]))
+    latents, references = encode(model, shown)[0], encode(model, learned)[0]
+    return {
+        "recall": recall(real, fake) / recall(real, like),
+        "coverage": coverage(real, fake) / coverage(real, like),
+        "copied": copied(drawn.flatten(1), learned.flatten(1)) - copied(shown.flatten(1), learned.flatten(1)),
+        "latent_accuracy": neighbour_accuracy(latents, test.labels[:NEIGHBOUR_IMAGES], references, known),
+    }
+
+
+def beside_neighbours(candidate: Candidate, train: Split) -> np.ndarray:
+    """Samples, and under each row the nearest training images in pixels: a grey picture (H, W) uint8."""
+    drawn, learned = samples(candidate.model, candidate.prior, NEIGHBOURS_SHOWN), pixels(train.images)
+    closest = learned[nearest(drawn.flatten(1), learned.flatten(1), 1)[1][:, 0]]
+    rows = zip(drawn.split(10), closest.split(10), strict=True)
+    return grid(torch.cat([images for pair in rows for images in pair]), columns=10, scale=2)
 
 
 def write_files(candidate: Candidate, info: dict[str, Any], directory: Path) -> None:

@@ -36,7 +36,8 @@ def fusion(spec: Spec, data: ObjectRef, concurrency: int | None) -> Fusion:
     """Start an array for each GPU of the cluster, or one on the CPU, where the spec's `execution` wants them."""
     there = int(sum(node["Resources"].get("GPU", 0) for node in alive()))
     gpus = max(there, 1 if spec.resources.gpu else 0)  # one that the autoscaler has still to bring counts
-    if spec.execution == "process" or (spec.execution == "auto" and not gpus):
+    apart = "pixels" in spec.space or spec.fixed.get("pixels") == "binary"  # arrays take their images as they are
+    if apart or spec.execution == "process" or (spec.execution == "auto" and not gpus):
         return Fusion((), spec.resources)
     hosts = max(1, gpus)
     trials = min(concurrency or SLOTS * hosts, spec.budget.trials)

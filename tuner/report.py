@@ -30,7 +30,7 @@ from tuner.storage import opened
 from tuner.study import BASELINE, evaluations, read_study
 from tuner.terminal import duration, result_rows, stage
 from tuner.vae.prior import standard_normal
-from tuner.vae.score import METRICS
+from tuner.vae.score import FINAL_METRICS, METRICS
 from tuner.vae.sheet import grid, png, samples
 from tuner.workspace import Candidate, best_of, last_of, retrained
 
@@ -348,9 +348,10 @@ def test_split(page: Page, material: Material) -> None:
     test = material.summary.get("test")
     if test:
         rows = [["score", *test, "unit", "what it says"]]
-        for name in ("gap_closed", *METRICS):
+        described = METRICS | FINAL_METRICS
+        for name in ("gap_closed", *described):
             if any(name in scores for scores in test.values()):
-                known = METRICS.get(name)
+                known = described.get(name)
                 cells = [_text(scores.get(name)) for scores in test.values()]
                 rows.append(
                     [
@@ -361,6 +362,13 @@ def test_split(page: Page, material: Material) -> None:
                     ]
                 )
         page.section("The test split", "Read once, after every choice was made.", _table(rows))
+    neighbours = material.run.export / "neighbours.png"
+    if neighbours.exists():
+        page.section(
+            "Copies?",
+            "Rows one and three are samples; below each is its nearest training image. They must not be the same.",
+            _embedded("samples and their nearest training images", neighbours.read_bytes()),
+        )
 
 
 def lineage(page: Page, material: Material) -> None:
@@ -382,8 +390,11 @@ SECTIONS: tuple[Callable[[Page, Material], None], ...] = (
 
 
 def _picture(caption: str, images: Any) -> str:
-    data = base64.b64encode(png(grid(images, columns=8, scale=2))).decode()
-    text = html.escape(caption)
+    return _embedded(caption, png(grid(images, columns=8, scale=2)))
+
+
+def _embedded(caption: str, picture: bytes) -> str:
+    data, text = base64.b64encode(picture).decode(), html.escape(caption)
     return f"<figure><img alt='{text}' src='data:image/png;base64,{data}'><figcaption>{text}</figcaption></figure>"
 
 

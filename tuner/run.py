@@ -13,17 +13,9 @@ from pathlib import Path
 from typing import Any
 
 STATES = ("running", "complete", "pruned", "failed")
-TEXT_COLUMNS = {
-    "state",
-    "reason",
-    "model",
-    "likelihood",
-    "schedule",
-    "prior",
-    "contrast",
-    "started",
-    "ended",
-}  # of trials.csv
+TEXT_COLUMNS = (  # of trials.csv
+    {"state", "reason", "model", "likelihood", "pixels", "schedule", "prior", "contrast", "started", "ended"}
+)
 # What summary.json holds, once the stage that writes it is done; "*" stands for all other keys.
 _SCORES = {"frechet_distance": float, "gap_closed": float, "*": float}
 _WINNER = {"latent_dim": float, "learning_rate": float, "kl_weight": float, "*": object}

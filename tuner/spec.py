@@ -178,9 +178,9 @@ class Budget(_Frozen):
 
     @property
     def rungs(self) -> tuple[float, ...]:
-        """Epochs at which a trial is scored: grace * factor^k below max_epochs, then max_epochs."""
+        """Epochs at which a trial is scored: grace * factor^k below max_epochs (by 5 % at least), then max_epochs."""
         rungs, epoch = [], self.grace_epochs
-        while epoch < self.max_epochs:
+        while epoch < 0.95 * self.max_epochs:
             rungs.append(epoch)
             epoch = self.grace_epochs * self.reduction_factor ** len(rungs)
         return (*rungs, self.max_epochs)
@@ -257,6 +257,8 @@ class Spec(_Frozen):
         for metric in metrics:
             if "autoencoder" in models and METRICS[metric].needs_vae:
                 raise ValueError(f"objective.metric: {metric} is not defined for model autoencoder")
+            if metric == "nll" and self.fixed.get("likelihood") != "bernoulli":
+                raise ValueError("objective.metric: nll is defined for fixed.likelihood bernoulli alone")
         if self.budget.grace_epochs > self.budget.max_epochs:
             raise ValueError(
                 f"budget.grace_epochs: {self.budget.grace_epochs:g} is above max_epochs {self.budget.max_epochs:g}"
@@ -281,12 +283,12 @@ class Spec(_Frozen):
 
     @property
     def baseline(self) -> Parameters:
-        """Trial 0: the classic settings with this spec's batch size, width and likelihood.
+        """Trial 0: the classic settings with this spec's batch size and likelihood.
 
         It keeps the spec's prior so that its `frechet_distance` compares with other trials'; the baseline
         figure is its distance under N(0, I).
         """
-        kept = {"batch_size", "width", "likelihood", "prior", "prior_components"}
+        kept = {"batch_size", "likelihood", "pixels", "prior", "prior_components"}
         return Parameters.model_validate({name: value for name, value in self.fixed.items() if name in kept})
 
     def baseline_point(self) -> dict[str, Value] | None:

@@ -29,7 +29,7 @@ from tuner.vae.score import Scorer
 from tuner.vae.train import Stream, derive_seed
 
 FINAL_SAMPLES = 10_000  # outside of the search a score may cost more
-FINAL_PRIOR_IMAGES = 20_000
+FINAL_PRIOR_IMAGES = 50_000
 JUDGES = {"search": 16, "second": 24}  # name: width; the search never sees the second
 
 

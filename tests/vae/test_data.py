@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tuner
-from tuner.vae.data import IDX_FILES, Split, load, load_test, pixels
+from tuner.vae.data import IDX_FILES, Split, binarize, load, load_test, pixels
 
 NOWHERE = Path("never read")
 SHARED = Path(__file__).parents[2].parent / "shared/data"
@@ -88,6 +88,15 @@ def test_pixels_map_0_to_255_onto_0_to_1_and_leave_their_input_alone():
     images = torch.tensor([0, 51, 255], dtype=torch.uint8)
     assert pixels(images).tolist() == pytest.approx([0, 0.2, 1])
     assert images.tolist() == [0, 51, 255]
+
+
+def test_a_binarized_pixel_is_white_as_often_as_its_grey_value_says():
+    greys = torch.tensor([0, 1, 51, 128, 254, 255], dtype=torch.uint8)
+    drawn = binarize(greys.repeat(40_000, 1), torch.Generator().manual_seed(0))
+    assert set(drawn.unique().tolist()) == {0, 255}
+    shares = (drawn == 255).double().mean(0)
+    assert shares.tolist() == pytest.approx((greys / 255).tolist(), abs=5 * 0.5 / 200)  # 5 standard errors
+    assert (shares[0], shares[-1]) == (0, 1)
 
 
 @with_mnist

@@ -78,6 +78,12 @@ def test_a_bent_mixture_has_the_moments_of_the_latents(banana, bent):
     torch.testing.assert_close(torch.cov(samples.T), torch.cov(banana.T), rtol=0.2, atol=0.15)
 
 
+def test_the_density_of_a_bent_mixture_integrates_to_one(bent):
+    side = torch.linspace(-6, 18, 1_201)
+    grid = torch.cartesian_prod(torch.linspace(-6, 6, 601), side)
+    assert bent.log_density(grid).exp().sum().item() * 0.02 * 0.02 == pytest.approx(1, abs=0.01)
+
+
 def test_a_bent_mixture_comes_back_from_plain_arrays(bent):
     saved = {name: torch.from_numpy(tensor.numpy().copy()) for name, tensor in bent.state_dict().items()}
     again = Prior.from_state_dict(saved)

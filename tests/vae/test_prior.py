@@ -36,6 +36,13 @@ def test_sample_moments_are_those_of_the_mixture():
     torch.testing.assert_close(torch.cov(latents.T), covariance, rtol=0.02, atol=0.06)
 
 
+def test_the_density_of_a_mixture_is_torchs():
+    parts = torch.distributions.MultivariateNormal(TWO.means.double(), TWO.covariances.double())
+    reference = torch.distributions.MixtureSameFamily(torch.distributions.Categorical(TWO.weights.double()), parts)
+    points = _draw(TWO, 50)
+    torch.testing.assert_close(TWO.log_density(points), reference.log_prob(points.double()))
+
+
 def test_samples_are_not_sorted_by_component():
     component = _draw(TWO, 10_000)[:, 0] > 0
     changes = (component[1:] != component[:-1]).double().mean().item()

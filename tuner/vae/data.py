@@ -50,6 +50,15 @@ def pixels(images: Tensor) -> Tensor:
     return images.float().div_(255)
 
 
+def binarize(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw each pixel anew: 255 with the probability that its grey value says, else 0. uint8 of any shape.
+
+    Stochastic binarization, Salakhutdinov & Murray 2008.
+    """
+    below = torch.randint(255, images.shape, generator=generator, dtype=torch.uint8)
+    return torch.where(below.to(images.device) < images, 255, 0).to(torch.uint8)
+
+
 def load(name: str, directory: Path, download: bool = True) -> Data:
     """The training and validation splits of a data set in `NAMES`.
 

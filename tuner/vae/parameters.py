@@ -23,6 +23,9 @@ class Parameters(BaseModel):
     likelihood: Literal["gaussian", "bernoulli"] = Field(
         "gaussian", description="gaussian: summed squared error; bernoulli: summed binary cross-entropy"
     )
+    pixels: Literal["grey", "binary"] = Field(
+        "grey", description="binary: each pixel drawn anew at every step, white with its grey value's probability"
+    )
     learning_rate: float = Field(1e-3, gt=0, description="Adam's step size at the top of the schedule")
     schedule: Literal["constant", "cosine"] = Field(
         "constant", description="cosine: from learning_rate to zero over the trial's max_epochs"

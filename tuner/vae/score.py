@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tuner.vae.data import Split, pixels
+from tuner.vae.bound import importance_weighted_bound
+from tuner.vae.data import Split, binarize, pixels
 from tuner.vae.judge import Judge
 from tuner.vae.losses import PIXELS, bernoulli_nll, calibrated_distortion, kl_divergence, squared_error
 from tuner.vae.model import VAE
@@ -19,6 +20,7 @@ from tuner.vae.prior import Prior, fit_flow, fit_mixture, standard_normal
 from tuner.vae.train import Diverged, Stream, derive_seed
 
 BATCH = 100  # a decoder's activations at this size stay in the cache
+NLL_IMAGES, NLL_SAMPLES = 500, 64
 KERNEL_IMAGES = 1_000  # the kernel distance is unbiased: fewer images cost noise, not truth
 GREY = 0.1  # pixels above this and below 1 minus it
 CONTRAST_IMAGES = 1_000
@@ -43,10 +45,22 @@ METRICS = {
     "calibrated_nll": Metric("minimize", "nats/image", "rate + distortion, the decoder's variance fitted", True),
     "rate": Metric("minimize", "nats/image", "KL to N(0, I)", True),
     "distortion": Metric("minimize", "nats/image", "-log p(x|z), the decoder's variance fitted"),
+    "nll": Metric(
+        "minimize", "nats/image", "importance-weighted bound on -log p(x), Bernoulli decoder, the trial's prior", True
+    ),
     "mse": Metric("minimize", "1/pixel", "mean squared error of reconstructions of held-out images"),
     "active_units": Metric("maximize", "units", "latents whose mean varies by more than 0.01 over images"),
     "sharpness": Metric("minimize", "ratio", "share of grey pixels (0.1 to 0.9), samples over real; 1 is as sharp"),
     "loss": Metric("minimize", "mixed", "the training loss; refused while a weight inside it is searched"),
+}
+
+
+# Of a finished model alone, on the test split.
+FINAL_METRICS = {
+    "recall": Metric("maximize", "ratio", "share of test images near a sample, over that of as many training images"),
+    "coverage": Metric("maximize", "ratio", "share of test images with a sample near, over that of training images"),
+    "copied": Metric("minimize", "share", "samples closer to a training image than its own nearest; less test's share"),
+    "latent_accuracy": Metric("maximize", "share", "test images whose 5 nearest training latents vote for their class"),
 }
 
 
@@ -125,6 +139,12 @@ class Scorer:
     def _generator(self, purpose: int) -> torch.Generator:
         return torch.Generator().manual_seed(derive_seed(self.seed, Stream.SCORE, purpose))
 
+    def _seen(self, images: Tensor, parameters: Parameters) -> Tensor:
+        """Images as the model takes them: binary ones are one draw, the same for all models."""
+        if parameters.pixels == "grey":
+            return images
+        return pixels(binarize((255 * images).round().to(torch.uint8), self._generator(7)))
+
     def distance(self, images: Tensor) -> float:
         """Frechet distance between images (N, 1, 28, 28) in [0, 1] and the held-out split."""
         return frechet_distance(moments(self.judge.features(images)), self.moments)
@@ -148,7 +168,7 @@ class Scorer:
     def _prior(self, model: VAE, parameters: Parameters) -> Prior:
         if parameters.prior == "standard_normal":
             return standard_normal(parameters.latent_dim)
-        means, log_variance = _encode(model, self.prior_images)
+        means, log_variance = encode(model, self._seen(self.prior_images, parameters))
         deviations = torch.zeros_like(means) if log_variance is None else torch.exp(0.5 * log_variance)
         seed = derive_seed(self.seed, Stream.SCORE, 2)
         try:
@@ -173,19 +193,24 @@ class Scorer:
         model.eval()
         scores: dict[str, float] = {}
 
-        latents, log_variance = means, _ = _encode(model, self.images)
+        images = self._seen(self.images, parameters)
+        latents, log_variance = means, _ = encode(model, images)
         if log_variance is not None:
             noise = torch.randn(latents.shape, generator=self._generator(4))
             latents = latents + torch.exp(0.5 * log_variance) * noise
         logits = torch.cat([model.decode(batch) for batch in latents.split(BATCH)])
-        scores["mse"] = squared_error(logits, self.images).double().mean().item() / PIXELS
+        scores["mse"] = squared_error(logits, images).double().mean().item() / PIXELS
         if parameters.likelihood == "gaussian":
             scores["distortion"] = calibrated_distortion(scores["mse"])
         else:
-            scores["distortion"] = bernoulli_nll(logits, self.images).double().mean().item()
+            scores["distortion"] = bernoulli_nll(logits, images).double().mean().item()
         if log_variance is not None:
             scores["rate"] = kl_divergence(means, log_variance).double().mean().item()
             scores["calibrated_nll"] = scores["rate"] + scores["distortion"]
+            if parameters.likelihood == "bernoulli":
+                few, generator = images[:NLL_IMAGES], self._generator(6)
+                bounds = importance_weighted_bound(model, prior, few, NLL_SAMPLES, generator)
+                scores["nll"] = -bounds.mean().item()
         scores["active_units"] = float((means.var(0) > ACTIVE_VARIANCE).sum())
         _require_finite(scores)
         scores["frechet_distance_reconstruction"] = self.distance(torch.sigmoid(model.contrast * logits))
@@ -203,7 +228,8 @@ class Scorer:
         return scores
 
 
-def _encode(model: VAE, images: Tensor) -> tuple[Tensor, Tensor | None]:
+@torch.no_grad()
+def encode(model: VAE, images: Tensor) -> tuple[Tensor, Tensor | None]:
     parts = [model.encode(batch) for batch in images.split(BATCH)]
     means = torch.cat([mean for mean, _ in parts])
     if not model.variational:

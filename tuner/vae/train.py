@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tuner.vae.array import Array
-from tuner.vae.data import pixels
+from tuner.vae.data import binarize, pixels
 from tuner.vae.model import VAE, build
 from tuner.vae.parameters import Parameters
 
@@ -35,6 +35,7 @@ class Stream(IntEnum):
     PROPOSAL = 5
     RETRAIN = 6
     PROMOTE = 7
+    PIXELS = 8
 
 
 def derive_seed(seed: int, *path: int) -> int:
@@ -171,7 +172,10 @@ def train(
         for step in range(state.step, last_step):
             order, noise = feed.batch(step)
             count = len(order)
-            batch = pixels(images[order.to(device)]).view(1, count, 28, 28)
+            drawn = images[order.to(device)]
+            if parameters.pixels == "binary":
+                drawn = binarize(drawn, _generator(seed, Stream.PIXELS, trial, step))
+            batch = pixels(drawn).view(1, count, 28, 28)
             share = torch.full((1, count), 1 / count, device=device)
             factor = torch.tensor([feed.kl_factor(step)], device=device)
             means = array.backward(batch, share, noise.unsqueeze(0).to(device), factor)

@@ -1,0 +1,60 @@
+"""Does the order at a rung hold to the end? Random trials of a spec, none of them stopped, scored at every rung.
+
+    python benchmarks/ranking.py [SPEC.yaml] [--data-dir data] [--trials 30]
+
+Prints each trial's objective at each rung and, for each rung that may stop a trial, Spearman's rank correlation with
+the objective at the end, over all trials and over the better half by the final score, where the order matters most.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import optuna
+from scipy.stats import spearmanr
+
+from tuner import spec as specs
+from tuner.search import DEFAULT_SPEC
+from tuner.trainable import search_scorer
+from tuner.vae import data as datasets
+from tuner.vae.judge import train_judge
+from tuner.vae.process import settle
+from tuner.vae.train import State, Stream, derive_seed, train
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("spec", nargs="?", type=Path, default=DEFAULT_SPEC)
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--trials", type=int, default=30)
+    arguments = parser.parse_args()
+    settle()
+    spec = specs.load(arguments.spec)
+    data = datasets.load(spec.data.name, arguments.data_dir or spec.data.directory, download=False)
+    scorer = search_scorer(spec, data, train_judge(data, derive_seed(spec.seed, Stream.JUDGE, 0)))
+    objective, rungs = spec.objective[0], spec.budget.rungs
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=spec.seed))
+    scores = []
+    for number in range(arguments.trials):
+        searched = study.ask(fixed_distributions=spec.distributions).params
+        parameters = spec.parameters(searched)
+        state = State.fresh(parameters, spec.seed, number)
+        images, epochs = data.train.images, spec.budget.max_epochs
+        line = []
+        for _ in train(state, parameters, images, rungs, seed=spec.seed, trial=number, total_epochs=epochs):
+            prior = scorer.fit(state.model, parameters)
+            line.append(round(objective.sign * scorer(state.model, parameters, prior)[objective.metric], 3))
+        scores.append(line)
+        print(json.dumps({"trial": number, **searched, "scores": line}), flush=True)
+    better = sorted(scores, key=lambda line: line[-1])[: len(scores) // 2]
+    for index, epoch in enumerate(rungs[:-1]):
+        everything, half = (
+            spearmanr([line[index] for line in part], [line[-1] for line in part]).statistic
+            for part in (scores, better)
+        )
+        print(f"epoch {epoch:g}: rank correlation {everything:.3f} over all, {half:.3f} over the better half")
+
+
+if __name__ == "__main__":
+    main()
