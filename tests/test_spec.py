@@ -20,6 +20,8 @@ from pydantic import ValidationError
 from tuner import spec as specs
 from tuner.search import DEFAULT_SPEC
 from tuner.spec import Objective, Spec
+from tuner.vae.flow import Flow
+from tuner.vae.model import build
 from tuner.vae.parameters import CLASSIC, Parameters
 from tuner.vae.score import METRICS
 
@@ -64,24 +66,47 @@ def _written(directory: Path, text: str, name: str = "some.yaml") -> Path:
 # What a shipped file says
 
 
+OBJECTIVES = {
+    "digits": ["frechet_distance"],
+    "mnist": ["frechet_distance"],
+    "mnist_binarized": ["nll"],
+    "mnist_pareto": ["rate", "distortion"],
+    "mnist_standard_normal": ["frechet_distance_standard_normal"],
+}
+
+
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_specs_load_and_search_the_three_parameters_of_the_mission(path):
     spec = specs.load(path)
     assert list(spec.space) == ["latent_dim", "learning_rate", "kl_weight"]
-    assert [objective.metric for objective in spec.objective] == ["frechet_distance"]
-    assert spec.data.name == path.stem
+    assert [objective.metric for objective in spec.objective] == OBJECTIVES[path.stem]
+    assert spec.data.name == path.stem.partition("_")[0]
     assert spec.retrain.epochs == 50
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_specs_measure_against_the_classic_settings(path):
     spec = specs.load(path)
-    changed = spec.baseline.model_dump().items() - CLASSIC.model_dump().items()
-    assert {"batch_size", "prior"} <= {name for name, _ in changed} <= {"batch_size", "prior", "prior_components"}
-    assert spec.baseline_point() is None  # its pictures have no fitted contrast, so it is no point of the space
+    changed = {name for name, _ in spec.baseline.model_dump().items() - CLASSIC.model_dump().items()}
+    assert "batch_size" in changed
+    assert changed <= {"batch_size", "likelihood", "pixels", "prior", "prior_components"}
     plain = [("fixed.contrast", "plain"), ("fixed.warmup_steps", 0), ("fixed.width", 32)]
     point = specs.load(path, plain).baseline_point()
     assert point == {"latent_dim": 16, "learning_rate": 1e-3, "kl_weight": 1}
+
+
+def test_the_network_of_the_mnist_search_and_its_prior_are_never_larger_than_the_classic_network():
+    spec = specs.load(DEFAULT_SPEC.parent / "mnist.yaml")
+    widest = spec.parameters({"latent_dim": spec.widest, "learning_rate": 1e-3, "kl_weight": 1.0})
+    network, classic = (
+        sum(weight.numel() for weight in build(parameters, 0).parameters()) for parameters in (widest, CLASSIC)
+    )
+    for wanted in spec.retrain.priors:
+        latents, components = widest.latent_dim, wanted.prior_components
+        prior = components * (1 + latents + latents * (latents + 1) // 2)
+        if wanted.prior == "flow":
+            prior += sum(weight.numel() for weight in Flow(latents).parameters())
+        assert network + prior <= classic
 
 
 # Bounds mean one thing
@@ -206,7 +231,7 @@ def test_an_objective_is_a_name_a_mapping_or_a_list_and_its_direction_the_better
 
 
 def test_the_likelihood_of_binary_pixels_wants_a_bernoulli_decoder():
-    with pytest.raises(ValidationError, match="nll is defined for fixed.likelihood bernoulli alone"):
+    with pytest.raises(ValidationError, match=r"nll is defined for fixed.likelihood bernoulli alone"):
         _spec(objective="nll")
 
 

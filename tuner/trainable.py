@@ -27,7 +27,7 @@ from tuner.vae.train import Diverged, Record, State, train
 from tuner.workspace import Candidate, load_tensors
 
 SEARCH_SAMPLES = 2_500  # of each kind per score: keeps scoring below 15 % of training on MNIST
-SEARCH_PRIOR_IMAGES = 5_000
+SEARCH_PRIOR_IMAGES = 10_000
 SHEET_IMAGES = 32
 NO_MEMORY = ("can't allocate memory", "not enough memory", "CUDA out of memory")  # how PyTorch's RuntimeErrors say it
 

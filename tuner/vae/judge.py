@@ -45,23 +45,27 @@ class Judge(nn.Module):
 
 
 def train_judge(data: Data, seed: int, width: int = 16) -> Judge:
-    """Train and freeze a judge: Adam 4e-3 with cosine decay on the training split, no augmentation."""
-    steps = min(MOST_STEPS, MOST_EPOCHS * len(data.train) // BATCH)
+    """Train and freeze a judge: the same `seed` gives the same one."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        judge = Judge(width)
-        optimizer = torch.optim.Adam(judge.parameters(), lr=4e-3, fused=True)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        order = torch.empty(0, dtype=torch.long)
-        for _ in range(steps):
-            if len(order) < BATCH:
-                order = torch.cat([order, torch.randperm(len(data.train))])
-            index, order = order[:BATCH], order[BATCH:]
-            logits = judge.classes(judge.trunk(pixels(data.train.images[index])))
-            optimizer.zero_grad(set_to_none=True)
-            F.cross_entropy(logits, data.train.labels[index]).backward()
-            optimizer.step()
-            schedule.step()
+        return fit(Judge(width), data)
+
+
+def fit(judge: Judge, data: Data) -> Judge:
+    """Train and freeze in place: Adam 4e-3 with cosine decay on the training split, no augmentation."""
+    steps = min(MOST_STEPS, MOST_EPOCHS * len(data.train) // BATCH)
+    optimizer = torch.optim.Adam(judge.parameters(), lr=4e-3, fused=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    order = torch.empty(0, dtype=torch.long)
+    for _ in range(steps):
+        if len(order) < BATCH:
+            order = torch.cat([order, torch.randperm(len(data.train))])
+        index, order = order[:BATCH], order[BATCH:]
+        logits = judge.classes(judge.trunk(pixels(data.train.images[index])))
+        optimizer.zero_grad(set_to_none=True)
+        F.cross_entropy(logits, data.train.labels[index]).backward()
+        optimizer.step()
+        schedule.step()
     return judge.eval().requires_grad_(False)
 
 

@@ -1,0 +1,117 @@
+"""Score finished runs on the test split under judges that no search ever saw, beside the classic settings.
+
+    python benchmarks/verdict.py RUN [RUN ...] [--data-dir data] [--classic-epochs 59]
+
+Runs are those of one search: the first as it ended, others with its winner retrained and exported under other seeds.
+The classic settings are the first run's baseline, and the same trained for --classic-epochs: what the winner had in
+all. Judges: another seed, a wider network, a deeper one and one without convolutions. Each line is one of them: floor,
+the classic distances, and per run distance, its ratio to the floor, and the gap closed against either classic.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tuner.run import Run
+from tuner.study import BASELINE
+from tuner.vae import codec
+from tuner.vae import data as datasets
+from tuner.vae.data import Data, load_test
+from tuner.vae.judge import FEATURES, Judge, fit
+from tuner.vae.model import VAE
+from tuner.vae.prior import Prior, standard_normal
+from tuner.vae.process import settle
+from tuner.vae.score import Scorer, gap_closed
+from tuner.vae.train import State, train
+from tuner.workspace import FINAL_SAMPLES, last_of, load_judges, open_workspace
+
+
+class Flat(Judge):
+    """No convolution: 784 -> 256 -> 64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Flatten(), nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, FEATURES), nn.ReLU())
+
+
+class Deep(Judge):
+    """Three convolutions of 5x5, 3x3 and 3x3 with pooling between, then fully connected."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for inputs, outputs, size in ((1, 16, 5), (16, 32, 3), (32, 64, 3)):
+            layers += [nn.Conv2d(inputs, outputs, size, padding=size // 2), nn.ReLU(), nn.MaxPool2d(2)]
+        self.trunk = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 9, FEATURES), nn.ReLU())
+
+
+UNSEEN = {"another seed": Judge, "wider": lambda: Judge(32), "deeper": Deep, "no convolutions": Flat}
+
+
+def judges(run: Run, data: Data) -> dict[str, Judge]:
+    result = {f"the run's {name} judge": judge for name, judge in load_judges(run).items()}
+    for seed, (name, make) in enumerate(UNSEEN.items(), start=1_000):
+        torch.manual_seed(seed)
+        result[name] = fit(make(), data)
+    return result
+
+
+def drawn(model: VAE, prior: Prior, seed: int = 77) -> Tensor:
+    latents = prior.sample(FINAL_SAMPLES, torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        return torch.cat([model.draw(part) for part in latents.split(100)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"))
+    parser.add_argument("--classic-epochs", type=int, default=59)
+    arguments = parser.parse_args()
+    settle()
+    runs = [Run(path) for path in arguments.runs]
+    spec = open_workspace(runs[0], arguments.data_dir).spec
+    data = datasets.load(spec.data.name, arguments.data_dir, download=False)
+    test = load_test(spec.data.name, arguments.data_dir, download=False)
+
+    baseline = last_of(runs[0], BASELINE)
+    pictures = {"classic": drawn(baseline.model, baseline.prior)}
+    epochs = arguments.classic_epochs
+    state = State.fresh(spec.baseline, spec.seed, BASELINE)
+    for _ in train(state, spec.baseline, data.train.images, [epochs], seed=spec.seed, trial=0, total_epochs=epochs):
+        pictures["classic, as long"] = drawn(state.model, standard_normal(state.model.latent_dim))
+    for run in runs:
+        export = codec.load(run.export)
+        pictures[run.name] = drawn(export.model, export.prior)
+        numbers = sum(tensor.numel() for tensor in export.prior.state_dict().values())
+        count = {"weights": export.info["weights"], "numbers in the prior": numbers}
+        shown = ("frechet_distance", "floor", "gap_closed", "recall", "coverage", "sharpness", "copied")
+        scores = {name: round(export.info["test"][name], 4) for name in (*shown, "latent_accuracy")}
+        print(json.dumps({"run": run.name, **count, "prior": export.info["parameters"]["prior"], **scores}), flush=True)
+    classic = sum(weight.numel() for weight in baseline.model.parameters())
+    print(json.dumps({"classic weights": classic}), flush=True)
+
+    for name, judge in judges(runs[0], data).items():
+        scorer = Scorer(judge, data.train, test, seed=88, count=FINAL_SAMPLES, prior_count=10)
+        distances = {who: scorer.distance(images) for who, images in pictures.items()}
+        line: dict[str, Any] = {"judge": name, "right": round(judge.accuracy(scorer.images, test.labels), 4)}
+        line |= {"floor": scorer.floor} | {who: distances[who] for who in ("classic", "classic, as long")}
+        ours = [distances[run.name] for run in runs]
+        for key, values in {
+            "distance": ours,
+            "over the floor": [value / scorer.floor for value in ours],
+            "gap closed": [gap_closed(value, scorer.floor, distances["classic"]) for value in ours],
+            "gap closed, as long": [gap_closed(value, scorer.floor, distances["classic, as long"]) for value in ours],
+        }.items():
+            line[key] = statistics.mean(values)
+            line[f"{key}, spread"] = max(values) - min(values)
+        print(json.dumps({key: round(v, 4) if isinstance(v, float) else v for key, v in line.items()}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
