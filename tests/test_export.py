@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,13 +13,16 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from sklearn.neighbors import KNeighborsClassifier
 
-from tuner.export import VERSIONS, check_files
+from tuner.export import VERSIONS, check_files, neighbourhood, write_files
 from tuner.vae import codec
 from tuner.vae.data import load_test, pixels
+from tuner.vae.flow import Flow
 from tuner.vae.model import build
-from tuner.vae.score import gap_closed
-from tuner.workspace import best_of, last_of, retrained
+from tuner.vae.neighbours import copied
+from tuner.vae.score import FINAL_METRICS, gap_closed
+from tuner.workspace import Candidate, best_of, last_of, retrained
 
 FILES = {
     "decoder.onnx",
@@ -28,6 +32,8 @@ FILES = {
     "model.json",
     "neighbours.png",
     "prior.npz",
+    "prior.onnx",
+    "prior.pt2",
     "samples.png",
     "weights.safetensors",
 }
@@ -89,6 +95,27 @@ def test_the_prior_is_plain_arrays_of_a_proper_mixture(export, workspace):
     assert np.linalg.eigvalsh(covariances.astype(np.float64)).min() > 0
 
 
+@pytest.fixture(scope="module")
+def bent(workspace) -> Candidate:
+    """The exported model with a prior that a flow bends."""
+    kept, generator = retrained(workspace.run), torch.Generator().manual_seed(0)
+    flow = Flow(kept.parameters.latent_dim).requires_grad_(False)
+    for weight in (*flow.weights, *flow.biases):
+        weight.copy_(0.3 * torch.randn(weight.shape, generator=generator))
+    return replace(kept, prior=replace(kept.prior, flow=flow))
+
+
+def test_a_bent_prior_leaves_as_arrays_and_programs_that_agree(bent, export, digits, tmp_path):
+    write_files(bent, json.loads((export / "model.json").read_text()), tmp_path)
+    check_files(bent, digits, tmp_path)
+    drawn = bent.prior.sample(20, torch.Generator().manual_seed(1))
+    assert torch.equal(codec.load(tmp_path).prior.sample(20, torch.Generator().manual_seed(1)), drawn)
+    flat = replace(bent.prior, flow=None).sample(20, torch.Generator().manual_seed(1))
+    assert (drawn - flat).abs().max() > 0.1
+    with pytest.raises(RuntimeError, match="prior as"):
+        check_files(replace(bent, prior=replace(bent.prior, flow=None)), digits, tmp_path)
+
+
 def test_model_json_says_what_it_is_and_where_it_comes_from(export, finished_run, workspace):
     info, summary = json.loads((export / "model.json").read_text()), finished_run.summary()
     assert info["parameters"] == summary["retrain"]["params"]
@@ -127,13 +154,10 @@ latents = encoder.run(["mean"], {"images": np.load(work + "/images.npy")})[0]
 latents[:, 0] += 1
 changed = decoder.run(["images"], {"latents": latents})[0]
 
-prior, random = np.load(export + "/prior.npz"), np.random.default_rng(0)
-weights = prior["weights"].astype(float)
-component = random.choice(len(weights), 2000, p=weights / weights.sum())
-factors = np.linalg.cholesky(prior["covariances"].astype(float))[component]
-noise = random.standard_normal((2000, latents.shape[1], 1))
-drawn = prior["means"][component] + (factors @ noise)[..., 0]
-samples = decoder.run(["images"], {"latents": drawn.astype(np.float32)})[0]
+random, prior = np.random.default_rng(0), onnxruntime.InferenceSession(export + "/prior.onnx")
+noise = random.standard_normal((2000, latents.shape[1])).astype(np.float32)
+drawn = prior.run(["latents"], {"noise": noise, "uniform": random.random(2000, dtype=np.float32)})[0]
+samples = decoder.run(["images"], {"latents": drawn})[0]
 
 np.savez(work + "/result.npz", changed=changed, samples=samples)
 assert not {"tuner", "torch"} & {name.partition(".")[0] for name in sys.modules}
@@ -186,6 +210,25 @@ def test_another_models_onnx_is_not_let_through(run_copy, workspace, digits):
         check_files(other, digits, run_copy.export)
 
 
+def test_the_accuracy_of_the_latents_neighbours_is_scikit_learns(workspace, finished_run, loaded):
+    train, test = workspace.data.train, load_test("digits", Path("never read"))
+    classifier = KNeighborsClassifier(5).fit(loaded.encode(train.images).numpy(), train.labels.numpy())
+    expected = classifier.score(loaded.encode(test.images).numpy(), test.labels.numpy())
+    scores = finished_run.summary()["test"]["retrained"]
+    assert scores["latent_accuracy"] == pytest.approx(expected, abs=0.003)  # one image, should distances be equal
+    assert 0 < scores["recall"] < 1.5
+    assert 0 < scores["coverage"] < 1.5
+    assert -1 < scores["copied"] < 1
+
+
+def test_training_images_are_copies_of_themselves(workspace, loaded):
+    train, test = workspace.data.train, load_test("digits", Path("never read"))
+    scores = neighbourhood(loaded.model, pixels(train.images), workspace.judges["search"], train, test)
+    held_out = copied(pixels(test.images).flatten(1), pixels(train.images).flatten(1))
+    assert scores["copied"] == pytest.approx(1 - held_out, abs=0.01)
+    assert scores["coverage"] == pytest.approx(1, abs=0.01)
+
+
 def test_the_sample_sheet_shows_ink_on_paper(export):
     picture = np.asarray(Image.open(export / "samples.png"))
     assert picture.shape == (10 * 30 * 2 - 4, 10 * 30 * 2 - 4)
@@ -208,7 +251,8 @@ def test_the_test_scores_are_those_of_the_exported_models_on_the_test_split(work
     for name, candidate in candidates.items():
         reported = summary["test"][name]
         scores = scorer(candidate.model, candidate.parameters, candidate.prior)
-        assert reported.keys() == scores.keys() | {"floor", "gap_closed"}
+        final = FINAL_METRICS.keys() if name == "retrained" else set()
+        assert reported.keys() == scores.keys() | {"floor", "gap_closed"} | final
         for metric, value in scores.items():
             assert reported[metric] == pytest.approx(value, rel=1e-9), (name, metric)
         baseline = summary["test"]["baseline"]["frechet_distance"]

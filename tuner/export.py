@@ -29,8 +29,9 @@ from tuner.vae.data import Split, load_test, pixels
 from tuner.vae.judge import Judge
 from tuner.vae.model import VAE
 from tuner.vae.neighbours import copied, coverage, nearest, neighbour_accuracy, recall
+from tuner.vae.prior import Prior
 from tuner.vae.score import encode, gap_closed
-from tuner.vae.sheet import grid, png, samples
+from tuner.vae.sheet import fixed_noise, grid, png, samples
 from tuner.views import TensorBoard
 from tuner.workspace import Candidate, Workspace, best_of, last_of, retrained, run_alone
 
@@ -64,6 +65,27 @@ class Decoder(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         images: Tensor = self.model.draw(latents)
         return images
+
+
+class Sampler(nn.Module):
+    """Standard normal noise (B, Z) and uniform numbers (B,) in [0, 1) -> latents (B, Z), as `Prior.place`."""
+
+    edges: Tensor
+    means: Tensor
+    factors: Tensor
+
+    def __init__(self, prior: Prior):
+        super().__init__()
+        self.register_buffer("edges", prior.weights.double().cumsum(0) / prior.weights.double().sum())
+        self.register_buffer("means", prior.means)
+        self.register_buffer("factors", torch.linalg.cholesky(prior.covariances.double()).float())
+        self.flow = prior.flow
+
+    def forward(self, noise: Tensor, uniform: Tensor) -> Tensor:
+        component = (uniform.double().unsqueeze(1) >= self.edges).sum(1).clamp(max=len(self.edges) - 1)
+        points = self.means[component] + (self.factors[component] @ noise.unsqueeze(2)).squeeze(2)
+        latents: Tensor = points if self.flow is None else self.flow(points)
+        return latents
 
 
 def export(workspace: Workspace) -> dict[str, Any]:
@@ -162,32 +184,35 @@ def write_files(candidate: Candidate, info: dict[str, Any], directory: Path) -> 
     arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in candidate.prior.state_dict().items()}
     np.savez(prior, **arrays)
     write_atomic(directory / "prior.npz", prior.getvalue())
-    images = torch.zeros(2, 1, 28, 28)
     latents = torch.zeros(2, model.latent_dim)
-    variational = model.variational
-    _write_program(Encoder(model), images, "images", ["mean", "log_variance"][: 1 + variational], directory / "encoder")
-    _write_program(Decoder(model), latents, "latents", ["images"], directory / "decoder")
+    heads = ["mean", "log_variance"][: 1 + model.variational]
+    _write_program(Encoder(model), {"images": torch.zeros(2, 1, 28, 28)}, heads, directory / "encoder")
+    _write_program(Decoder(model), {"latents": latents}, ["images"], directory / "decoder")
+    drawn_from = {"noise": latents, "uniform": torch.zeros(2)}
+    _write_program(Sampler(candidate.prior), drawn_from, ["latents"], directory / "prior")
     drawn = codec.load(directory).sample(SAMPLES)
     write_atomic(directory / "samples.png", png(grid(drawn, columns=10, scale=2)))
 
 
-def _write_program(module: nn.Module, example: Tensor, name: str, outputs: list[str], stem: Path) -> None:
+def _write_program(module: nn.Module, inputs: dict[str, Tensor], outputs: list[str], stem: Path) -> None:
     """One network as `stem`.pt2 and `stem`.onnx, the batch size free."""
-    batch = torch.export.Dim("batch", min=1)
-    program = torch.export.export(module.eval(), (example,), dynamic_shapes=({0: batch},))
-    buffer = io.BytesIO()
-    torch.export.save(program, buffer)
-    write_atomic(stem.with_suffix(".pt2"), buffer.getvalue())
+    shapes = tuple({0: torch.export.Dim("batch", min=1)} for _ in inputs)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter warns of its own deprecations
+        warnings.simplefilter("ignore")  # the exporters warn of their own deprecations
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        program, buffer = (
+            torch.export.export(module.eval(), tuple(inputs.values()), dynamic_shapes=shapes),
+            io.BytesIO(),
+        )
+        torch.export.save(program, buffer)
+        write_atomic(stem.with_suffix(".pt2"), buffer.getvalue())
         onnx_program = torch.onnx.export(
             module,
-            (example,),
+            tuple(inputs.values()),
             dynamo=True,
-            input_names=[name],
+            input_names=list(inputs),
             output_names=outputs,
-            dynamic_shapes=({0: batch},),
+            dynamic_shapes=shapes,
             verbose=False,
         )
     assert onnx_program is not None
@@ -199,25 +224,37 @@ def check_files(candidate: Candidate, images: Tensor, directory: Path) -> None:
     """Compare every file with the checkpoint on batches of 1 and of all `images`. Raises RuntimeError."""
     import onnxruntime
 
-    model = candidate.model.eval()
+    model, prior = candidate.model.eval(), candidate.prior
     loaded = codec.load(directory)
+    stems = ("encoder", "decoder", "prior")
     sessions = {
         stem: onnxruntime.InferenceSession(directory / f"{stem}.onnx", providers=["CPUExecutionProvider"])
-        for stem in ("encoder", "decoder")
+        for stem in stems
     }
-    programs = {stem: torch.export.load(directory / f"{stem}.pt2").module() for stem in ("encoder", "decoder")}
-    readers: dict[str, Callable[[str, Tensor], Tensor]] = {
-        "safetensors": lambda stem, x: loaded.encode(x) if stem == "encoder" else loaded.decode(x),
-        "onnx": lambda stem, x: torch.from_numpy(
-            sessions[stem].run(None, {sessions[stem].get_inputs()[0].name: x.numpy()})[0]
-        ),
-        "pt2": lambda stem, x: _first(programs[stem](x)),
+    programs = {stem: torch.export.load(directory / f"{stem}.pt2").module() for stem in stems}
+    files: dict[str, Callable[..., Tensor]] = {
+        "encoder": loaded.encode, "decoder": loaded.decode, "prior": loaded.prior.place
+    }  # fmt: skip
+
+    def by_onnx(stem: str, *given: Tensor) -> Tensor:
+        names = [entry.name for entry in sessions[stem].get_inputs()]
+        return torch.from_numpy(sessions[stem].run(None, dict(zip(names, [x.numpy() for x in given], strict=True)))[0])
+
+    readers: dict[str, Callable[..., Tensor]] = {
+        "safetensors": lambda stem, *given: files[stem](*given),
+        "onnx": by_onnx,
+        "pt2": lambda stem, *given: _first(programs[stem](*given)),
     }
     for batch in (images[:1], images):
-        latents = model.encode(batch)[0]
-        for stem, given, expected in (("encoder", batch, latents), ("decoder", latents, model.draw(latents))):
+        latents, noise = model.encode(batch)[0], fixed_noise(len(batch))
+        noise = (noise[0][:, : model.latent_dim].contiguous(), noise[1])
+        for stem, given, expected in (
+            ("encoder", (batch,), latents),
+            ("decoder", (latents,), model.draw(latents)),
+            ("prior", noise, prior.place(*noise)),
+        ):
             for kind, read in readers.items():
-                error = (read(stem, given) - expected).abs().max().item()
+                error = (read(stem, *given) - expected).abs().max().item()
                 allowed = TOLERANCE * max(1.0, expected.abs().max().item())
                 if not error <= allowed:
                     raise RuntimeError(f"{stem} as {kind} differs from the checkpoint by {error:.2g}")
