@@ -111,7 +111,7 @@ def test_the_snippet_runs_on_an_export_without_this_package_and_torch(finished_r
     assert done.returncode == 0, done.stderr
     gap_closed, shapes = done.stdout.split(maxsplit=1)
     assert float(gap_closed) == finished_run.summary()["test"]["retrained"]["gap_closed"]
-    assert shapes == "(1, 1, 28, 28) (1, 1, 28, 28)\n"
+    assert shapes == "(1, 1, 28, 28) (64, 1, 28, 28)\n"
 
 
 def test_links_and_numbers_have_their_files():
