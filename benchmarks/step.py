@@ -38,10 +38,10 @@ EPOCHS = 2
 VARIANTS = ("tutorial", "tutorial, settled", "ours, not settled", "ours")
 
 
-def plain(latent_dim: int) -> VAE:
+def plain(latent_dim: int, width: int = 32) -> VAE:
     """The network in PyTorch's own layers."""
-    model = VAE(latent_dim)
-    pixels = nn.ConvTranspose2d(32, 1, 3, stride=2, padding=1, output_padding=1)
+    model = VAE(latent_dim, width)
+    pixels = nn.ConvTranspose2d(width, 1, 3, stride=2, padding=1, output_padding=1)
     pixels.load_state_dict(model.decoder[-1].state_dict())
     model.decoder[-1] = pixels
     return model

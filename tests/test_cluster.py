@@ -178,7 +178,7 @@ def trials(run: Run) -> list[FrozenTrial]:
 def scores(run: Run) -> dict[tuple[int, float], dict[str, float]]:
     """By trial and epoch."""
     return {
-        (trial.number, found["epoch"]): {name: found[name] for name in METRICS}
+        (trial.number, found["epoch"]): {name: found[name] for name in METRICS if name in found}
         for trial in trials(run)
         for found in evaluations(trial)
     }

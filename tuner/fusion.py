@@ -108,9 +108,7 @@ def train_fused(
     host: ActorHandle, images: int, state: State, parameters: Parameters, spec: Spec, trial: int
 ) -> Iterator[Record]:
     """What `train` yields, trained by an array to which the state travels and from which it comes back."""
-    for last_step, epoch in stops(parameters, images, spec.budget.rungs).items():
-        if last_step <= state.step:
-            continue
+    for epoch in stops(parameters, images, spec.budget.rungs, state.step).values():
         job = Job(trial, parameters, state, epoch, spec.seed, spec.budget.max_epochs)
         done: Any = ray.get(host.train.remote(job))
         if isinstance(done.record, Exception):

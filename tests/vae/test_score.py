@@ -196,7 +196,23 @@ def test_another_seed_draws_other_samples(scorer, judge, digits):
 
 
 def test_a_score_holds_every_metric_but_the_training_loss(scorer):
-    assert _score(scorer, build(VARIATIONAL, seed=4), VARIATIONAL).keys() == METRICS.keys() - {"loss"}
+    bernoulli = VARIATIONAL.model_copy(update={"likelihood": "bernoulli"})
+    assert _score(scorer, build(VARIATIONAL, seed=4), VARIATIONAL).keys() == METRICS.keys() - {"loss", "nll"}
+    assert _score(scorer, build(bernoulli, seed=4), bernoulli).keys() == METRICS.keys() - {"loss"}
+
+
+def test_a_likelihood_bound_is_below_the_elbo_and_binary_pixels_are_scored_as_such(scorer):
+    binary = VARIATIONAL.model_copy(update={"likelihood": "bernoulli", "pixels": "binary"})
+    scores = _score(scorer, _silent(binary), binary)
+    assert scores["nll"] == pytest.approx(
+        PIXELS * math.log(2), rel=1e-4
+    )  # the decoder says 1/2, the posterior is N(0, I)
+    assert scores["distortion"] == pytest.approx(PIXELS * math.log(2), rel=1e-6)
+    assert scores["mse"] == pytest.approx(0.25)  # of 0 and 1 against 1/2
+    model = build(binary, seed=4)
+    nn.init.constant_(model.mean.bias, 1)
+    scores = _score(scorer, model, binary)
+    assert scores["nll"] < scores["calibrated_nll"]
 
 
 def test_a_plain_autoencoder_lacks_exactly_the_metrics_that_need_a_vae(scorer):

@@ -9,6 +9,7 @@ from torch.nn.utils import parameters_to_vector
 
 from tuner.vae import score
 from tuner.vae import train as training
+from tuner.vae.array import Array
 from tuner.vae.data import pixels
 from tuner.vae.judge import Judge
 from tuner.vae.losses import RECONSTRUCTION, kl_divergence, squared_error
@@ -74,7 +75,10 @@ def test_another_trial_or_seed_gives_other_numbers(images, other):
     assert record.loss != other_record.loss
 
 
-@pytest.mark.parametrize("parameters", [SMALL, SMALL.model_copy(update={"model": "autoencoder"})])
+BINARY = SMALL.model_copy(update={"likelihood": "bernoulli", "pixels": "binary"})
+
+
+@pytest.mark.parametrize("parameters", [SMALL, SMALL.model_copy(update={"model": "autoencoder"}), BINARY])
 @pytest.mark.parametrize("stop", [2, 0.5, 1.75])
 def test_a_stop_through_a_file_and_on_equals_four_epochs_straight_bit_for_bit(images, stop, parameters):
     straight, _ = _run(images, [4], parameters)
@@ -183,6 +187,24 @@ def test_an_autoencoder_has_no_kl_and_no_use_for_its_weight(images):
     heavy, _ = _run(images, [1, 2], plain.model_copy(update={"kl_weight": 50.0}))
     _assert_same(light, heavy)
     assert all(record.kl == 0 and record.loss == record.reconstruction for record in records)
+
+
+def test_binary_pixels_are_drawn_anew_at_every_step(monkeypatch):
+    grey = torch.full((16, 1, 28, 28), 64, dtype=torch.uint8)
+    fed = []
+
+    def watched(self, images, *rest):
+        fed.append(images.clone())
+        return backward(self, images, *rest)
+
+    backward = Array.backward
+    monkeypatch.setattr(Array, "backward", watched)
+    _run(grey, [20], BINARY)
+    assert len(fed) == 20
+    drawn = torch.stack(fed)
+    assert set(drawn.unique().tolist()) == {0, 1}
+    assert not torch.equal(drawn[0], drawn[1])
+    assert drawn.mean().item() == pytest.approx(64 / 255, abs=5 * 0.5 / drawn.numel() ** 0.5)
 
 
 @pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli"])

@@ -91,10 +91,14 @@ def steps_per_epoch(images: int, batch_size: int) -> int:
     return math.ceil(images / batch_size)
 
 
-def stops(parameters: Parameters, images: int, epochs: Sequence[float]) -> dict[int, float]:
-    """The steps at which `epochs` end, and which they are: whole steps, one at least; the last of equal ones counts."""
+def stops(parameters: Parameters, images: int, epochs: Sequence[float], behind: int = 0) -> dict[int, float]:
+    """The steps after `behind` at which `epochs` end, and which they are.
+
+    Whole steps, one at least; of epochs that share a step the last counts.
+    """
     per_epoch = steps_per_epoch(images, parameters.batch_size)
-    return {max(1, round(epoch * per_epoch)): epoch for epoch in epochs}
+    ends = {max(1, round(epoch * per_epoch)): epoch for epoch in epochs}
+    return {step: epoch for step, epoch in ends.items() if step > behind}
 
 
 def learning_rate_factor(parameters: Parameters, step: int, total_steps: int) -> float:
@@ -163,9 +167,7 @@ def train(
     device = images.device
     array = Array(parameters, device=device)
     array.load(0, state.model, state.moments)
-    for last_step, epoch in stops(parameters, len(images), epochs).items():
-        if last_step <= state.step:
-            continue
+    for last_step, epoch in stops(parameters, len(images), epochs, state.step).items():
         started = time.perf_counter()
         sums = torch.zeros(3, device=device)  # loss, reconstruction, KL
         seen = 0
