@@ -1,13 +1,15 @@
 """Keep the evidence of a finished run: `python benchmarks/receipt.py RUN LOG DEST`.
 
-Copies spec, trials.csv, summary.json, the export's samples and the log of the command (its first line is the
-command), and adds the commit, hardware and versions, and a picture of the classic settings' samples beside the
-run's, at the same noise.
+Copies spec, trials.csv, summary.json, what of the export it takes to score it again (`tuner.vae.codec.load`), the
+pictures, the report without the library that draws its figures, and the log of the command (its first line is the
+command). Adds the commit, hardware and versions, and a picture of the classic settings' samples beside the run's, at
+the same noise.
 """
 
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -22,13 +24,19 @@ from tuner.vae.sheet import grid, png, samples
 from tuner.workspace import best_of, last_of, retrained
 
 SHOWN, COLUMNS, MARGIN = 80, 10, 24  # images and images a row on either side, pixels between the sides
+EXPORTED = ("model.json", "weights.safetensors", "prior.npz", "samples.png", "neighbours.png")
 PACKAGES = ("torch", "torchvision", "ray", "optuna", "numpy", "scikit-learn", "onnxruntime")
 
 
 def keep(run: Run, log: Path, destination: Path) -> None:
     destination.mkdir(parents=True)
-    for path in (run.spec, run.trials, run.summary_file, run.export / "samples.png", run.export / "model.json"):
+    for path in (run.spec, run.trials, run.summary_file):
         shutil.copy(path, destination)
+    (destination / "export").mkdir()
+    for name in EXPORTED:
+        shutil.copy(run.export / name, destination / "export")
+    library = re.compile(r"<script>.*?</script>", re.DOTALL)
+    (destination / "report.html").write_text(library.sub("", run.report.read_text(), count=1))
     shutil.copy(log, destination / "log.txt")
     environment = {
         "commit": subprocess.run(

@@ -58,13 +58,15 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Latents (B, Z) -> images (B, 1, 28, 28) in [0, 1]."""
 
+    contrast: Tensor
+
     def __init__(self, model: VAE):
         super().__init__()
-        self.model = model
+        self.decoder = model.decoder
+        self.register_buffer("contrast", model.contrast)
 
     def forward(self, latents: Tensor) -> Tensor:
-        images: Tensor = self.model.draw(latents)
-        return images
+        return torch.sigmoid(self.contrast * self.decoder(latents))
 
 
 class Sampler(nn.Module):
