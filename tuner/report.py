@@ -225,7 +225,7 @@ def importances(page: Page, material: Material) -> None:
     if len(finished) < IMPORTANCE_TRIALS or len(material.spec.objective) > 1 or len(material.spec.space) < 2:
         return
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        warnings.simplefilter("ignore")  # the method is experimental, and says where few trials make it coarse
         study = material.study
         page.figure(
             "Which parameters matter",
