@@ -88,8 +88,11 @@ def main() -> None:
     for run in runs:
         export = codec.load(run.export)
         pictures[run.name] = drawn(export.model, export.prior)
-        numbers = sum(tensor.numel() for tensor in export.prior.state_dict().values())
-        count = {"weights": export.info["weights"], "numbers in the prior": numbers}
+        components, latents = export.prior.means.shape
+        free = components * (1 + latents + latents * (latents + 1) // 2)  # a covariance is symmetric
+        if export.prior.flow is not None:
+            free += sum(weight.numel() for weight in export.prior.flow.parameters())
+        count = {"weights": export.info["weights"], "free numbers of the prior": free}
         shown = ("frechet_distance", "floor", "gap_closed", "recall", "coverage", "sharpness", "copied")
         scores = {name: round(export.info["test"][name], 4) for name in (*shown, "latent_accuracy")}
         print(json.dumps({"run": run.name, **count, "prior": export.info["parameters"]["prior"], **scores}), flush=True)
