@@ -25,9 +25,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tuner.run import Run
 from tuner.search import begin, load_spec, main, parse
-from tuner.study import evaluations, open_study
+from tuner.study import BASELINE, evaluations, open_study
 from tuner.trials import search_stage
 from tuner.vae import codec
+from tuner.vae.parameters import CLASSIC
 from tuner.vae.score import FINAL_METRICS, METRICS
 from tuner.workspace import keep_judge
 
@@ -128,7 +129,9 @@ def test_trials_csv_says_what_the_journal_says(finished_run, workspace):
         best = min(evaluations(trial), key=lambda scored: scored["frechet_distance"])
         assert scores(row) == {name: best[name] for name in SCORED}
         assert float(row["epoch"]) == best["epoch"]
-        assert {name: float(row[name]) for name in workspace.spec.space} == trial.params
+        classic = {name: getattr(CLASSIC, name) for name in workspace.spec.space}
+        assert {name: float(row[name]) for name in workspace.spec.space} == (trial.params or classic)
+        assert bool(trial.params) == (trial.number != BASELINE)  # a baseline of plain contrast is no point of the space
         rungs = range(1, 1 + len(trial.intermediate_values))
         assert list(trial.intermediate_values) == list(rungs)
 
