@@ -39,7 +39,7 @@ from tuner.study import evaluations, open_study, read_study, table
 from tuner.vae import codec
 from tuner.vae.data import IDX_FILES, load, load_test
 from tuner.vae.prior import standard_normal
-from tuner.vae.score import METRICS
+from tuner.vae.score import FINAL_METRICS, METRICS
 from tuner.vae.sheet import samples
 from tuner.workspace import Candidate, best_of, last_of, load_judges, load_tensors, retrained
 
@@ -240,6 +240,10 @@ class StandInScorer:
     """Scores of a scorer without its work."""
 
     floor = 1.0
+    judge = None
+
+    def samples(self, *_: Any) -> None:
+        pass
 
     def __call__(self, *_: Any) -> dict[str, float]:
         return dict.fromkeys([name for name in METRICS if name != "loss"], 2.0)
@@ -263,6 +267,8 @@ def _nothing_is_trained(copies: Copies) -> Iterator[None]:
         patch.setattr(tuner.workspace.Workspace, "scorer", lambda *_, **__: StandInScorer())
         patch.setattr(tuner.retrain, "TensorBoard", lambda *_: board)
         patch.setattr(tuner.export, "TensorBoard", lambda *_: board)
+        patch.setattr(tuner.export, "neighbourhood", lambda *_: dict.fromkeys(FINAL_METRICS, 0.5))
+        patch.setattr(tuner.export, "beside_neighbours", lambda *_: np.zeros((4, 4), np.uint8))
         patch.setattr(tuner.export, "write_files", lambda *_: None)
         patch.setattr(tuner.export, "check_files", lambda *_: None)
         patch.setattr(tuner.vae.data, "_digits", digits)

@@ -46,7 +46,7 @@ p.see { margin: 0 0 .6rem; color: #444; } .big { font-size: 1.15rem; }
 th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
 th:first-child, td:first-child, td.text { text-align: left; } td.text { white-space: normal; min-width: 6rem; }
 .row { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 420px), 1fr)); gap: 1.2rem; }
-.row figure { margin: 0; }
+figure { margin: 0; } figure img { max-width: 100%; }
 .row img { width: 100%; image-rendering: pixelated; border: 1px solid #ddd; } figcaption { font-size: .9rem; }
 .plot { width: 100%; min-height: 420px; }
 @media print { body { max-width: none; } h2 { break-after: avoid; } .plot, figure { break-inside: avoid; } }
