@@ -66,7 +66,7 @@ def main() -> None:
         if training not in trained:
             state, epochs = State.fresh(training, 0, 1), arguments.epochs
             list(train(state, training, data.train.images, [epochs], seed=0, trial=1, total_epochs=epochs))
-            trained = {training: state} | {base: trained.get(base, state)}
+            trained[training] = state
         model = trained[training].model
         scores = scorer(model, parameters, scorer.fit(model, parameters))
         print(json.dumps({"change": change, **{name: round(scores[name], 4) for name in SHOWN}}), flush=True)

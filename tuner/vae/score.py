@@ -5,6 +5,7 @@ Axes: N images, D features of the judge, Z latent.
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -139,6 +140,10 @@ class Scorer:
     def _generator(self, purpose: int) -> torch.Generator:
         return torch.Generator().manual_seed(derive_seed(self.seed, Stream.SCORE, purpose))
 
+    @cached_property
+    def training_grey(self) -> float:
+        return grey_share(self.prior_images)
+
     def _seen(self, images: Tensor, parameters: Parameters) -> Tensor:
         """Images as the model takes them: binary ones are one draw, the same for all models."""
         if parameters.pixels == "grey":
@@ -161,7 +166,7 @@ class Scorer:
         if parameters.contrast == "matched":
             latents = prior.sample(CONTRAST_IMAGES, self._generator(5))
             logits = torch.cat([model.decode(batch) for batch in latents.split(BATCH)])
-            model.contrast.fill_(matching_contrast(logits, grey_share(self.prior_images)))
+            model.contrast.fill_(matching_contrast(logits, self.training_grey))
             _require_finite({"contrast": model.contrast.item()})
         return prior
 
