@@ -156,16 +156,19 @@ def score_test(workspace: Workspace, candidates: dict[str, Candidate], test: Spl
 
 
 def neighbourhood(model: VAE, drawn: Tensor, judge: Judge, train: Split, test: Split) -> dict[str, float]:
-    """`FINAL_METRICS` of samples (N, 1, 28, 28): recall and coverage in the judge's features, copies in pixels."""
-    shown = pixels(test.images[:NEIGHBOUR_IMAGES])
-    learned, known = pixels(train.images), train.labels
-    real, fake, like = (judge.features(images) for images in (shown, drawn, learned[:NEIGHBOUR_IMAGES]))
+    """`FINAL_METRICS` of samples (N, 1, 28, 28): recall and coverage in the judge's features, copies in pixels.
+
+    The accuracy is that of all test images; its first thousands alone would be another number.
+    """
+    shown, learned = pixels(test.images), pixels(train.images)
     latents, references = encode(model, shown)[0], encode(model, learned)[0]
+    shown = shown[:NEIGHBOUR_IMAGES]
+    real, fake, like = (judge.features(images) for images in (shown, drawn, learned[:NEIGHBOUR_IMAGES]))
     return {
         "recall": recall(real, fake) / recall(real, like),
         "coverage": coverage(real, fake) / coverage(real, like),
         "copied": copied(drawn.flatten(1), learned.flatten(1)) - copied(shown.flatten(1), learned.flatten(1)),
-        "latent_accuracy": neighbour_accuracy(latents, test.labels[:NEIGHBOUR_IMAGES], references, known),
+        "latent_accuracy": neighbour_accuracy(latents, test.labels, references, train.labels),
     }
 
 
