@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,10 @@ from ray import cloudpickle, tune
 from ray.tune.experiment import Trial as RayTrial
 
 from tuner.exits import Fatal, fatal
-from tuner.searcher import StudySearcher, SuccessiveHalving, cause_of
+from tuner.searcher import PREEMPTED, WORKER_RETRIES, StudySearcher, SuccessiveHalving, cause_of
 from tuner.spec import Spec
 from tuner.study import BASELINE, open_study, table
-from tuner.trials import WORKER_RETRIES, run_trials
+from tuner.trials import run_trials
 from tuner.vae.parameters import CLASSIC
 
 SPACE = {
@@ -139,7 +140,7 @@ class Planned(Fake):
 
 
 def complete(searcher: StudySearcher, count: int) -> list[dict[str, Any]]:
-    """Run `count` trials of the bowl one after the other without Ray; their configs."""
+    """Run `count` trials of the bowl one after the other without Ray; their configs in order."""
     configs = []
     for index in range(count):
         config = searcher.suggest(f"ray-{index}")
@@ -151,33 +152,52 @@ def complete(searcher: StudySearcher, count: int) -> list[dict[str, Any]]:
 # Proposals
 
 
-def test_trial_0_is_the_baseline_and_the_points_to_try_first_follow_in_order(tmp_path):
+def test_the_baseline_is_trial_0_and_waits_until_a_quarter_of_the_others_are_proposed(tmp_path):
+    spec = spec_with(budget=ONE_RUNG | {"trials": 9})
+    study = study_in(tmp_path, spec)
+    searcher = StudySearcher(study, spec)
+    assert [config["trial"] for config in complete(searcher, 2)] == [1, 2]
+    waiting = table(study, spec, floor=0.0)[0]
+    assert (waiting["state"], waiting["latent_dim"], waiting["started"]) == ("waiting", CLASSIC.latent_dim, "")
+    assert searcher.remaining == 7
+    assert [config["trial"] for config in complete(searcher, 7)] == [0, 3, 4, 5, 6, 7, 8]
+    assert searcher.remaining == 0
+
+
+@pytest.mark.parametrize("budget", [{"trials": 1}, {"trials": 9, "time_limit": 60}], ids=["alone", "time limit"])
+def test_with_nothing_to_wait_for_or_little_time_the_baseline_is_first(tmp_path, budget):
+    spec = spec_with(budget=ONE_RUNG | budget)
+    assert StudySearcher(study_in(tmp_path, spec), spec).suggest("a")["trial"] == BASELINE
+
+
+def test_the_points_to_try_first_come_first_and_in_order(tmp_path):
     first = [
         {"latent_dim": 5, "learning_rate": 0.002, "kl_weight": 0.5},
         {"latent_dim": 6, "learning_rate": 0.003, "kl_weight": 0.25},
     ]
     spec = spec_with(try_first=first)
-    configs = complete(StudySearcher(study_in(tmp_path, spec), spec), 4)
-    assert [config["trial"] for config in configs] == [0, 1, 2, 3]
-    assert configs[0]["parameters"] == CLASSIC.model_dump()
-    assert configs[1]["parameters"] == CLASSIC.model_dump() | first[0]
-    assert configs[2]["parameters"] == CLASSIC.model_dump() | first[1]
-    assert configs[3]["parameters"] not in [config["parameters"] for config in configs[:3]]
+    configs = complete(StudySearcher(study_in(tmp_path, spec), spec), 3)
+    assert [config["trial"] for config in configs] == [1, 2, 3]
+    assert configs[0]["parameters"] == CLASSIC.model_dump() | first[0]
+    assert configs[1]["parameters"] == CLASSIC.model_dump() | first[1]
+    assert configs[2]["parameters"] not in [config["parameters"] for config in configs[:2]]
 
 
 def test_what_a_point_to_try_first_leaves_open_is_proposed(tmp_path):
     spec = spec_with(try_first=[{"latent_dim": 5}])
-    parameters = complete(StudySearcher(study_in(tmp_path, spec), spec), 2)[1]["parameters"]
+    (config,) = complete(StudySearcher(study_in(tmp_path, spec), spec), 1)
+    parameters = config["parameters"]
     assert parameters["latent_dim"] == 5
     assert parameters["kl_weight"] != CLASSIC.kl_weight
 
 
-def test_a_space_without_the_classic_point_still_runs_it_first_and_still_searches_all_parameters(tmp_path):
+def test_a_space_without_the_classic_point_still_runs_it_and_still_searches_all_parameters(tmp_path):
     spec = spec_with(space=SPACE | {"latent_dim": {"type": "int", "low": 4, "high": 8}})
     study = study_in(tmp_path, spec)
     configs = complete(StudySearcher(study, spec), 40)
-    assert configs[0]["parameters"] == CLASSIC.model_dump()
-    assert study.trials[0].params == {}
+    (baseline,) = (config for config in configs if config["trial"] == BASELINE)
+    assert baseline["parameters"] == CLASSIC.model_dump()
+    assert study.trials[BASELINE].params == {}
     for trial in study.trials[1:]:
         assert trial.params.keys() == SPACE.keys()
         assert 4 <= trial.params["latent_dim"] <= 8
@@ -206,7 +226,8 @@ def test_the_same_seed_proposes_the_same_trials_and_another_seed_others(tmp_path
         (tmp_path / name).mkdir()
         configs.append(complete(StudySearcher(study_in(tmp_path / name, spec), spec), 15))
     assert configs[0] == configs[1]
-    assert all(a["parameters"] != c["parameters"] for a, c in zip(configs[0][1:], configs[2][1:], strict=True))
+    pairs = list(zip(configs[0], configs[2], strict=True))
+    assert [a["trial"] for a, c in pairs if a["parameters"] == c["parameters"]] == [BASELINE]
 
 
 def test_proposals_depend_on_the_journal_alone_so_reopening_it_changes_nothing(tmp_path):
@@ -261,7 +282,9 @@ def test_killed_at_any_line_of_the_journal_the_search_goes_on_as_if_nothing_had_
         searcher = StudySearcher(study_in(directory, spec), spec)
         complete(searcher, min(2, searcher.remaining))
         went_on = trials(directory)
-        assert went_on == straight[: len(went_on)], f"cut at line {kept} of {len(lines)}: {lines[kept].decode()}"
+        baseline, *others = went_on
+        assert baseline == straight[0] or (baseline[1] == TrialState.WAITING and baseline[3] == straight[0][3])
+        assert others == straight[1 : len(went_on)], f"cut at line {kept}: {lines[kept].decode()}"
 
 
 def test_a_report_that_is_repeated_after_a_cut_off_is_written_once(tmp_path):
@@ -273,7 +296,7 @@ def test_a_report_that_is_repeated_after_a_cut_off_is_written_once(tmp_path):
     again.suggest("b")
     again.on_trial_result("b", evaluation(4.0, rung=1, last=False))
     again.on_trial_complete("b", evaluation(3.0, rung=3))
-    assert study_in(tmp_path, spec).trials[0].intermediate_values == {1: 5.0, 3: 3.0}
+    assert study_in(tmp_path, spec).trials[1].intermediate_values == {1: 5.0, 3: 3.0}
 
 
 # The rule that stops weak trials
@@ -332,12 +355,12 @@ def test_rungs_refilled_from_the_study_stop_the_same_trials(tmp_path):
     study = study_in(tmp_path, spec)
     searcher, rule, reopened = StudySearcher(study, spec), SuccessiveHalving(study, spec), []
     decisions = []
-    for number, value in enumerate(values):
-        searcher.suggest(str(number))
+    for value in values:
+        number = searcher.suggest("ray")["trial"]
         reopened.append(decide(SuccessiveHalving(study_in(tmp_path, spec), spec), number, value))
         decisions.append(decide(rule, number, value))
-        searcher.on_trial_result(str(number), evaluation(value, last=False))
-        searcher.on_trial_complete(str(number), evaluation(value, last=False) | {"done": True})
+        searcher.on_trial_result("ray", evaluation(value, last=False))
+        searcher.on_trial_complete("ray", evaluation(value, last=False) | {"done": True})
     assert reopened == decisions
     assert set(decisions) == {"STOP", "CONTINUE"}
 
@@ -345,14 +368,14 @@ def test_rungs_refilled_from_the_study_stop_the_same_trials(tmp_path):
 # The real wiring
 
 PLAN: dict[int, list[float | None]] = {  # factor 2: stopped when as many are better as half of those at the rung
-    0: [9, 9, 9],  # the baseline, the worst
     1: [1, 1, 1],
-    2: [5, 20],  # 2 of 3 better at the second rung
+    2: [0.5, 20],  # 1 of 2 better at the second rung
+    0: [9, 9, 9],  # the baseline, the worst, when a quarter of the others are proposed
     3: [NAN],
-    4: [3, NAN],
+    4: [0.75, NAN],
     5: [None],
     6: [5.5],  # 3 of 5 better: the diverged trial 3 and the lost trial 5 don't count
-    7: [2, 2, 2],
+    7: [0.9, 2, 2],
 }
 
 
@@ -376,12 +399,12 @@ def test_the_journal_says_what_became_of_each_trial(planned):
 def test_a_finished_trial_is_complete_with_its_last_value(planned):
     trials = planned[0].trials
     assert {number: trials[number].value for number in (0, 1, 7)} == {0: 9, 1: 1, 7: 2}
-    assert trials[7].intermediate_values == {1: 2, 2: 2, 3: 2}
+    assert trials[7].intermediate_values == {1: 0.9, 2: 2, 3: 2}
 
 
 def test_a_stopped_trial_is_pruned_with_its_intermediate_values(planned):
     trials = planned[0].trials
-    assert trials[2].intermediate_values == {1: 5, 2: 20}
+    assert trials[2].intermediate_values == {1: 0.5, 2: 20}
     assert trials[6].intermediate_values == {1: 5.5}
     assert trials[2].user_attrs["reason"] == "among the weaker at epoch 2"
 
@@ -390,7 +413,7 @@ def test_a_diverged_trial_fails_at_once_with_its_reason_and_parameters(planned):
     study, _, recorder = planned
     at_start, later, lost = study.trials[3:6]
     assert at_start.intermediate_values == {}
-    assert later.intermediate_values == {1: 3}
+    assert later.intermediate_values == {1: 0.75}
     assert at_start.user_attrs["reason"] == later.user_attrs["reason"] == "diverged: by plan"
     for trial in (at_start, later, lost):
         assert trial.params.keys() == SPACE.keys()
@@ -416,6 +439,34 @@ def test_a_trial_that_always_loses_its_worker_fails_after_the_retries_with_their
     assert len(reason.splitlines()) == 1
 
 
+@pytest.mark.parametrize(("losses", "state"), [(3, TrialState.RUNNING), (4, TrialState.FAIL)])
+@pytest.mark.parametrize("preempted", [0, 9])
+def test_a_trial_is_put_back_up_to_three_times_and_preempted_nodes_are_not_counted(tmp_path, losses, state, preempted):
+    spec = spec_with()
+    study = study_in(tmp_path, spec)
+    searcher = StudySearcher(study, spec)
+    number = searcher.suggest("0")["trial"]
+    for index, cause in enumerate([PREEMPTED] * preempted + ["its process died"] * losses):
+        trial = study.trials[number]
+        lost = [*trial.user_attrs.get("lost", []), cause]
+        optuna.trial.Trial(study, trial._trial_id).set_user_attr("lost", lost)
+        searcher.on_trial_complete(str(index), error=True)
+        assert searcher.live == {}
+        again = searcher.suggest(str(index + 1))["trial"]
+    assert study.trials[number].state == state
+    assert (again == number) == (state == TrialState.RUNNING)
+
+
+def test_the_time_limit_ends_a_trial_that_was_put_back(tmp_path):
+    spec = spec_with(budget=ONE_RUNG | {"time_limit": 60})
+    study = study_in(tmp_path, spec)
+    searcher = StudySearcher(study, spec)
+    searcher.suggest("a")
+    searcher.on_trial_complete("a", error=True)
+    searcher.close()
+    assert [(trial.state, trial.user_attrs["reason"]) for trial in study.trials] == [(TrialState.PRUNED, "time limit")]
+
+
 @pytest.mark.parametrize(
     ("error", "cause"),
     [
@@ -424,12 +475,17 @@ def test_a_trial_that_always_loses_its_worker_fails_after_the_retries_with_their
             "ray.exceptions.OutOfMemoryError: Task was killed due to the node running low on memory.\n...",
             "out of memory",
         ),
-        ("The actor died because its node has died. Node Id: 07\n\tthe actor's node was preempted", "its node died"),
+        ("The actor died because its node has died. Node Id: 07\n\tthe actor's node was terminated: ", "its node died"),
+        ("The actor died because its node has died. Node Id: 07\n\tthe actor's node was preempted: ", PREEMPTED),
+        (
+            "Failure # 1 (occurred at 12)\nits node has died\nFailure # 2 (occurred at 13)\nValueError: 7\n",
+            "ValueError: 7",
+        ),
         ("x" * 1_000, "x" * 200),
         ("\n \n", "unknown"),
         ("", "unknown"),
     ],
-    ids=["exception", "memory", "node", "long", "blank", "empty"],
+    ids=["exception", "memory", "node", "preempted", "the last", "long", "blank", "empty"],
 )
 def test_rays_account_of_a_lost_worker_becomes_a_few_words(error, cause):
     assert cause_of(error) == cause
@@ -441,11 +497,11 @@ def test_table_and_ray_agree_with_the_journal_on_every_trial(planned):
     assert [row["trial"] for row in rows] == list(range(8))
     states = ["complete", "complete", "pruned", "failed", "failed", "failed", "pruned", "complete"]
     assert [row["state"] for row in rows] == states
-    assert [row.get("frechet_distance") for row in rows] == [9, 1, 5, None, 3, None, 5.5, 2]
+    assert [row.get("frechet_distance") for row in rows] == [9, 1, 0.5, None, 0.75, None, 5.5, 0.9]
     assert [row["epochs_trained"] for row in rows] == [4, 4, 2, 0, 1, 0, 1, 4]
     assert rows[1]["gap_closed"] == pytest.approx(0.9)  # 1 of a baseline that is 10 under N(0, I)
-    assert recorder.errors == [5]
-    assert sorted(recorder.completed + recorder.errors) == list(range(8))
+    assert sorted(recorder.errors) == [5] * (1 + WORKER_RETRIES) + [7]  # each loss: the next try is a new trial to Ray
+    assert sorted(recorder.completed) == [0, 1, 2, 3, 4, 6, 7]
 
 
 def test_two_objectives_give_a_pareto_front_and_stop_nothing_early(ray_cluster, tmp_path):
@@ -468,6 +524,15 @@ def test_a_time_limit_ends_the_search_and_leaves_no_trial_running(ray_cluster, t
     assert 0 < len(trials) < 1_000
     assert {trial.state for trial in trials} <= {TrialState.COMPLETE, TrialState.PRUNED}
     assert {trial.user_attrs["reason"] for trial in trials if trial.state == TrialState.PRUNED} == {"time limit"}
+
+
+def test_while_others_want_the_cores_trials_run_one_at_a_time(ray_cluster, tmp_path):
+    spec = spec_with(budget=ONE_RUNG | {"trials": 4})
+    study = study_in(tmp_path, spec)
+    run_trials(study, spec, tune.with_parameters(Bowl, pause=0.1), tmp_path / "ray", 2, [], None, lambda: 9)
+    spans = sorted((trial.datetime_start, trial.datetime_complete) for trial in study.trials)
+    assert len(spans) == 4
+    assert all(end <= start for (_, end), (start, _) in pairwise(spans))
 
 
 class Ending(tune.Callback):

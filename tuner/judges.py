@@ -35,6 +35,11 @@ class Judges:
             self.references[name] = train.remote(self.reference, seed, JUDGES[name])
         return self.references[name]
 
+    def in_training(self) -> int:
+        """How many are: while the first is, a trial more would only make both its score and the others' wait."""
+        references = list(self.references.values())
+        return len(ray.wait(references, num_returns=len(references), timeout=0)[1])
+
     def keep(self, name: str) -> Judge:
         """A judge, waited for and written to the run."""
         if name not in self.kept:

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-STATES = ("running", "complete", "pruned", "failed")
+OUTCOMES = ("complete", "pruned", "failed")
+STATES = ("waiting", "running", *OUTCOMES)
 TEXT_COLUMNS = (  # of trials.csv
     {"state", "reason", "model", "likelihood", "pixels", "schedule", "prior", "contrast", "started", "ended"}
 )

@@ -19,9 +19,12 @@ from ray.tune.search import Searcher
 from tuner.exits import fatal
 from tuner.spec import Spec
 from tuner.study import BASELINE
+from tuner.vae.parameters import Parameters
 from tuner.vae.score import METRICS
 from tuner.vae.train import Stream, derive_seed
 
+WORKER_RETRIES = 3  # how often a trial whose worker died goes on from its checkpoint
+PREEMPTED = "its node was preempted"  # which is no fault of the trial
 FAILURES = {"diverged", "collapsed", "out of memory", "error"}  # outcomes that a trial reports of itself
 
 
@@ -30,6 +33,11 @@ class StudySearcher(Searcher):
 
     The sampler is made anew for every proposal, seeded by (study seed, trial number): what it proposes
     depends on the journal alone, so a search that was cut off goes on as if nothing had happened.
+
+    The baseline is trial 0, but starts only when a quarter of the others are proposed: until then nobody needs
+    it, and its core brings the first results sooner. Under a time limit it starts first, to be done in time.
+    A trial whose worker was lost is put back, and goes on from its checkpoint; Tune's own retries spare a trial
+    nothing where an actor that it was to reuse died with its node.
     """
 
     def __init__(self, study: optuna.Study, spec: Spec, capacity: Callable[[], float] = lambda: math.inf):
@@ -42,12 +50,15 @@ class StudySearcher(Searcher):
 
     @property
     def remaining(self) -> int:
-        """Trials still to be run: those cut off, and those never proposed."""
-        return max(0, self.spec.budget.trials - len(self.study.get_trials(deepcopy=False)) + len(self.unfinished))
+        """Trials still to be started: those cut off or put back, and those never proposed."""
+        begun = sum(trial.state != TrialState.WAITING for trial in self.study.get_trials(deepcopy=False))
+        return max(0, self.spec.budget.trials - begun) + len(self.unfinished)
 
     @fatal
-    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The next trial as Ray's config, its number and full parameters; None while `capacity` is used up."""
+        if not self.remaining:
+            return None if self.live else Searcher.FINISHED  # a live one may be put back
         if len(self.live) >= self.capacity():
             return None
         frozen = self.unfinished.pop(0) if self.unfinished else self._propose()
@@ -55,25 +66,33 @@ class StudySearcher(Searcher):
         return {"trial": frozen.number, "parameters": frozen.user_attrs["parameters"]}
 
     def _propose(self) -> FrozenTrial:
-        """Add the next trial to the journal in one write, so that a kill leaves a whole trial or none."""
+        """The baseline where its time has come, else the next trial."""
+        if not self.study.get_trials(deepcopy=False):
+            self._add(TrialState.WAITING, self.spec.baseline, self.spec.baseline_point())
         known = self.study.get_trials(deepcopy=False)
-        number = len(known)
-        fixed = self.spec.baseline_point() if number == BASELINE else None
-        if BASELINE < number <= len(self.spec.try_first):
-            fixed = self.spec.try_first[number - 1]
+        others, number = len(known) - 1, len(known)
+        if known[BASELINE].state == TrialState.WAITING and (
+            self.spec.budget.time_limit or 4 * others >= self.spec.budget.trials - 1
+        ):
+            number = self.study.ask().number  # Optuna gives out what waits
+        else:
+            fixed = self.spec.try_first[number - 1] if number <= len(self.spec.try_first) else None
+            params = self._sample(known, number, fixed)
+            self._add(TrialState.RUNNING, self.spec.parameters(params), params)
+        return self.study.get_trials(deepcopy=False)[number]
 
-        outside = number == BASELINE and fixed is None
-        distributions = {} if outside else self.spec.distributions
-        params = {} if outside else self._sample(known, number, fixed)
-        parameters = self.spec.baseline if number == BASELINE else self.spec.parameters(params)
+    def _add(self, state: TrialState, parameters: Parameters, params: dict[str, Any] | None) -> None:
+        """Add a trial to the journal in one write, so that a kill leaves a whole trial or none.
+
+        Without `params` it is none of the space.
+        """
         proposed = optuna.trial.create_trial(
-            state=TrialState.RUNNING,
-            params=params,
-            distributions=distributions,
+            state=state,
+            params=params or {},
+            distributions=self.spec.distributions if params else {},
             user_attrs={"parameters": parameters.model_dump()},
         )
         self.study.add_trial(proposed)
-        return self.study.get_trials(deepcopy=False)[number]
 
     def _sample(self, known: list[FrozenTrial], number: int, fixed: dict[str, Any] | None) -> dict[str, Any]:
         """Ask TPE on a copy of the study in memory; `fixed` parameters are taken as they are."""
@@ -83,7 +102,7 @@ class StudySearcher(Searcher):
             # group: a baseline outside of the space is a trial without parameters, which must not empty the space
             sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, constant_liar=True)
         scratch = optuna.create_study(sampler=sampler, directions=self.study.directions)
-        scratch.add_trials(known)
+        scratch.add_trials([trial for trial in known if trial.state != TrialState.WAITING])
         if fixed:
             scratch.enqueue_trial(fixed)
         return scratch.ask(fixed_distributions=self.spec.distributions).params
@@ -112,9 +131,12 @@ class StudySearcher(Searcher):
             self.on_trial_result(trial_id, result)
         trial = self.live.pop(trial_id)
         if error:
-            fresh = self.study.get_trials(deepcopy=False)[trial.number].user_attrs  # the rule wrote, not this object
-            causes = fresh.get("lost", ["unknown"])
-            self._end(trial, TrialState.FAIL, f"worker lost {len(causes)} times, the last time: {causes[-1]}")
+            frozen = self.study.get_trials(deepcopy=False)[trial.number]  # the rule wrote, not this object
+            causes = frozen.user_attrs.get("lost", ["unknown"])
+            if sum(cause != PREEMPTED for cause in causes) <= WORKER_RETRIES:
+                self.unfinished.append(frozen)
+            else:
+                self._end(trial, TrialState.FAIL, f"worker lost {len(causes)} times, the last time: {causes[-1]}")
         elif not result:
             self._end(trial, TrialState.FAIL, "never started")
         elif result.get("outcome") in FAILURES:
@@ -127,10 +149,12 @@ class StudySearcher(Searcher):
             self._end(trial, TrialState.PRUNED, "time limit")
 
     def close(self) -> None:
-        """End what the time limit cut off between two evaluations."""
-        for trial in self.live.values():
+        """End what the time limit cut off between two evaluations, or before it went on."""
+        back = [optuna.trial.Trial(self.study, frozen._trial_id) for frozen in self.unfinished]
+        for trial in (*self.live.values(), *back):
             self._end(trial, TrialState.PRUNED, "time limit")
         self.live.clear()
+        self.unfinished.clear()
 
     def _end(
         self, trial: optuna.trial.Trial, state: TrialState, reason: str, values: list[float] | None = None
@@ -186,7 +210,10 @@ class SuccessiveHalving(FIFOScheduler):
 
 
 def cause_of(error: str) -> str:
-    """Ray's account of a lost worker in a few words."""
+    """Ray's account of a lost worker in a few words; the last where Tune has gathered several."""
+    error = error.rpartition("Failure # ")[2]
+    if "node was preempted" in error:
+        return PREEMPTED
     if "OutOfMemory" in error or "running low on memory" in error:
         return "out of memory"
     if "node has died" in error or "NodeDiedError" in error:

@@ -214,7 +214,7 @@ class Spec(_Frozen):
     data: DataSpec = DataSpec()
     space: dict[str, Entry] = Field(min_length=1, description="searched parameters")
     fixed: dict[str, Value] = Field({}, description="parameters that all trials share")
-    try_first: tuple[dict[str, Value], ...] = Field((), description="points to run right after the baseline")
+    try_first: tuple[dict[str, Value], ...] = Field((), description="points to run before any others")
     objective: Annotated[tuple[Objective, ...], BeforeValidator(_as_list), Field(min_length=1)] = (
         Objective(metric="frechet_distance", direction="minimize"),
     )

@@ -18,7 +18,13 @@ from tuner.vae.score import METRICS, gap_closed
 BASELINE = 0  # the trial of the classic settings
 NAME = "search"
 NEEDED = ("epoch", "seconds_train", "seconds_score", "frechet_distance", "frechet_distance_standard_normal")
-OUTCOME = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
+STATES = {
+    TrialState.WAITING: "waiting",
+    TrialState.RUNNING: "running",
+    TrialState.COMPLETE: "complete",
+    TrialState.PRUNED: "pruned",
+    TrialState.FAIL: "failed",
+}
 
 
 def open_study(journal: Path, spec: Spec) -> optuna.Study:
@@ -98,7 +104,7 @@ def table(study: optuna.Study, spec: Spec, floor: float) -> list[dict[str, Any]]
         best = min(scored, key=lambda scores: objective.sign * scores[objective.metric], default={})
         row: dict[str, Any] = {
             "trial": trial.number,
-            "state": OUTCOME.get(trial.state, "running"),
+            "state": STATES[trial.state],
             "reason": trial.user_attrs.get("reason", ""),
             "epoch": best.get("epoch", ""),
             "epochs_trained": scored[-1]["epoch"] if scored else 0,

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from tuner.run import Run
+from tuner.run import OUTCOMES, Run
 
 LOG_COLUMNS = 160
 PLAIN_SECONDS = 10  # between lines where output is not a terminal
@@ -91,13 +91,11 @@ def search_line(rows: Sequence[Mapping[str, Any]], digest: Mapping[str, Any], se
     metric, trials = digest["metric"], digest["trials"]
     sign = 1 if digest["direction"] == "minimize" else -1
     states = Counter(row["state"] for row in rows)
-    ended = len(rows) - states["running"]
+    ended = sum(states[state] for state in OUTCOMES)
     scored = [row for row in rows if metric in row and row["state"] != "failed"]
     best = min(scored, key=lambda row: sign * row[metric], default=None)
     parts = [f"{ended}/{trials} trials"]
-    parts.append(
-        ", ".join(f"{states[state]} {state}" for state in ("running", "complete", "pruned", "failed") if states[state])
-    )
+    parts.append(", ".join(f"{states[state]} {state}" for state in ("running", *OUTCOMES) if states[state]))
     if best is not None:
         gap = f", gap closed {best['gap_closed']:.3f}" if "gap_closed" in best else ""
         parts.append(f"best {metric} {best[metric]:.4g} (trial {best['trial']}{gap})")

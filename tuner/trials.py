@@ -3,6 +3,7 @@
 import math
 import os
 from collections import Counter
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from tuner.exits import fatal
 from tuner.fusion import Fusion, fusion
 from tuner.judges import Judges
 from tuner.promote import contenders
-from tuner.run import Refused, Run, write_atomic
+from tuner.run import OUTCOMES, Refused, Run, write_atomic
 from tuner.searcher import StudySearcher, SuccessiveHalving
 from tuner.spec import Resources, Spec
 from tuner.study import BASELINE, open_study, table
@@ -28,8 +29,6 @@ from tuner.vae.data import Data
 from tuner.vae.process import settle
 from tuner.views import TensorBoard
 from tuner.workspace import JUDGES
-
-WORKER_RETRIES = 3  # how often a trial whose worker died goes on from its checkpoint
 
 
 def search_stage(run: Run, spec: Spec, data: Data, concurrency: int | None) -> list[dict[str, Any]]:
@@ -48,7 +47,7 @@ def search_stage(run: Run, spec: Spec, data: Data, concurrency: int | None) -> l
         board.start_search()
         driver = Driver(run, spec, study, judges, progress, board)
         trainable = tune.with_parameters(TrialTrainable, shared=shared)
-        run_trials(study, spec, trainable, run.ray.absolute(), concurrency, [driver], fused)
+        run_trials(study, spec, trainable, run.ray.absolute(), concurrency, [driver], fused, judges.in_training)
         driver.keep_table()
         progress.done(driver.line())
     with stage(run, "judge") as progress:
@@ -57,14 +56,14 @@ def search_stage(run: Run, spec: Spec, data: Data, concurrency: int | None) -> l
         described = run.summary()["judges"]
         progress.done(", ".join(f"{name} judge {described[name]['accuracy']:.1%} right" for name in JUDGES))
     states = Counter(row["state"] for row in driver.rows)
-    run.update_summary(trials={state: states[state] for state in ("complete", "pruned", "failed")})
+    run.update_summary(trials={state: states[state] for state in OUTCOMES})
     return driver.rows
 
 
 def require_whole(run: Run, study: optuna.Study) -> None:
     """Raises Refused where the journal knows less than trials.csv, which is written after it."""
     finished = sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
-    listed = sum(row["state"] != "running" for row in run.read_trials())
+    listed = sum(row["state"] in OUTCOMES for row in run.read_trials())
     if finished < listed:
         raise Refused(
             f"{run.name_of(run.journal)}: has {finished} finished trials where {run.trials.name} has {listed}"
@@ -83,14 +82,16 @@ def run_trials(
     concurrency: int | None,
     callbacks: list[tune.Callback],
     fused: Fusion | None = None,
+    others: Callable[[], int] = lambda: 0,
 ) -> None:
-    """Ray Tune over what is left of a study."""
+    """Ray Tune over what is left of a study, while `others` work beside the trials and want a core each."""
     wanted = fused.resources if fused else spec.resources
 
     def capacity() -> float:
         """Trials at once, as nodes come and go."""
         there = sum(slots(node["Resources"], wanted) for node in alive())
-        return min(there, concurrency or there)
+        at_once = min(there, concurrency or there)
+        return max(at_once - others(), min(at_once, 1))
 
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(spec.budget.trials)  # the searcher holds back by itself
     while True:
@@ -103,7 +104,7 @@ def run_trials(
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
                 scheduler=SuccessiveHalving(study, spec),
-                num_samples=left,
+                num_samples=-1,  # the searcher ends it
                 time_budget_s=spec.budget.time_limit,
                 reuse_actors=True,
                 trial_name_creator=lambda trial: f"{trial.config['trial']:04d}",
@@ -113,7 +114,6 @@ def run_trials(
                 name="search",
                 storage_path=str(storage),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the driver keeps them
-                failure_config=tune.FailureConfig(max_failures=WORKER_RETRIES),
                 verbose=0,
                 callbacks=callbacks,
             ),
@@ -178,7 +178,8 @@ class Driver(tune.Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.keep_table()
         row = self.rows[trial.config["trial"]]
-        self.board.end_trial(row["trial"], row["state"], row["reason"])
+        if row["state"] != "running":  # else its worker was lost, and it is put back
+            self.board.end_trial(row["trial"], row["state"], row["reason"])
 
     on_trial_error = on_trial_complete
 
@@ -192,7 +193,7 @@ class Driver(tune.Callback):
         self.run.write_trials(self.rows)
         kept = {row["trial"] for row in contenders(self.rows, self.spec)} | {BASELINE}
         for row in self.rows:
-            if row["state"] != "running" and row["trial"] not in kept:
+            if row["state"] in OUTCOMES and row["trial"] not in kept:
                 self.run.checkpoint(row["trial"]).unlink(missing_ok=True)
 
     def line(self) -> str:

@@ -170,7 +170,7 @@ class Snapshot:
     @property
     def left(self) -> set[int]:
         """Numbers of the trials that a session has to run."""
-        return {trial.number for trial in self.running} | set(range(len(self.trials), TRIALS))
+        return set(range(TRIALS)) - {trial.number for trial in self.trials if trial.state.is_finished()}
 
     def repeated(self) -> list[int]:
         """Evaluations that the death of all workers costs, one entry a running trial."""
@@ -303,9 +303,9 @@ def tally(run: Run, before: Snapshot) -> Iterator[str]:
     """Faults in Ray's own account of the session that ran the trials that were left."""
     newest = max((run.ray / "search").glob("experiment_state-*.json"), key=lambda path: path.stat().st_mtime_ns)
     listed = [json.loads(trial[0]) for trial in json.loads(newest.read_text())["trial_data"]]
-    numbers = sorted(trial["config"]["trial"] for trial in listed)
-    if numbers != sorted(before.left):
-        yield f"Ray's tally has trials {numbers}, left to run were {sorted(before.left)}"
+    numbers = {trial["config"]["trial"] for trial in listed}  # one that was put back is listed again
+    if numbers != before.left:
+        yield f"Ray's tally has trials {numbers}, left to run were {before.left}"
     states = Counter(trial["status"] for trial in listed)
     if states.keys() - {"TERMINATED", "ERROR"}:
         yield f"Ray's tally has {dict(states)}"
