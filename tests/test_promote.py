@@ -5,7 +5,8 @@ import hashlib
 
 import pytest
 
-from tuner.promote import CANDIDATES
+from tuner.promote import CANDIDATES, contenders
+from tuner.spec import Spec
 from tuner.trainable import search_scorer
 from tuner.vae.score import gap_closed
 from tuner.workspace import JUDGES, best_of, last_of
@@ -79,3 +80,30 @@ def test_the_judges_are_frozen_by_hash_and_the_second_is_another(finished_run, w
     assert hashes["search"] != hashes["second"]
     assert workspace.judges["search"].width != workspace.judges["second"].width
     assert all(judge["accuracy"] > 0.9 for judge in summary["judges"].values())
+
+
+def test_of_two_objectives_those_on_the_front_with_the_best_samples_contend():
+    spec = Spec.model_validate({"space": {"latent_dim": {"choices": [4]}}, "objective": ["rate", "distortion"]})
+    assert (spec.ranking.metric, spec.yardstick.metric) == (METRIC, METRIC)
+    points = [
+        (1.0, 9.0, 50.0),
+        (5.0, 5.0, 20.0),
+        (6.0, 5.0, 1.0),
+        (9.0, 1.0, 30.0),
+        (5.0, 5.0, 10.0),
+        (0.1, 10.0, 99.0),
+    ]
+    rows = [
+        {"trial": number, "state": "complete", "rate": rate, "distortion": distortion, METRIC: distance}
+        for number, (rate, distortion, distance) in enumerate(points)
+    ]
+    rows += [{"trial": 6, "state": "waiting"}, {"trial": 7, "state": "failed", "rate": 0, "distortion": 0, METRIC: 0}]
+    assert [row["trial"] for row in contenders(rows, spec)] == [4, 1, 3, 0, 5]  # 2 loses to 1 and 4, which are equal
+
+
+def test_a_single_objective_ranks_by_itself_in_its_direction():
+    space = {"latent_dim": {"choices": [4]}}
+    spec = Spec.model_validate({"space": space, "objective": "active_units"})
+    rows = [{"trial": number, "state": "pruned", "active_units": units} for number, units in enumerate([3, 7, 7, 5])]
+    assert [row["trial"] for row in contenders(rows, spec)] == [1, 2, 3, 0]
+    assert Spec.model_validate({"space": space, "objective": "loss"}).yardstick.metric == METRIC

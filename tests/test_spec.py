@@ -90,7 +90,8 @@ def test_shipped_specs_measure_against_the_classic_settings(path):
     changed = {name for name, _ in spec.baseline.model_dump().items() - CLASSIC.model_dump().items()}
     assert "batch_size" in changed
     assert changed <= {"batch_size", "likelihood", "pixels", "prior", "prior_components"}
-    plain = [("fixed.contrast", "plain"), ("fixed.warmup_steps", 0), ("fixed.width", 32)]
+    plain = [("fixed.contrast", "plain"), ("fixed.warmup_steps", 0), ("fixed.schedule", "constant")]
+    plain += [("fixed.width", 32)]
     point = specs.load(path, plain).baseline_point()
     assert point == {"latent_dim": 16, "learning_rate": 1e-3, "kl_weight": 1}
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tuner.spec import Spec
-from tuner.study import BASELINE
+from tuner.study import BASELINE, front
 from tuner.terminal import console, promotion_table, stage
 from tuner.vae.score import gap_closed
 from tuner.workspace import Workspace, best_of, last_of
@@ -13,21 +13,26 @@ CANDIDATES = 5
 
 
 def contenders(rows: Sequence[Mapping[str, Any]], spec: Spec) -> list[Mapping[str, Any]]:
-    """The best few rows of trials.csv, best first: those whose checkpoints the promotion scores again."""
-    objective = spec.objective[0]
-    scored = [row for row in rows if objective.metric in row and row["state"] not in ("failed", "running")]
-    return sorted(scored, key=lambda row: (objective.sign * row[objective.metric], row["trial"]))[:CANDIDATES]
+    """The best few rows of trials.csv, best first: those whose checkpoints the promotion scores again.
+
+    Of several objectives' front those with the best samples.
+    """
+    ranking = spec.ranking
+    scored = [row for row in rows if ranking.metric in row and row["state"] not in ("failed", "running")]
+    if len(spec.objective) > 1:
+        scored = front(scored, spec.objective)
+    return sorted(scored, key=lambda row: (ranking.sign * row[ranking.metric], row["trial"]))[:CANDIDATES]
 
 
 def promote(workspace: Workspace, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Choose the winner among the rows of trials.csv and write it to the summary.
 
-    A candidate's rank is the mean over both judges of its objective, each judge's scale set by the
+    A candidate's rank is the mean over both judges of the spec's yardstick, each judge's scale set by the
     baseline; ties go to the earlier trial. Floor, baseline and the winner's scores in the summary are those
     of the search's judge under the fresh noise. The baseline must have been scored.
     """
     yardstick = workspace.spec.yardstick
-    searched, metric = workspace.spec.objective[0].metric, yardstick.metric
+    searched, metric = workspace.spec.ranking.metric, yardstick.metric
     best = contenders(rows, workspace.spec)
     baseline = last_of(workspace.run, BASELINE)
     table: list[dict[str, Any]] = [

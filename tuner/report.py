@@ -6,7 +6,6 @@ Made from the run's files alone, so it can be asked for while the search goes on
 import argparse
 import base64
 import html
-import math
 import sys
 import warnings
 from collections import Counter
@@ -25,9 +24,9 @@ from plotly.offline import get_plotlyjs
 from tuner import spec as specs
 from tuner.exits import command, refuse, resumable
 from tuner.run import Run, write_atomic
-from tuner.spec import Spec
+from tuner.spec import Objective, Spec
 from tuner.storage import opened
-from tuner.study import BASELINE, evaluations, read_study
+from tuner.study import BASELINE, evaluations, front, read_study
 from tuner.terminal import duration, result_rows, stage
 from tuner.vae.prior import standard_normal
 from tuner.vae.score import FINAL_METRICS, METRICS
@@ -35,6 +34,7 @@ from tuner.vae.sheet import grid, png, samples
 from tuner.workspace import Candidate, best_of, last_of, retrained
 
 COLOURS = {"complete": "#1f77b4", "pruned": "#b8b8b8", "failed": "#d62728", "running": "#ff9f1c"}
+RATE_AND_DISTORTION = tuple(Objective.model_validate(metric) for metric in ("rate", "distortion"))
 SHOWN = 40  # samples a picture
 IMPORTANCE_TRIALS = 4  # fewer finished trials say nothing about importance
 
@@ -89,7 +89,7 @@ class Material:
 
     @property
     def metric(self) -> str:
-        return str(self.spec.objective[0].metric)
+        return str(self.spec.ranking.metric)
 
 
 def report(run: Run) -> Path:
@@ -246,31 +246,29 @@ def importances(page: Page, material: Material) -> None:
 
 
 def plane(page: Page, material: Material) -> None:
-    rows = [row for row in material.rows if "rate" in row]
+    """The trials by two objectives, or where there are not two by rate and distortion."""
+    two = material.spec.objective if len(material.spec.objective) == 2 else RATE_AND_DISTORTION
+    x, y = (objective.metric for objective in two)
+    rows = [row for row in material.rows if x in row and y in row]
     if not rows:
         return
-    figure = go.Figure(layout={"xaxis_title": "rate: KL, nats/image", "yaxis_title": "distortion, nats/image"})
+    figure = go.Figure(
+        layout={f"{axis}axis_title": f"{key}, {METRICS[key].unit}" for axis, key in (("x", x), ("y", y))}
+    )
     for state in COLOURS:
         part = [row for row in rows if row["state"] == state]
         if part:
             figure.add_scatter(
-                x=[row["rate"] for row in part], y=[row["distortion"] for row in part], mode="markers", name=state,
+                x=[row[x] for row in part], y=[row[y] for row in part], mode="markers", name=state,
                 marker={"color": COLOURS[state], "size": 10}, text=[f"trial {row['trial']}" for row in part],
             )  # fmt: skip
-    front, lowest = [], math.inf
-    for row in sorted(rows, key=lambda row: row["rate"]):
-        if row["distortion"] < lowest:
-            front.append(row)
-            lowest = row["distortion"]
+    best = sorted(front(rows, two), key=lambda row: row[x])
     figure.add_scatter(
-        x=[row["rate"] for row in front], y=[row["distortion"] for row in front], mode="lines", name="front",
-        line={"color": "#222", "dash": "dot", "shape": "hv"},
+        x=[row[x] for row in best], y=[row[y] for row in best], mode="lines", name="front",
+        line={"color": "#222", "dash": "dot"},
     )  # fmt: skip
-    page.figure(
-        "Rate and distortion",
-        "Left costs fewer nats to encode, lower reconstructs better; no trial beats those on the dotted front in both.",
-        figure,
-    )
+    text = "Left costs fewer nats to encode, lower reconstructs better; " if two is RATE_AND_DISTORTION else ""
+    page.figure(f"{x} and {y}".capitalize(), f"{text}no trial beats those on the dotted front in both.", figure)
 
 
 def units(page: Page, material: Material) -> None:

@@ -165,6 +165,9 @@ class Objective(_Frozen):
         return 1 if self.direction == "minimize" else -1
 
 
+SAMPLES = Objective.model_validate("frechet_distance")
+
+
 def _as_list(value: Any) -> Any:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
@@ -301,18 +304,21 @@ class Spec(_Frozen):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
     @property
+    def ranking(self) -> Objective:
+        """What ranks trials: the objective; samples where there are several, none of which can rank alone."""
+        return self.objective[0] if len(self.objective) == 1 else SAMPLES
+
+    @property
     def yardstick(self) -> Objective:
-        """What ranks finished models: the first objective; samples where that is the loss, which only training has."""
-        first = self.objective[0]
-        return Objective.model_validate("frechet_distance") if first.metric == "loss" else first
+        """What ranks finished models: as trials; samples where that is the loss, which only training has."""
+        return SAMPLES if self.ranking.metric == "loss" else self.ranking
 
     def digest(self) -> dict[str, Any]:
         """What a reader of a run's files needs to know without this package's heavier parts."""
-        objective = self.objective[0]
         return {
             "trials": self.budget.trials,
-            "metric": objective.metric,
-            "direction": objective.direction,
+            "metric": self.ranking.metric,
+            "direction": self.ranking.direction,
             "searched": list(self.space),
         }
 

@@ -1,7 +1,9 @@
 """The study of a run: its journal opened, and read as one row a trial. Knows nothing of Ray."""
 
 import math
+import operator
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from optuna.storages.journal._file import LOCK_FILE_SUFFIX
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner.run import Refused, one_line
-from tuner.spec import Spec
+from tuner.spec import Objective, Spec
 from tuner.vae.score import METRICS, gap_closed
 
 BASELINE = 0  # the trial of the classic settings
@@ -88,12 +90,22 @@ def evaluations(trial: FrozenTrial) -> list[dict[str, float]]:
     return [found[rung] for rung in sorted(found)]
 
 
+def front(rows: Sequence[Mapping[str, Any]], objectives: Sequence[Objective]) -> list[Mapping[str, Any]]:
+    """The rows that no other row is at least as good as in all objectives, and better in one."""
+    points = [[objective.sign * row[objective.metric] for objective in objectives] for row in rows]
+    return [
+        row
+        for row, point in zip(rows, points, strict=True)
+        if not any(other != point and all(map(operator.le, other, point)) for other in points)
+    ]
+
+
 def table(study: optuna.Study, spec: Spec, floor: float) -> list[dict[str, Any]]:
     """A row a trial: number, state, reason, searched and fixed parameters, scores of its best evaluation, times.
 
     `gap_closed` compares with the baseline's last N(0, I) distance and is missing until the baseline ended.
     """
-    objective = spec.objective[0]
+    ranking = spec.ranking
     trials = study.get_trials(deepcopy=False)
     baseline = math.nan
     if trials and trials[BASELINE].state == TrialState.COMPLETE:
@@ -101,7 +113,7 @@ def table(study: optuna.Study, spec: Spec, floor: float) -> list[dict[str, Any]]
     rows = []
     for trial in trials:
         scored = evaluations(trial)
-        best = min(scored, key=lambda scores: objective.sign * scores[objective.metric], default={})
+        best = min(scored, key=lambda scores: ranking.sign * scores[ranking.metric], default={})
         row: dict[str, Any] = {
             "trial": trial.number,
             "state": STATES[trial.state],

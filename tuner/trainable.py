@@ -178,8 +178,8 @@ class TrialTrainable(tune.Trainable):
         return scores | {"trial": self.number, "outcome": outcome, "reason": f"{outcome}: {reason}", "done": True}
 
     def _keep_best(self, report: dict[str, Any], prior: Prior) -> None:
-        objective = self.spec.objective[0]
-        value = objective.sign * report[objective.metric]
+        ranking = self.spec.ranking
+        value = ranking.sign * report[ranking.metric]
         if self.best is None or value < self.best["value"]:
             candidate = Candidate(self.state.model, self.parameters, prior, report["epoch"])
             self.best = candidate.state_dict() | {"value": value}
