@@ -91,7 +91,7 @@ def evaluations(
     loop: str, parameters: Parameters, spec: Spec, data: Data, judge: Judge, number: int, folder: Path
 ) -> Iterator[float]:
     """Train a peer's trial, keep each epoch's candidate in `folder` and yield its Frechet distance."""
-    scorer = Scorer(judge, data.train, data.validation, seed=spec.seed, count=2_500, prior_count=5_000)
+    scorer = Scorer(judge, data.train, data.validation, seed=spec.seed, count=2_500, prior_count=5_000, evenly=True)
     for epoch, model in (our_loop if loop == "ours" else tutorial_loop)(parameters, spec, data, number):
         prior = scorer.fit(model, parameters)
         distance = scorer(model, parameters, prior)["frechet_distance"]

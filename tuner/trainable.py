@@ -41,6 +41,7 @@ def search_scorer(spec: Spec, data: Data, judge: Judge) -> Scorer:
         seed=spec.seed,
         count=SEARCH_SAMPLES,
         prior_count=SEARCH_PRIOR_IMAGES,
+        evenly=True,
     )
 
 

@@ -78,7 +78,7 @@ class Workspace:
         settle()
 
     def scorer(self, judge: str = "search", held_out: Split | None = None) -> Scorer:
-        """A scorer with noise that no trial was scored with, on the validation split unless told otherwise."""
+        """A scorer with noise that no trial was scored with: on validation, to choose by, or on a `held_out` split."""
         return Scorer(
             self.judges[judge],
             self.data.train,
@@ -86,6 +86,7 @@ class Workspace:
             seed=derive_seed(self.spec.seed, Stream.PROMOTE),
             count=FINAL_SAMPLES,
             prior_count=FINAL_PRIOR_IMAGES,
+            evenly=held_out is None,
         )
 
 

@@ -195,6 +195,22 @@ def test_another_seed_draws_other_samples(scorer, judge, digits):
     )
 
 
+def test_even_samples_are_scored_with_less_noise_and_beside_a_floor_of_more_images(judge, digits):
+    model, prior = build(VARIATIONAL, seed=4), standard_normal(VARIATIONAL.latent_dim)
+    deviation, floors = [], []
+    for evenly in (False, True):
+        scorers = [
+            Scorer(judge, digits.train, digits.validation, seed=seed, count=300, prior_count=50, evenly=evenly)
+            for seed in range(12)
+        ]
+        deviation.append(np.std([scorer.distance(scorer.samples(model, prior, 300)) for scorer in scorers]))
+        floors.append(scorers[0].floor)
+    assert deviation[1] < deviation[0] / 2
+    every = Scorer(judge, digits.train, digits.validation, seed=0, count=997, prior_count=50).floor
+    assert floors[1] == pytest.approx(every)
+    assert floors[1] < floors[0]
+
+
 def test_a_score_holds_every_metric_but_the_training_loss(scorer):
     bernoulli = VARIATIONAL.model_copy(update={"likelihood": "bernoulli"})
     assert _score(scorer, build(VARIATIONAL, seed=4), VARIATIONAL).keys() == METRICS.keys() - {"loss", "nll"}

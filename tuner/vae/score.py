@@ -23,6 +23,7 @@ from tuner.vae.train import Diverged, Stream, derive_seed
 BATCH = 100  # a decoder's activations at this size stay in the cache
 NLL_IMAGES, NLL_SAMPLES = 500, 64
 KERNEL_IMAGES = 1_000  # the kernel distance is unbiased: fewer images cost noise, not truth
+EVEN_FLOOR = 10_000  # real images beside 2,500 samples drawn evenly: either stands for about as many independent ones
 GREY = 0.1  # pixels above this and below 1 minus it
 CONTRAST_IMAGES = 1_000
 ACTIVE_VARIANCE = 0.01  # Burda et al. 2016, section 5.2
@@ -121,11 +122,26 @@ class Scorer:
     `count` samples are drawn for a score, and as many real training images make the floor, so that both
     carry the same small-sample bias; a mixture is fitted on the codes of `prior_count` training images.
     Noise depends on `seed` alone: all models face the same draw.
+
+    To compare models with each other, `evenly` draws samples that vary a seventh as much (`Prior.sample_evenly`).
+    They have less of the bias, too, so that `EVEN_FLOOR` images make the floor; to compare a model with real
+    images, samples have to be independent as these are.
     """
 
-    def __init__(self, judge: Judge, train: Split, held_out: Split, *, seed: int, count: int, prior_count: int):
+    def __init__(
+        self,
+        judge: Judge,
+        train: Split,
+        held_out: Split,
+        *,
+        seed: int,
+        count: int,
+        prior_count: int,
+        evenly: bool = False,
+    ):
         self.judge = judge
         self.seed = seed
+        self.evenly = evenly
         self.count = min(count, len(train))
         order = torch.randperm(len(train), generator=self._generator(0))
         self.prior_images = pixels(train.images[order[:prior_count]])
@@ -135,7 +151,8 @@ class Scorer:
         self.kernel_scale = features.square().mean().sqrt()  # the cubic kernel is not free of scale
         self.kernel_features = features[:KERNEL_IMAGES] / self.kernel_scale
         self.grey = grey_share(pixels(held_out.images))
-        self.floor = self.distance(pixels(train.images[order[-self.count :]]))
+        real = max(self.count, EVEN_FLOOR) if evenly else self.count
+        self.floor = self.distance(pixels(train.images[order[-real:]]))
 
     def _generator(self, purpose: int) -> torch.Generator:
         return torch.Generator().manual_seed(derive_seed(self.seed, Stream.SCORE, purpose))
@@ -189,7 +206,10 @@ class Scorer:
     def samples(self, model: VAE, prior: Prior, count: int) -> Tensor:
         """`count` images (count, 1, 28, 28) drawn from `prior`."""
         model.eval()
-        latents = prior.sample(count, self._generator(3))
+        if self.evenly:
+            latents = prior.sample_evenly(count, derive_seed(self.seed, Stream.SCORE, 3))
+        else:
+            latents = prior.sample(count, self._generator(3))
         return torch.cat([model.draw(batch) for batch in latents.split(BATCH)])
 
     @torch.no_grad()
