@@ -340,6 +340,14 @@ def test_when_more_is_better_the_rule_stops_those_with_less(tmp_path):
         assert rule.on_trial_result(None, trial, report) == expected, number
 
 
+def test_a_first_look_before_grace_stops_nobody(tmp_path):
+    spec = spec_with(budget=THREE_RUNGS | {"grace_epochs": 2})
+    assert spec.budget.rungs == (1, 2, 4)
+    rule = SuccessiveHalving(study_in(tmp_path, spec), spec)
+    for rung, worst in ((1, "CONTINUE"), (2, "STOP")):
+        assert [decide(rule, number, float(number), rung) for number in range(1, 4)][1:] == [worst] * 2
+
+
 def test_the_baseline_is_never_stopped_even_as_the_worst(tmp_path):
     spec = spec_with(budget=THREE_RUNGS)
     rule = SuccessiveHalving(study_in(tmp_path, spec), spec)

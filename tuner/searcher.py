@@ -172,9 +172,9 @@ class StudySearcher(Searcher):
 class SuccessiveHalving(FIFOScheduler):
     """Asynchronous successive halving, the stopping rule of Li et al. 2020 (ASHA).
 
-    At each rung a trial goes on while it is among the best 1/reduction_factor (rounded up) of all that
-    reached the rung so far. The baseline always goes on. Rungs are filled from the study, so a search
-    that was cut off stops the same trials.
+    At each rung from grace_epochs on, a trial goes on while it is among the best 1/reduction_factor
+    (rounded up) of all that reached the rung so far. The baseline always goes on. Rungs are filled from the
+    study, so a search that was cut off stops the same trials.
     """
 
     def __init__(self, study: optuna.Study, spec: Spec):
@@ -183,6 +183,7 @@ class SuccessiveHalving(FIFOScheduler):
         self.sign = spec.objective[0].sign
         self.objective = spec.objective[0].metric
         self.factor = spec.budget.reduction_factor
+        self.grace = spec.budget.grace_epochs
         self.active = len(spec.objective) == 1  # "weaker" has no meaning for several objectives at once
         self.rungs: dict[int, dict[int, float]] = {}
         for trial in study.get_trials(deepcopy=False):
@@ -197,7 +198,7 @@ class SuccessiveHalving(FIFOScheduler):
         rung = self.rungs.setdefault(result["rung"], {})
         rung.setdefault(number, value)
         better = sum(other < value for other in rung.values())
-        weak = better >= math.ceil(len(rung) / self.factor)
+        weak = result["epoch"] >= self.grace and better >= math.ceil(len(rung) / self.factor)
         return str(TrialScheduler.STOP if self.active and weak and number != BASELINE else TrialScheduler.CONTINUE)
 
     @fatal

@@ -181,11 +181,15 @@ class Budget(_Frozen):
 
     @property
     def rungs(self) -> tuple[float, ...]:
-        """Epochs at which a trial is scored: grace * factor^k below max_epochs (by 5 % at least), then max_epochs."""
-        rungs, epoch = [], self.grace_epochs
-        while epoch < 0.95 * self.max_epochs:
+        """Epochs at which a trial is scored: grace * factor^k below max_epochs (by 5 % at least), then max_epochs.
+
+        And at grace / factor, where that is an epoch or more: a first look, at which nobody is stopped.
+        """
+        power = -1 if self.grace_epochs >= self.reduction_factor else 0
+        rungs = []
+        while (epoch := self.grace_epochs * self.reduction_factor**power) < 0.95 * self.max_epochs:
             rungs.append(epoch)
-            epoch = self.grace_epochs * self.reduction_factor ** len(rungs)
+            power += 1
         return (*rungs, self.max_epochs)
 
 

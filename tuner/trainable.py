@@ -164,7 +164,7 @@ class TrialTrainable(tune.Trainable):
             "done": last,
         }
         pictures = sheets(self.state.model, prior, self.scorer.images[:SHEET_IMAGES])
-        past_grace = last or report["rung"] > 1  # latents that sleep at the first rung often wake up after it
+        past_grace = last or record.epoch > self.spec.budget.grace_epochs  # till then latents that sleep often wake up
         if past_grace and not scores["active_units"] and self.number != BASELINE:
             reason = f"no active latent unit at epoch {record.epoch:g}"
             return self._failed("collapsed", reason, report) | {"sheets": pictures}
