@@ -29,7 +29,7 @@ from tuner.vae.data import Split, load_test, pixels
 from tuner.vae.judge import Judge
 from tuner.vae.model import VAE
 from tuner.vae.neighbours import copied, coverage, nearest, neighbour_accuracy, recall
-from tuner.vae.prior import Prior
+from tuner.vae.prior import Sampler
 from tuner.vae.score import encode, gap_closed
 from tuner.vae.sheet import fixed_noise, grid, png, samples
 from tuner.views import TensorBoard
@@ -67,27 +67,6 @@ class Decoder(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         return torch.sigmoid(self.contrast * self.decoder(latents))
-
-
-class Sampler(nn.Module):
-    """Standard normal noise (B, Z) and uniform numbers (B,) in [0, 1) -> latents (B, Z), as `Prior.place`."""
-
-    edges: Tensor
-    means: Tensor
-    factors: Tensor
-
-    def __init__(self, prior: Prior):
-        super().__init__()
-        self.register_buffer("edges", prior.weights.double().cumsum(0) / prior.weights.double().sum())
-        self.register_buffer("means", prior.means)
-        self.register_buffer("factors", torch.linalg.cholesky(prior.covariances.double()).float())
-        self.flow = prior.flow
-
-    def forward(self, noise: Tensor, uniform: Tensor) -> Tensor:
-        component = (uniform.double().unsqueeze(1) >= self.edges).sum(1).clamp(max=len(self.edges) - 1)
-        points = self.means[component] + (self.factors[component] @ noise.unsqueeze(2)).squeeze(2)
-        latents: Tensor = points if self.flow is None else self.flow(points)
-        return latents
 
 
 def export(workspace: Workspace) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.quasirandom import SobolEngine
 
 from tuner.vae.flow import Flow
@@ -43,7 +43,7 @@ class Prior:
         """
         points = SobolEngine(1 + self.means.shape[1], scramble=True, seed=seed).draw(count, dtype=torch.float64)
         tiny = torch.finfo(torch.float32).eps
-        return self.place(torch.special.ndtri(points[:, 1:].clamp(tiny, 1 - tiny)).float(), points[:, 0].contiguous())
+        return self.place(torch.special.ndtri(points[:, 1:].clamp(tiny, 1 - tiny)).float(), points[:, 0])
 
     def place(self, noise: Tensor, uniform: Tensor) -> Tensor:
         """Turn standard normal noise (B, >= Z) and uniform numbers (B,) in [0, 1) into samples (B, Z).
@@ -51,16 +51,9 @@ class Prior:
         The uniform number picks the component, the first Z columns of noise the place in it: models of
         different latent sizes that are given the same draw can be compared image by image.
         """
-        edges = self.weights.double().cumsum(0)
-        component = torch.searchsorted(edges / edges[-1], uniform.double(), right=True).clamp(max=len(edges) - 1)
-        factors = torch.linalg.cholesky(self.covariances.double()).float()
-        noise = noise[:, : self.means.shape[1]]
-        points = self.means[component] + torch.einsum("bij,bj->bi", factors[component], noise)
-        if self.flow is None:
-            return points
         with torch.no_grad():
-            bent: Tensor = self.flow(points)
-        return bent
+            placed: Tensor = Sampler(self)(noise[:, : self.means.shape[1]], uniform)
+        return placed
 
     @torch.no_grad()
     def log_density(self, latents: Tensor) -> Tensor:
@@ -87,6 +80,28 @@ class Prior:
             flow = Flow(saved["means"].shape[1], len(bent["kept"]), bent["weights.0"].shape[2])
             flow.load_state_dict(bent)
         return cls(**{name: tensor for name, tensor in saved.items() if not name.startswith(FLOW)}, flow=flow)
+
+
+class Sampler(nn.Module):
+    """A prior as a program: standard normal noise (B, Z) and uniform numbers (B,) in [0, 1) -> latents (B, Z)."""
+
+    edges: Tensor
+    means: Tensor
+    factors: Tensor
+
+    def __init__(self, prior: Prior):
+        super().__init__()
+        edges = prior.weights.double().cumsum(0)
+        self.register_buffer("edges", edges / edges[-1])
+        self.register_buffer("means", prior.means)
+        self.register_buffer("factors", torch.linalg.cholesky(prior.covariances.double()).float())
+        self.flow = prior.flow
+
+    def forward(self, noise: Tensor, uniform: Tensor) -> Tensor:
+        component = (uniform.double().unsqueeze(1) >= self.edges).sum(1).clamp(max=len(self.edges) - 1)
+        points = self.means[component] + (self.factors[component] @ noise.unsqueeze(2)).squeeze(2)
+        latents: Tensor = points if self.flow is None else self.flow(points)
+        return latents
 
 
 def standard_normal(latent_dim: int) -> Prior:
