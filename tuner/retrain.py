@@ -94,7 +94,8 @@ def retrain_stage(workspace: Workspace) -> None:
 
         def on_epoch(line: dict[str, Any]) -> None:
             board.report("retrain", line)
-            progress.show(f"epoch {line['epoch']:g} of {epochs}, loss {line['loss']:.2f}")
+            then = ", fitting the priors" if line["epoch"] == epochs and workspace.spec.retrain.priors else ""
+            progress.show(f"epoch {line['epoch']:g} of {epochs}, loss {line['loss']:.2f}{then}")
 
         kept = retrain(workspace, on_epoch)["retrain"]
         progress.done(
