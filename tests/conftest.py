@@ -23,10 +23,15 @@ from tuner.workspace import Workspace, open_workspace
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _as_in_a_trial() -> None:
-    """Settled as each trial is, so that scores are equal to the last bit; and clusters of our own alone."""
+def _settled() -> None:
+    """Settled as each trial is, so that scores are equal to the last bit; and clusters of our own alone.
+
+    Ctrl-C means what it means in a terminal: a shell that starts a command in the background has it ignored, and the
+    commands that the tests start would inherit that.
+    """
     settle()
     os.environ.pop("RAY_ADDRESS", None)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
