@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tuner.vae.bound import importance_weighted_bound
 from tuner.vae.data import Split, binarize, pixels
+from tuner.vae.distance import frechet_distance, kernel_distance, moments
 from tuner.vae.judge import Judge
 from tuner.vae.losses import PIXELS, bernoulli_nll, calibrated_distortion, kl_divergence, squared_error
 from tuner.vae.model import VAE
@@ -66,37 +67,6 @@ FINAL_METRICS = {
 }
 
 
-def moments(features: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Mean (D,) and unbiased covariance (D, D) in float64 of features (N, D)."""
-    points = features.double().numpy()
-    return points.mean(0), np.cov(points, rowvar=False)
-
-
-def frechet_distance(a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]) -> float:
-    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of two Gaussians. Heusel et al. 2017, eq. 6.
-
-    The trace of the root is taken from the eigenvalues of C_a^(1/2) C_b C_a^(1/2), which is symmetric.
-    """
-    (mean_a, cov_a), (mean_b, cov_b) = a, b
-    values, vectors = np.linalg.eigh(cov_a)
-    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
-    cross = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(0)).sum()
-    return float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
-
-
-def kernel_distance(a: Tensor, b: Tensor) -> float:
-    """Unbiased squared MMD of features (N, D) and (M, D), kernel (x.y / D + 1)^3. Binkowski et al. 2018, eq. 4."""
-    a, b = a.double(), b.double()
-
-    def kernel(x: Tensor, y: Tensor) -> Tensor:
-        return (x @ y.T / x.shape[1] + 1) ** 3
-
-    def off_diagonal_mean(k: Tensor) -> Tensor:
-        return (k.sum() - k.trace()) / (len(k) * (len(k) - 1))
-
-    return (off_diagonal_mean(kernel(a, a)) + off_diagonal_mean(kernel(b, b)) - 2 * kernel(a, b).mean()).item()
-
-
 def gap_closed(distance: float, floor: float, baseline: float) -> float:
     """1 - (distance - floor) / (baseline - floor): 0 is the baseline, 1 is as good as real data."""
     return 1 - (distance - floor) / (baseline - floor)
@@ -123,7 +93,7 @@ class Scorer:
     carry the same small-sample bias; a mixture is fitted on the codes of `prior_count` training images.
     Noise depends on `seed` alone: all models face the same draw.
 
-    To compare models with each other, `evenly` draws samples that vary a seventh as much (`Prior.sample_evenly`).
+    To compare models with each other, `evenly` draws samples that vary a fifth as much (`Prior.sample_evenly`).
     They have less of the bias, too, so that `EVEN_FLOOR` images make the floor; to compare a model with real
     images, samples have to be independent as these are.
     """
@@ -169,7 +139,7 @@ class Scorer:
 
     def distance(self, images: Tensor) -> float:
         """Frechet distance between images (N, 1, 28, 28) in [0, 1] and the held-out split."""
-        return frechet_distance(moments(self.judge.features(images)), self.moments)
+        return frechet_distance(self.moments, moments(self.judge.features(images))).item()
 
     @torch.no_grad()
     def fit(self, model: VAE, parameters: Parameters) -> Prior:
@@ -242,13 +212,13 @@ class Scorer:
 
         images = self.samples(model, prior, self.count)
         features = self.judge.features(images)
-        scores["frechet_distance"] = frechet_distance(moments(features), self.moments)
+        scores["frechet_distance"] = frechet_distance(self.moments, moments(features)).item()
         scores["kernel_distance"] = kernel_distance(features[:KERNEL_IMAGES] / self.kernel_scale, self.kernel_features)
         scores["sharpness"] = grey_share(images) / self.grey
         if parameters.prior != "standard_normal":
             images = self.samples(model, standard_normal(parameters.latent_dim), self.count)
             features = self.judge.features(images)
-        scores["frechet_distance_standard_normal"] = frechet_distance(moments(features), self.moments)
+        scores["frechet_distance_standard_normal"] = frechet_distance(self.moments, moments(features)).item()
         _require_finite(scores)
         return scores
 
