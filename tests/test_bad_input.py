@@ -127,7 +127,11 @@ def test_a_file_that_is_no_mapping(refused, tmp_path, text, words):
         ("space.latent", {"choices": [4]}, "space.latent: unknown parameter; known are model, latent_dim"),
         ("space.latent_dim", {"choices": [4, "x"]}, "space.latent_dim: 'x': Input should be a valid integer"),
         ("fixed.latnet", 3, "fixed.latnet: unknown parameter; known are model, latent_dim"),
-        ("fixed.prior", "vamp", "fixed.prior: 'vamp': Input should be 'standard_normal', 'gaussian_mixture' or 'flow'"),
+        (
+            "fixed.prior",
+            "vamp",
+            "fixed.prior: 'vamp': Input should be 'standard_normal', 'gaussian_mixture', 'matched_mixture' or 'flow'",
+        ),
         ("try_first", [{"latent_dim": 3}], "try_first.0.latent_dim: 3 is outside of space.latent_dim"),
         ("objective", "accuracy", "(got 'accuracy')"),
         (

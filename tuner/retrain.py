@@ -6,7 +6,7 @@ Runs alone as `python -m tuner.retrain RUN`; cut off, it goes on from the last f
 import io
 import sys
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import Any
 
 import torch
@@ -52,7 +52,7 @@ def retrain(workspace: Workspace, report: Report) -> dict[str, Any]:
 
     evaluated = {max(1, round(epochs * part / EVALUATIONS)) for part in range(1, EVALUATIONS + 1)}
     images = workspace.data.train.images
-    try:
+    with suppress(Diverged):  # the best so far stands, and the start was part of it
         for record in train(state, schedule, images, range(1, epochs + 1), seed=seed, trial=trial, total_epochs=epochs):
             line: dict[str, Any] = {"epoch": record.epoch, "loss": record.loss, "seconds_train": record.seconds}
             if record.epoch in evaluated:
@@ -62,14 +62,13 @@ def retrain(workspace: Workspace, report: Report) -> dict[str, Any]:
             torch.save({"last": state.state_dict(), "best": contest.state_dict()}, buffer)
             write_atomic(run.retrain_checkpoint, buffer.getvalue())
             report(line)
-    except Diverged:
-        pass  # the best so far stands, and the start was part of it
 
     best = Candidate.from_state_dict(contest.best)
     if start.parameters.prior != "standard_normal":
         for wanted in spec.retrain.priors:
             other = start.parameters.model_copy(update=wanted.model_dump())
-            contest.enter(Candidate(best.model, other, scorer.fit(best.model, other), best.epoch))
+            with suppress(Diverged):
+                contest.enter(Candidate(best.model, other, scorer.fit(best.model, other), best.epoch))
     buffer = io.BytesIO()
     torch.save(contest.best, buffer)
     write_atomic(run.retrained, buffer.getvalue())

@@ -196,7 +196,7 @@ class Budget(_Frozen):
 class FittedPrior(_Frozen):
     """A prior that is fitted after training, as in a trial's parameters."""
 
-    prior: Literal["gaussian_mixture", "flow"]
+    prior: Literal["gaussian_mixture", "matched_mixture", "flow"]
     prior_components: int = Field(Parameters.model_fields["prior_components"].default, ge=1, le=1000)
 
 

@@ -23,7 +23,8 @@ def frechet_distance(a: Moments, b: Moments) -> Tensor:
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.mT
     squares = torch.linalg.eigvalsh(root @ cov_b @ root)
     cross = squares[squares > 0].sqrt().sum()  # what rounding has put below zero has no root and no slope
-    return (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
+    distance: Tensor = (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
+    return distance
 
 
 def kernel_distance(a: Tensor, b: Tensor) -> float:

@@ -36,11 +36,12 @@ class Parameters(BaseModel):
     batch_size: int = Field(128, ge=1, description="images a step")
     kl_weight: float = Field(1.0, ge=0, description="factor on the KL term against the summed reconstruction error")
     kl_warmup_epochs: float = Field(0.0, ge=0, description="epochs over which the KL factor rises linearly from 0")
-    prior: Literal["standard_normal", "gaussian_mixture", "flow"] = Field(
+    prior: Literal["standard_normal", "gaussian_mixture", "matched_mixture", "flow"] = Field(
         "standard_normal",
-        description="where sampled latents come from; a mixture, or one bent by a flow, is fitted on encoded images",
+        description="where sampled latents come from; the others are fitted on encoded images: a mixture, one moved "
+        "until its samples look to the encoder like what is drawn from codes, or one bent by a flow",
     )
-    prior_components: int = Field(10, ge=1, le=1000, description="Gaussians in the mixture, or in the one that is bent")
+    prior_components: int = Field(10, ge=1, le=1000, description="Gaussians in the mixture")
     contrast: Literal["plain", "matched"] = Field(
         "plain",
         description="matched: drawn images get a contrast fitted after training, at which as many pixels are grey as "

@@ -97,8 +97,12 @@ class Sampler(nn.Module):
         self.register_buffer("factors", torch.linalg.cholesky(prior.covariances.double()).float())
         self.flow = prior.flow
 
+    def component(self, uniform: Tensor) -> Tensor:
+        """Which Gaussian each of the uniform numbers (B,) in [0, 1) picks: (B,) int64."""
+        return (uniform.double().unsqueeze(1) >= self.edges).sum(1).clamp(max=len(self.edges) - 1)
+
     def forward(self, noise: Tensor, uniform: Tensor) -> Tensor:
-        component = (uniform.double().unsqueeze(1) >= self.edges).sum(1).clamp(max=len(self.edges) - 1)
+        component = self.component(uniform)
         points = self.means[component] + (self.factors[component] @ noise.unsqueeze(2)).squeeze(2)
         latents: Tensor = points if self.flow is None else self.flow(points)
         return latents
@@ -122,19 +126,25 @@ def fit_mixture(latents: Tensor, components: int, seed: int) -> Prior:
     components = max(1, min(components, len(points) // (points.shape[1] + 1)))
     centre = points.mean(0)
     points = points - centre  # second moments about the centre lose no digits
-    floor = (1e-6 * spread**2 + 1e-12) * torch.eye(points.shape[1], dtype=torch.float64)
+    least = floor(points)
     start = Prior(
         torch.full((components,), 1 / components, dtype=torch.float64),
         points[_spread_out(points, components, torch.Generator().manual_seed(seed))],
-        (points.T @ points / len(points) + floor).expand(components, -1, -1),
+        (points.T @ points / len(points) + least).expand(components, -1, -1),
     )
     fitted, likelihood = start, -math.inf
     for _ in range(ROUNDS):
         before = likelihood
-        fitted, likelihood = expectation_maximization(points, fitted, floor)
+        fitted, likelihood = expectation_maximization(points, fitted, least)
         if likelihood - before < TOLERANCE:
             break
     return Prior(fitted.weights.float(), (fitted.means + centre).float(), fitted.covariances.float())
+
+
+def floor(latents: Tensor) -> Tensor:
+    """The least covariance (Z, Z) of a component, float64: a millionth of the largest variance of latents (N, Z)."""
+    spread = latents.double().std(0, correction=0).max().item()
+    return (1e-6 * spread**2 + 1e-12) * torch.eye(latents.shape[1], dtype=torch.float64)
 
 
 def expectation_maximization(points: Tensor, mixture: Prior, floor: Tensor) -> tuple[Prior, float]:

@@ -16,6 +16,7 @@ from tuner.vae.data import Split, binarize, pixels
 from tuner.vae.distance import frechet_distance, kernel_distance, moments
 from tuner.vae.judge import Judge
 from tuner.vae.losses import PIXELS, bernoulli_nll, calibrated_distortion, kl_divergence, squared_error
+from tuner.vae.matching import match
 from tuner.vae.model import VAE
 from tuner.vae.parameters import Parameters
 from tuner.vae.prior import Prior, fit_flow, fit_mixture, standard_normal
@@ -149,28 +150,33 @@ class Scorer:
         """
         model.eval()
         model.contrast.fill_(1)
-        prior = self._prior(model, parameters)
+        prior = standard_normal(parameters.latent_dim)
+        if parameters.prior != "standard_normal":
+            means, log_variance = encode(model, self._seen(self.prior_images, parameters))
+            deviations = torch.zeros_like(means) if log_variance is None else torch.exp(0.5 * log_variance)
+            latents = means + deviations * torch.randn(means.shape, generator=self._generator(1))
+            seed, components = derive_seed(self.seed, Stream.SCORE, 2), parameters.prior_components
+            try:
+                with torch.enable_grad():
+                    if parameters.prior == "flow":
+                        prior = fit_flow(means, deviations, components, seed)
+                    else:
+                        prior = fit_mixture(latents, components, seed)
+            except ValueError as error:
+                raise Diverged(str(error)) from error
+        self._fit_contrast(model, parameters, prior)
+        if parameters.prior == "matched_mixture":
+            with torch.enable_grad():
+                prior = match(prior, model, latents, self.count // 5, derive_seed(self.seed, Stream.SCORE, 8))
+            self._fit_contrast(model, parameters, prior)
+        return prior
+
+    def _fit_contrast(self, model: VAE, parameters: Parameters, prior: Prior) -> None:
         if parameters.contrast == "matched":
             latents = prior.sample(CONTRAST_IMAGES, self._generator(5))
             logits = torch.cat([model.decode(batch) for batch in latents.split(BATCH)])
             model.contrast.fill_(matching_contrast(logits, self.training_grey))
             _require_finite({"contrast": model.contrast.item()})
-        return prior
-
-    def _prior(self, model: VAE, parameters: Parameters) -> Prior:
-        if parameters.prior == "standard_normal":
-            return standard_normal(parameters.latent_dim)
-        means, log_variance = encode(model, self._seen(self.prior_images, parameters))
-        deviations = torch.zeros_like(means) if log_variance is None else torch.exp(0.5 * log_variance)
-        seed = derive_seed(self.seed, Stream.SCORE, 2)
-        try:
-            if parameters.prior == "flow":
-                with torch.enable_grad():
-                    return fit_flow(means, deviations, parameters.prior_components, seed)
-            latents = means + deviations * torch.randn(means.shape, generator=self._generator(1))
-            return fit_mixture(latents, parameters.prior_components, seed)
-        except ValueError as error:
-            raise Diverged(str(error)) from error
 
     @torch.no_grad()
     def samples(self, model: VAE, prior: Prior, count: int) -> Tensor:

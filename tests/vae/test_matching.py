@@ -1,0 +1,78 @@
+"""A matched mixture against what it promises: the moments of the encoder's features, and nothing else changed."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tuner.vae.distance import frechet_distance, moments
+from tuner.vae.matching import match
+from tuner.vae.model import VAE, build
+from tuner.vae.parameters import Parameters
+from tuner.vae.prior import Prior, fit_mixture
+
+LATENTS = 3
+
+
+@pytest.fixture(scope="module")
+def model() -> VAE:
+    return build(Parameters(latent_dim=LATENTS, width=4), seed=1)
+
+
+@pytest.fixture(scope="module")
+def codes() -> torch.Tensor:
+    """Two Gaussians."""
+    noise = torch.randn(4_000, LATENTS, generator=torch.Generator().manual_seed(2))
+    return noise + 3 * (torch.arange(4_000) % 2).unsqueeze(1)
+
+
+@pytest.fixture(scope="module")
+def mixture(codes) -> Prior:
+    return fit_mixture(codes, components=2, seed=0)
+
+
+def _distance(model: VAE, latents: torch.Tensor, codes: torch.Tensor) -> float:
+    with torch.no_grad():
+        drawn, goal = (moments(model.encoder(model.draw(points))) for points in (latents, codes))
+    return frechet_distance(goal, drawn).item()
+
+
+def test_a_displaced_mixture_comes_closer_in_the_features_of_the_encoder(model, codes, mixture):
+    displaced = replace(mixture, means=mixture.means + 0.1, covariances=1.2 * mixture.covariances)
+    matched = match(displaced, model, codes, 1_000, seed=3)
+    before, after = (_distance(model, prior.sample_evenly(4_000, seed=4), codes) for prior in (displaced, matched))
+    assert after < before / 3
+
+
+def test_weights_stay_and_components_stay_gaussians(model, codes, mixture):
+    matched = match(mixture, model, codes, 200, seed=3)
+    assert torch.equal(matched.weights, mixture.weights)
+    assert not torch.equal(matched.means, mixture.means)
+    torch.testing.assert_close(matched.covariances, matched.covariances.mT)
+    assert torch.linalg.eigvalsh(matched.covariances).min() > 0
+
+
+def test_the_same_seed_gives_the_same_mixture_and_leaves_the_model_and_the_random_state_alone(model, codes, mixture):
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    state = torch.get_rng_state()
+    first, second = (match(mixture, model, codes, 200, seed=3).state_dict() for _ in range(2))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.testing.assert_close(dict(model.state_dict()), weights, rtol=0, atol=0)
+    assert all(weight.grad is None for weight in model.parameters())
+
+
+def test_a_mixture_that_is_right_already_stays_where_it_is(model):
+    """Codes of one Gaussian: its moments are those of the codes to sampling error, and stay so."""
+    codes = torch.randn(20_000, LATENTS, generator=torch.Generator().manual_seed(5))
+    fitted = fit_mixture(codes, components=1, seed=0)
+    matched = match(fitted, model, codes, 2_000, seed=3)
+    torch.testing.assert_close(matched.means, fitted.means, rtol=0, atol=0.1)
+    torch.testing.assert_close(matched.covariances, fitted.covariances, rtol=0, atol=0.2)
+
+
+def test_a_latent_that_all_codes_share_is_no_obstacle(model):
+    codes = torch.randn(500, LATENTS, generator=torch.Generator().manual_seed(6))
+    codes[:, 1] = 0.5
+    matched = match(fit_mixture(codes, components=2, seed=0), model, codes, 200, seed=3)
+    assert torch.isfinite(matched.sample(100, torch.Generator().manual_seed(7))).all()
