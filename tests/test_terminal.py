@@ -30,6 +30,8 @@ def test_the_search_line_counts_and_extrapolates():
         "2/10 trials | 1 running, 1 complete, 1 pruned | best frechet_distance 40 (trial 0, gap closed 0.500) | "
         "4.0 trials/min, 2m00s left"
     )
+    assert search_line(rows, DIGEST, seconds=30, before=1).endswith("2.0 trials/min, 4m00s left")
+    assert search_line(rows, DIGEST, seconds=30, before=2).endswith("gap closed 0.500)")
 
 
 def test_a_plain_log_gets_lines_without_control_characters(capsys):

@@ -12,6 +12,7 @@ import grpc
 import ray
 from ray._private import ray_constants
 from ray._private.services import resolve_ip_for_localhost
+from ray._private.utils import get_num_cpus
 from ray.autoscaler.v2.sdk import get_cluster_status
 
 from tuner.exits import CutOff
@@ -43,7 +44,7 @@ def cluster(address: str | None, concurrency: int | None, wanted: Resources) -> 
     else:
         # Ray asks for a token on a cluster it starts; without this one it would leave one in the home directory.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        cpus = max(os.cpu_count() or 1, concurrency or 0)
+        cpus = max(get_num_cpus(), concurrency or 0)  # knows the limits of containers
         ray.init("local", num_cpus=cpus, include_dashboard=False, **quiet)  # whatever else runs here
     try:
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own in place

@@ -97,7 +97,7 @@ def _signals(words: str) -> Iterator[list[int]]:
             end(number)
         timer.args = [number]
         timer.start()
-        print("stopping; once more stops at once", file=sys.stderr)
+        os.write(2, b"stopping; once more stops at once\n")  # print may be what was interrupted
         raise KeyboardInterrupt
 
     timer = threading.Timer(STOP_SECONDS, end)

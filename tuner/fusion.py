@@ -88,11 +88,12 @@ class ArrayHost:
                 except Exception as error:  # whatever it is, the trial that waits must hear of it
                     job.record = error
                     done.append(job)
-            for array in [array for array in self.arrays.values() if array.busy]:
+            for shape, array in [(shape, array) for shape, array in self.arrays.items() if array.busy]:
                 try:
                     done += array.advance()
                 except Exception as error:
                     done += array.abandon(error)
+                    del self.arrays[shape]  # the next of its trials gets a new one
             with self.changed:
                 self.finished.update(done)
                 self.changed.notify_all()

@@ -45,6 +45,7 @@ def promote(workspace: Workspace, rows: Sequence[Mapping[str, Any]]) -> dict[str
         floors[judge] = scorer.floor
         reference = scorer(baseline.model, baseline.parameters, baseline.prior)
         baselines[judge] = reference["frechet_distance"]
+        scale = (abs(reference[metric]) or 1) * len(workspace.judges)
         for entry in table:
             candidate = best_of(workspace.run, entry["trial"])
             result = scorer(candidate.model, candidate.parameters, candidate.prior)
@@ -52,9 +53,7 @@ def promote(workspace: Workspace, rows: Sequence[Mapping[str, Any]]) -> dict[str
                 scores[entry["trial"]] = result
             entry[f"{judge}_{metric}"] = result[metric]
             entry[f"{judge}_gap_closed"] = gap_closed(result["frechet_distance"], floors[judge], baselines[judge])
-            entry["rank"] = entry.get("rank", 0.0) + yardstick.sign * result[metric] / abs(reference[metric]) / len(
-                workspace.judges
-            )
+            entry["rank"] = entry.get("rank", 0.0) + yardstick.sign * result[metric] / scale
     table.sort(key=lambda entry: (entry["rank"], entry["trial"]))
 
     winner = table[0]["trial"]

@@ -267,8 +267,8 @@ def plane(page: Page, material: Material) -> None:
         x=[row[x] for row in best], y=[row[y] for row in best], mode="lines", name="front",
         line={"color": "#222", "dash": "dot"},
     )  # fmt: skip
-    text = "Left costs fewer nats to encode, lower reconstructs better; " if two is RATE_AND_DISTORTION else ""
-    page.figure(f"{x} and {y}".capitalize(), f"{text}no trial beats those on the dotted front in both.", figure)
+    text = "" if two is not RATE_AND_DISTORTION else "Left costs fewer nats to encode, lower reconstructs better. "
+    page.figure(f"{x} and {y}".capitalize(), f"{text}No trial beats those on the dotted front in both.", figure)
 
 
 def units(page: Page, material: Material) -> None:
@@ -296,9 +296,8 @@ def timeline(page: Page, material: Material) -> None:
         worker = trial.user_attrs.get("worker")
         if worker and trial.datetime_start:
             start = trial.datetime_start.timestamp()
-            end = (
-                trial.datetime_complete.timestamp() if trial.datetime_complete else evaluations(trial)[-1]["timestamp"]
-            )
+            last = evaluations(trial)[-1]["timestamp"] if evaluations(trial) else start
+            end = trial.datetime_complete.timestamp() if trial.datetime_complete else last
             spans.setdefault(worker, []).append((start - min(begun), end - start, row["state"], trial.number))
     if not spans:
         return

@@ -50,7 +50,7 @@ def job(run: Run, arguments: argparse.Namespace) -> int:
     try:
         spec = load_spec(run, arguments)
         tested = run.summary().get("test", {})
-        if run.report.exists() and ("retrained" in tested or (tested and arguments.no_retrain)):
+        if run.report.exists() and run.export.exists() and ("retrained" in tested or (tested and arguments.no_retrain)):
             return finish(run)
         directory = arguments.data_dir or spec.data.directory
         data = datasets.load(spec.data.name, directory, spec.data.download)
@@ -63,6 +63,9 @@ def job(run: Run, arguments: argparse.Namespace) -> int:
         if "best" not in run.summary():
             with cluster(arguments.address, arguments.concurrency, spec.resources):
                 rows = search_stage(run, spec, data, arguments.concurrency)
+            if not rows:
+                print("error: no trial was started within budget.time_limit", file=sys.stderr)
+                return 1
             if rows[BASELINE]["state"] == "failed" or not rows[BASELINE]["epochs_trained"]:
                 everything = all(row["state"] == "failed" for row in rows)
                 reasons = Counter(row["reason"] for row in (rows if everything else rows[: BASELINE + 1]))

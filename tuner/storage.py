@@ -43,7 +43,7 @@ def opened(place: str) -> Iterator[Run]:
         pusher.join()
         try:
             mirror.push()
-        except OSError as error:
+        except (OSError, ValueError) as error:  # pyarrow has its own of either
             raise CutOff(f"{place}: {one_line(error)}; the whole run lies in {local}") from error
         shutil.rmtree(local.parent)
 
@@ -92,11 +92,11 @@ class Mirror:
         while not done.wait(PUSH_SECONDS):
             try:
                 self.push()
-            except (OSError, ValueError):  # pyarrow has its own of either
+            except (OSError, ValueError):
                 continue
 
     def push(self) -> None:
-        """Write what has changed since the last push, remove what is gone. Raises OSError."""
+        """Write what has changed since the last push, remove what is gone. Raises OSError or ValueError."""
         listing = (self.run.summary_file, self.run.trials, self.run.journal)
         lists = {path: (_signature(path), path.read_bytes()) for path in listing if path.exists()}
         present = {path for path in self.run.path.rglob("*") if self._belongs(path)}

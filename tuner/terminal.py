@@ -86,8 +86,13 @@ class Progress:
         return f"{self.title:<8} {duration(self.seconds):>6}  {text}"
 
 
-def search_line(rows: Sequence[Mapping[str, Any]], digest: Mapping[str, Any], seconds: float | None = None) -> str:
-    """Counts and the best so far from the rows of trials.csv; with the seconds so far, the rate and the time left."""
+def search_line(
+    rows: Sequence[Mapping[str, Any]], digest: Mapping[str, Any], seconds: float | None = None, before: int = 0
+) -> str:
+    """Counts and the best so far from the rows of trials.csv; with the seconds so far, the rate and the time left.
+
+    `before` is how many of the trials had ended before these seconds began.
+    """
     metric, trials = digest["metric"], digest["trials"]
     sign = 1 if digest["direction"] == "minimize" else -1
     states = Counter(row["state"] for row in rows)
@@ -99,8 +104,9 @@ def search_line(rows: Sequence[Mapping[str, Any]], digest: Mapping[str, Any], se
     if best is not None:
         gap = f", gap closed {best['gap_closed']:.3f}" if "gap_closed" in best else ""
         parts.append(f"best {metric} {best[metric]:.4g} (trial {best['trial']}{gap})")
-    if ended and seconds:
-        parts.append(f"{60 * ended / seconds:.1f} trials/min, {duration(seconds / ended * (trials - ended))} left")
+    if ended > before and seconds:
+        each = seconds / (ended - before)
+        parts.append(f"{60 / each:.1f} trials/min, {duration(each * (trials - ended))} left")
     return " | ".join(part for part in parts if part)
 
 

@@ -145,6 +145,7 @@ class Driver(tune.Callback):
         if "search" in judges.kept:
             self.measure_floor()
         self.keep_table()
+        self.before = sum(row["state"] in OUTCOMES for row in self.rows)
 
     def measure_floor(self) -> None:
         """Known as soon as the judge is, which is before the first report."""
@@ -197,4 +198,4 @@ class Driver(tune.Callback):
                 self.run.checkpoint(row["trial"]).unlink(missing_ok=True)
 
     def line(self) -> str:
-        return search_line(self.rows, self.spec.digest(), self.progress.seconds)
+        return search_line(self.rows, self.spec.digest(), self.progress.seconds, self.before)

@@ -117,12 +117,11 @@ class Fused:
         return [alone.job] if alone else []
 
     def abandon(self, error: Exception) -> list[Job]:
-        """Give up all jobs for an error, and begin anew -> the jobs."""
+        """Give up all jobs for an error, after which the array is of no more use -> the jobs."""
         jobs = [slot.job for slot in self.slots if slot] + list(self.waiting)
         self.waiting.clear()
         for job in jobs:
             job.record = error
-        self._allocate(len(self.slots))
         return jobs
 
     def _until_event(self, slot: _Slot) -> int:
