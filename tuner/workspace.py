@@ -78,7 +78,10 @@ class Workspace:
         settle()
 
     def scorer(self, judge: str = "search", held_out: Split | None = None) -> Scorer:
-        """A scorer with noise that no trial was scored with: on validation, to choose by, or on a `held_out` split."""
+        """A scorer with noise that no trial was scored with: on validation, to choose by, or on a `held_out` split.
+
+        Its fits are guided by the second judge, which after the promotion scores nothing any more.
+        """
         return Scorer(
             self.judges[judge],
             self.data.train,
@@ -87,6 +90,7 @@ class Workspace:
             count=FINAL_SAMPLES,
             prior_count=FINAL_PRIOR_IMAGES,
             evenly=held_out is None,
+            guide=self.judges["second"],
         )
 
 

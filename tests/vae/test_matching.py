@@ -1,9 +1,10 @@
-"""A matched mixture against what it promises: the moments of the encoder's features, and nothing else changed."""
+"""A matched mixture against what it promises: the moments of its observers' features, and nothing else changed."""
 
 from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from tuner.vae.distance import frechet_distance, moments
 from tuner.vae.matching import match
@@ -12,6 +13,15 @@ from tuner.vae.parameters import Parameters
 from tuner.vae.prior import Prior, fit_mixture
 
 LATENTS = 3
+
+
+class Scale(nn.Module):
+    def __init__(self, factor: float):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.factor * features
 
 
 @pytest.fixture(scope="module")
@@ -27,35 +37,45 @@ def codes() -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
+def images(model, codes) -> torch.Tensor:
+    with torch.no_grad():
+        return model.draw(codes)
+
+
+@pytest.fixture(scope="module")
 def mixture(codes) -> Prior:
     return fit_mixture(codes, components=2, seed=0)
 
 
-def _distance(model: VAE, latents: torch.Tensor, codes: torch.Tensor) -> float:
+def _distance(model: VAE, observer: nn.Module, latents: torch.Tensor, codes: torch.Tensor) -> float:
     with torch.no_grad():
-        drawn, goal = (moments(model.encoder(model.draw(points))) for points in (latents, codes))
+        drawn, goal = (moments(observer(model.draw(points))) for points in (latents, codes))
     return frechet_distance(goal, drawn).item()
 
 
-def test_a_displaced_mixture_comes_closer_in_the_features_of_the_encoder(model, codes, mixture):
+def test_a_displaced_mixture_comes_closer_in_the_features_of_every_observer(model, codes, images, mixture):
+    pixels = nn.Sequential(nn.AvgPool2d(7), nn.Flatten(), Scale(1_000))  # far larger numbers than the encoder's
     displaced = replace(mixture, means=mixture.means + 0.1, covariances=1.2 * mixture.covariances)
-    matched = match(displaced, model, codes, 1_000, seed=3)
-    before, after = (_distance(model, prior.sample_evenly(4_000, seed=4), codes) for prior in (displaced, matched))
-    assert after < before / 3
+    matched = match(displaced, model, images, [model.encoder, pixels], 1_000, seed=3)
+    for observer in (model.encoder, pixels):
+        before, after = (
+            _distance(model, observer, prior.sample_evenly(4_000, seed=4), codes) for prior in (displaced, matched)
+        )
+        assert after < before / 3
 
 
-def test_weights_stay_and_components_stay_gaussians(model, codes, mixture):
-    matched = match(mixture, model, codes, 200, seed=3)
+def test_weights_stay_and_components_stay_gaussians(model, images, mixture):
+    matched = match(mixture, model, images, [model.encoder], 200, seed=3)
     assert torch.equal(matched.weights, mixture.weights)
     assert not torch.equal(matched.means, mixture.means)
     torch.testing.assert_close(matched.covariances, matched.covariances.mT)
     assert torch.linalg.eigvalsh(matched.covariances).min() > 0
 
 
-def test_the_same_seed_gives_the_same_mixture_and_leaves_the_model_and_the_random_state_alone(model, codes, mixture):
+def test_the_same_seed_gives_the_same_mixture_and_leaves_the_model_and_the_random_state_alone(model, images, mixture):
     weights = {name: weight.clone() for name, weight in model.state_dict().items()}
     state = torch.get_rng_state()
-    first, second = (match(mixture, model, codes, 200, seed=3).state_dict() for _ in range(2))
+    first, second = (match(mixture, model, images, [model.encoder], 200, seed=3).state_dict() for _ in range(2))
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     assert torch.equal(torch.get_rng_state(), state)
     torch.testing.assert_close(dict(model.state_dict()), weights, rtol=0, atol=0)
@@ -66,7 +86,7 @@ def test_a_mixture_that_is_right_already_stays_where_it_is(model):
     """Codes of one Gaussian: its moments are those of the codes to sampling error, and stay so."""
     codes = torch.randn(20_000, LATENTS, generator=torch.Generator().manual_seed(5))
     fitted = fit_mixture(codes, components=1, seed=0)
-    matched = match(fitted, model, codes, 2_000, seed=3)
+    matched = match(fitted, model, model.draw(codes).detach(), [model.encoder], 2_000, seed=3)
     torch.testing.assert_close(matched.means, fitted.means, rtol=0, atol=0.1)
     torch.testing.assert_close(matched.covariances, fitted.covariances, rtol=0, atol=0.2)
 
@@ -74,5 +94,7 @@ def test_a_mixture_that_is_right_already_stays_where_it_is(model):
 def test_a_latent_that_all_codes_share_is_no_obstacle(model):
     codes = torch.randn(500, LATENTS, generator=torch.Generator().manual_seed(6))
     codes[:, 1] = 0.5
-    matched = match(fit_mixture(codes, components=2, seed=0), model, codes, 200, seed=3)
+    matched = match(
+        fit_mixture(codes, components=2, seed=0), model, model.draw(codes).detach(), [model.encoder], 200, seed=3
+    )
     assert torch.isfinite(matched.sample(100, torch.Generator().manual_seed(7))).all()

@@ -244,6 +244,21 @@ def test_a_matched_contrast_makes_samples_as_grey_as_training_images_and_leaves_
         assert scores[name] == plain[name]
 
 
+def test_a_matched_mixture_is_guided_by_the_encoder_and_by_the_guide(judge, digits):
+    parameters = VARIATIONAL.model_copy(update={"prior": "matched_mixture", "prior_components": 2})
+    model, options = build(parameters, seed=4), {"seed": 0, "count": 100, "prior_count": 400}
+    fitted = {
+        name: Scorer(judge, digits.train, digits.validation, **options, guide=guide).fit(model, wanted)
+        for name, wanted, guide in (
+            ("plain", parameters.model_copy(update={"prior": "gaussian_mixture"}), judge),
+            ("alone", parameters, None),
+            ("guided", parameters, judge),
+        )
+    }
+    assert not torch.equal(fitted["plain"].means, fitted["alone"].means)
+    assert not torch.equal(fitted["alone"].means, fitted["guided"].means)
+
+
 def test_a_contrast_without_bounds_is_a_divergence(scorer):
     matched = VARIATIONAL.model_copy(update={"contrast": "matched"})
     with pytest.raises(Diverged, match="contrast is not finite"):

@@ -1,57 +1,64 @@
-"""Move a fitted mixture until, to the model's own encoder, its samples look like what the model draws from real codes.
+"""Move a fitted mixture until what the model draws from it looks like training images.
 
 EM gives a mixture the density of the codes, and still its samples decode to other images than the codes do: likelihood
-counts directions alike that the decoder hardly sees. So drawn images are compared, in the encoder's last hidden layer,
-as generative moment matching networks compare them (Li, Swersky & Zemel 2015, section 4). No judge takes part.
+counts directions alike that the decoder hardly sees. So images are compared, in the last hidden layer of networks that
+see what matters in them, as generative moment matching networks do (Li, Swersky & Zemel 2015, section 4).
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tuner.vae.distance import frechet_distance, moments
+from tuner.vae.distance import Moments, frechet_distance, moments
 from tuner.vae.model import VAE
-from tuner.vae.prior import Prior, Sampler, floor
+from tuner.vae.prior import Prior, Sampler, even_noise, floor
 
-STEPS, RATE = 25, 0.012  # twice as many, or as long ones, come no closer
+STEPS, RATE = 80, 0.012  # samples twice as many come no closer
 BATCH = 500  # images at a time: their activations stay in the cache
 
 
-def match(prior: Prior, model: VAE, latents: Tensor, count: int, seed: int) -> Prior:
-    """Move means and covariances of a mixture, given codes `latents` (N, Z) of training images -> the moved one.
+def match(prior: Prior, model: VAE, images: Tensor, observers: Sequence[nn.Module], count: int, seed: int) -> Prior:
+    """Move means and covariances of a mixture until its samples look like `images` (N, 1, 28, 28) -> the moved one.
 
-    Adam lowers the Frechet distance between the encoder's features of `count` samples, fresh at each step, and those
-    of what is drawn from the codes. A component is moved and bent in units of its own covariance, so that it stays a
+    Each of the `observers` makes features (B, D) of images (B, 1, 28, 28). Adam lowers the Frechet distance between
+    their features of `count` samples, fresh and even at each step, and those of the images, summed over the observers,
+    each in units of where it begins. A component is moved and bent in units of its own covariance, so that it stays a
     Gaussian; its weight stays.
     """
-    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        goal = moments(_features(model, latents))
+        goals = _seen(images.split(BATCH), observers)
     start = Sampler(prior)
     shifts = torch.zeros_like(prior.means, requires_grad=True)
     bends = torch.zeros_like(prior.covariances, requires_grad=True)
     optimizer = torch.optim.Adam([shifts, bends], lr=RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS, pct_start=0.1)
-
-    def moved() -> tuple[Tensor, Tensor]:
-        means = prior.means + (start.factors @ shifts.unsqueeze(2)).squeeze(2)
-        return means, start.factors @ (torch.eye(means.shape[1]) + bends.tril())
-
-    for _ in range(STEPS):
-        noise = torch.randn(count, prior.means.shape[1], generator=generator)
-        component = start.component(torch.rand(count, generator=generator))
-        means, factors = moved()
+    units: Tensor | None = None
+    noises, uniforms = even_noise(STEPS * count, prior.means.shape[1], seed)
+    for noise, uniform in zip(noises.split(count), uniforms.split(count), strict=True):
+        component = start.component(uniform)
+        means, factors = _moved(start, shifts, bends)
         drawn = means[component] + (factors[component] @ noise.unsqueeze(2)).squeeze(2)
-        loss = frechet_distance(goal, moments(_features(model, drawn)))
-        shifts.grad, bends.grad = torch.autograd.grad(loss, [shifts, bends])  # and none of the model's
+        seen = _seen(map(model.draw, drawn.split(BATCH)), observers)
+        distances = torch.stack([frechet_distance(goal, now) for goal, now in zip(goals, seen, strict=True)])
+        units = distances.detach() if units is None else units
+        shifts.grad, bends.grad = torch.autograd.grad((distances / units).sum(), [shifts, bends])  # and no network's
         optimizer.step()
         schedule.step()
     with torch.no_grad():
-        means, factors = moved()
-        covariances = (factors.double() @ factors.mT.double()).float() + floor(latents).float()
+        means, factors = _moved(start, shifts, bends)
+        covariances = (factors.double() @ factors.mT.double() + floor(drawn)).float()
         return replace(prior, means=means, covariances=covariances)
 
 
-def _features(model: VAE, latents: Tensor) -> Tensor:
-    return torch.cat([model.encoder(model.draw(part)) for part in latents.split(BATCH)])
+def _moved(start: Sampler, shifts: Tensor, bends: Tensor) -> tuple[Tensor, Tensor]:
+    """Means (K, Z) and factors (K, Z, Z) of the covariances."""
+    means = start.means + (start.factors @ shifts.unsqueeze(2)).squeeze(2)
+    return means, start.factors @ (torch.eye(means.shape[1]) + bends.tril())
+
+
+def _seen(batches: Iterable[Tensor], observers: Sequence[nn.Module]) -> list[Moments]:
+    """The moments of what each observer makes of batches of images."""
+    parts = [[observer(batch) for observer in observers] for batch in batches]
+    return [moments(torch.cat(features)) for features in zip(*parts, strict=True)]

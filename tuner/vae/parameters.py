@@ -39,7 +39,7 @@ class Parameters(BaseModel):
     prior: Literal["standard_normal", "gaussian_mixture", "matched_mixture", "flow"] = Field(
         "standard_normal",
         description="where sampled latents come from; the others are fitted on encoded images: a mixture, one moved "
-        "until its samples look to the encoder like what is drawn from codes, or one bent by a flow",
+        "until what is drawn from it looks like training images, or one bent by a flow",
     )
     prior_components: int = Field(10, ge=1, le=1000, description="Gaussians in the mixture")
     contrast: Literal["plain", "matched"] = Field(

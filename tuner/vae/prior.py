@@ -37,13 +37,11 @@ class Prior:
         return self.place(noise, torch.rand(count, generator=generator))
 
     def sample_evenly(self, count: int, seed: int) -> Tensor:
-        """(count, Z) from a scrambled Sobol sequence: each is a sample, and together they cover the prior evenly.
+        """(count, Z): each is a sample, and together they cover the prior evenly.
 
-        A statistic of these varies far less from seed to seed than one of independent samples. Owen 1997.
+        A statistic of these varies far less from seed to seed than one of independent samples.
         """
-        points = SobolEngine(1 + self.means.shape[1], scramble=True, seed=seed).draw(count, dtype=torch.float64)
-        tiny = torch.finfo(torch.float32).eps
-        return self.place(torch.special.ndtri(points[:, 1:].clamp(tiny, 1 - tiny)).float(), points[:, 0])
+        return self.place(*even_noise(count, self.means.shape[1], seed))
 
     def place(self, noise: Tensor, uniform: Tensor) -> Tensor:
         """Turn standard normal noise (B, >= Z) and uniform numbers (B,) in [0, 1) into samples (B, Z).
@@ -80,6 +78,13 @@ class Prior:
             flow = Flow(saved["means"].shape[1], len(bent["kept"]), bent["weights.0"].shape[2])
             flow.load_state_dict(bent)
         return cls(**{name: tensor for name, tensor in saved.items() if not name.startswith(FLOW)}, flow=flow)
+
+
+def even_noise(count: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Standard normal noise (count, size) and uniform numbers (count,) from a scrambled Sobol sequence. Owen 1997."""
+    points = SobolEngine(1 + size, scramble=True, seed=seed).draw(count, dtype=torch.float64)
+    tiny = torch.finfo(torch.float32).eps
+    return torch.special.ndtri(points[:, 1:].clamp(tiny, 1 - tiny)).float(), points[:, 0]
 
 
 class Sampler(nn.Module):

@@ -97,6 +97,9 @@ class Scorer:
     To compare models with each other, `evenly` draws samples that vary a fifth as much (`Prior.sample_evenly`).
     They have less of the bias, too, so that `EVEN_FLOOR` images make the floor; to compare a model with real
     images, samples have to be independent as these are.
+
+    A `guide` is a judge that matched mixtures are fitted by, beside the model's own encoder; it must not be the one
+    that scores them.
     """
 
     def __init__(
@@ -109,8 +112,10 @@ class Scorer:
         count: int,
         prior_count: int,
         evenly: bool = False,
+        guide: Judge | None = None,
     ):
         self.judge = judge
+        self.guide = guide
         self.seed = seed
         self.evenly = evenly
         self.count = min(count, len(train))
@@ -166,8 +171,11 @@ class Scorer:
                 raise Diverged(str(error)) from error
         self._fit_contrast(model, parameters, prior)
         if parameters.prior == "matched_mixture":
+            observers = [model.encoder] + ([self.guide.trunk] if self.guide else [])
             with torch.enable_grad():
-                prior = match(prior, model, latents, self.count // 5, derive_seed(self.seed, Stream.SCORE, 8))
+                prior = match(
+                    prior, model, self.prior_images, observers, self.count // 5, derive_seed(self.seed, Stream.SCORE, 8)
+                )
             self._fit_contrast(model, parameters, prior)
         return prior
 
