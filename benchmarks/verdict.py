@@ -4,8 +4,10 @@
 
 Runs are those of one search: the first as it ended, others with its winner retrained and exported under other seeds.
 The classic settings are the first run's baseline, and the same trained for --classic-epochs: what the winner had in
-all. Judges: another seed, a wider network, a deeper one and one without convolutions. Each line is one of them: floor,
-the classic distances, and per run distance, its ratio to the floor, and the gap closed against either classic.
+all. Judges: another seed, a wider network, a deeper one and one without convolutions; and the run's own, of which the
+first chose among trials and epochs, and the second among the promoted before it guided the matched mixture. A line
+for each: floor, the classic distances, and mean and spread over the runs of distance, its ratio to the floor, and the
+gap closed against either classic.
 """
 
 import argparse
