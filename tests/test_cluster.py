@@ -137,11 +137,19 @@ class Nodes:
     def alive(self) -> set[str]:
         """The addresses of the nodes that the head takes for alive."""
         try:
-            with urllib.request.urlopen(f"{self.dashboard}/api/v0/nodes", timeout=10) as answer:
-                found = json.load(answer)["data"]["result"]["result"]
+            return {node["node_ip"] for node in self._known("nodes") if node["state"] == "ALIVE"}
         except OSError:
             return set()
-        return {node["node_ip"] for node in found if node["state"] == "ALIVE"}
+
+    def account(self) -> str:
+        """What the head knows of who works and waits: for a search that stands still."""
+        kinds = ("nodes", "placement_groups", "actors", "workers")
+        return "\n".join(f"{kind}: {record}" for kind in kinds for record in self._known(kind))
+
+    def _known(self, kind: str) -> list[dict[str, Any]]:
+        with urllib.request.urlopen(f"{self.dashboard}/api/v0/{kind}?detail=1", timeout=10) as answer:
+            found: list[dict[str, Any]] = json.load(answer)["data"]["result"]["result"]
+        return found
 
     def stop(self, host: str, number: signal.Signals) -> None:
         """Signal all processes of a node."""
@@ -301,9 +309,10 @@ def submitted(nodes: Nodes, folder: Path) -> tuple[Run, dict[tuple[int, float], 
         before = stamps(run)
         nodes.start_worker(5)
         status = ended(job, 240)
+        said = (folder / "job.log").read_text() + (nodes.account() if status else "")
     finally:
         ended(job, 0.1)
-    return run, before, status, (folder / "job.log").read_text()
+    return run, before, status, said
 
 
 def test_a_search_goes_on_to_its_end_when_one_worker_is_killed_one_is_drained_and_another_joins(submitted):
