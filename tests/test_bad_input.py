@@ -106,6 +106,8 @@ def test_a_spec_that_is_a_folder(refused, tmp_path):
         ("latent_dim", ["expected a mapping", "found str"]),
         ("", ["expected a mapping", "found NoneType"]),
         ("\x00", ["not YAML", "#x0000"]),
+        ("seed: 1\nfixed: {width: 8, width: 9}", ["not YAML", "width is given twice", "line 2"]),
+        ("seed: 1\nseed: 1", ["not YAML", "seed is given twice", "line 1"]),
     ],
 )
 def test_a_file_that_is_no_mapping(refused, tmp_path, text, words):

@@ -188,6 +188,8 @@ def test_a_trial_has_its_searched_parameters_the_fixed_ones_and_the_classic_rest
         ({"type": "int", "low": 4}, "space.latent_dim.high: Field required"),
         ({"choices": []}, "at least 1 item"),
         ({"choices": [4, "many"]}, "space.latent_dim: 'many'"),
+        ({"choices": [4, True]}, "space.latent_dim: True: Input should be a valid integer"),
+        ({"type": "int", "low": True, "high": 8}, "space.latent_dim.low: Input should be a valid integer (got True)"),
     ],
 )
 def test_a_bad_range_is_refused(tmp_path, entry, words):
@@ -204,6 +206,8 @@ def test_a_parameter_is_searched_or_fixed_and_known():
         _spec(fixed={"latent_dim": 8})
     with pytest.raises(ValidationError, match=r"fixed.wdth: unknown parameter; known are .*width"):
         _spec(fixed={"wdth": 8})
+    with pytest.raises(ValidationError, match=r"fixed.batch_size: True: Input should be a valid integer"):
+        _spec(fixed={"batch_size": True})
     with pytest.raises(ValidationError, match=r"fixed.prior: 'vamp': Input should be 'standard_normal', "):
         _spec(fixed={"prior": "vamp"})
 
@@ -305,7 +309,10 @@ def test_a_time_limit_that_is_none_is_refused(written):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("trials", 0), ("max_epochs", 0), ("grace_epochs", 0), ("reduction_factor", 1), ("grace_epochs", 10)],
+    [
+        *[("trials", 0), ("max_epochs", 0), ("grace_epochs", 0), ("reduction_factor", 1), ("grace_epochs", 10)],
+        *[("reduction_factor", 1.0001), ("trials", True), ("max_epochs", True), ("trials", "8")],
+    ],
 )
 def test_a_budget_that_buys_nothing_is_refused(key, value):
     with pytest.raises(ValidationError, match=f"budget.{key}"):

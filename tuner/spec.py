@@ -18,7 +18,17 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
 )
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Strict,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from tuner.vae.data import NAMES
 from tuner.vae.parameters import CLASSIC, Parameters
@@ -26,10 +36,19 @@ from tuner.vae.score import METRICS
 
 SCHEMA_LINE = "# yaml-language-server: $schema=schema.json\n"
 Value = bool | int | float | str
+Whole = Annotated[int, Strict()]  # or true would be 1
+Real = Annotated[float, Strict()]
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's loader that also reads 1e-3 as a number, as YAML 1.2 does."""
+    """PyYAML's loader that also reads 1e-3 as a number and refuses a key given twice, as YAML 1.2 does."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value]
+        for name, (key, _) in zip(names, node.value, strict=True):
+            if names.count(name) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{name} is given twice", key.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -91,9 +110,9 @@ class IntRange(_Range):
     """Whole numbers from low to high, both included."""
 
     type: Literal["int"]
-    low: int = Field(ge=-(2**53), le=2**53)  # beyond, a float no longer holds every whole number
-    high: int = Field(ge=-(2**53), le=2**53)
-    step: int | None = Field(None, ge=1, le=2**53)
+    low: Whole = Field(ge=-(2**53), le=2**53)  # beyond, a float no longer holds every whole number
+    high: Whole = Field(ge=-(2**53), le=2**53)
+    step: Whole | None = Field(None, ge=1, le=2**53)
 
     def ends(self) -> list[Value]:
         return [self.low, self.high]
@@ -106,9 +125,9 @@ class FloatRange(_Range):
     """Real numbers from low to high, both included."""
 
     type: Literal["float"]
-    low: float
-    high: float
-    step: float | None = Field(None, gt=0)
+    low: Real
+    high: Real
+    step: Real | None = Field(None, gt=0)
 
     def ends(self) -> list[Value]:
         return [self.low, self.high]
@@ -173,10 +192,10 @@ def _as_list(value: Any) -> Any:
 
 
 class Budget(_Frozen):
-    trials: int = Field(24, ge=1, description="trials in all, the baseline among them")
-    max_epochs: float = Field(9, gt=0, description="epochs of a trial that is never stopped")
-    grace_epochs: float = Field(1, gt=0, description="no trial is stopped before; a fraction of an epoch is allowed")
-    reduction_factor: float = Field(3, gt=1, description="one trial in this many survives each rung")
+    trials: Whole = Field(24, ge=1, description="trials in all, the baseline among them")
+    max_epochs: Real = Field(9, gt=0, description="epochs of a trial that is never stopped")
+    grace_epochs: Real = Field(1, gt=0, description="no trial is stopped before; a fraction of an epoch is allowed")
+    reduction_factor: Real = Field(3, ge=1.2, description="one trial in this many survives each rung")
     time_limit: Seconds | None = Field(None, description="stop the search after so long: seconds, or 90s, 30m, 2h")
 
     @property
@@ -197,11 +216,11 @@ class FittedPrior(_Frozen):
     """A prior that is fitted after training, as in a trial's parameters."""
 
     prior: Literal["gaussian_mixture", "matched_mixture", "flow"]
-    prior_components: int = Field(Parameters.model_fields["prior_components"].default, ge=1, le=1000)
+    prior_components: Whole = Field(Parameters.model_fields["prior_components"].default, ge=1, le=1000)
 
 
 class RetrainSpec(_Frozen):
-    epochs: int = Field(50, ge=1)
+    epochs: Whole = Field(50, ge=1)
     priors: tuple[FittedPrior, ...] = Field(
         tuple(FittedPrior(prior="gaussian_mixture", prior_components=count) for count in (10, 20, 50, 100)),
         description="what is tried at the end beside the trial's own fitted prior; the best on validation is kept",
@@ -211,8 +230,8 @@ class RetrainSpec(_Frozen):
 class Resources(_Frozen):
     """What one trial takes of a node; Ray places trials by it."""
 
-    cpu: float = Field(1, gt=0, description="CPU cores a trial, a fraction allowed")
-    gpu: float = Field(0, ge=0, description="GPUs a trial, a fraction allowed")
+    cpu: Real = Field(1, gt=0, description="CPU cores a trial, a fraction allowed")
+    gpu: Real = Field(0, ge=0, description="GPUs a trial, a fraction allowed")
 
 
 class Spec(_Frozen):
@@ -231,7 +250,7 @@ class Spec(_Frozen):
     execution: Literal["process", "fused", "auto"] = Field(
         "auto", description="process: each trial in its own; fused: many as one array; auto: fused where there is a GPU"
     )
-    seed: int = Field(0, ge=0, lt=2**32)
+    seed: Whole = Field(0, ge=0, lt=2**32)
 
     @model_validator(mode="after")
     def _check(self) -> "Spec":

@@ -11,7 +11,8 @@ class Parameters(BaseModel):
     Raises `pydantic.ValidationError` on unknown names and on values out of range.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+    # strict: true is no number of images
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=(), strict=True)
 
     model: Literal["vae", "autoencoder"] = Field(
         "vae", description="autoencoder: no sampling, no KL term; what the VAE is taught against"
