@@ -28,6 +28,7 @@ from ray import cloudpickle, tune
 
 import tuner
 from tuner.cluster import cluster
+from tuner.judges import Judges
 from tuner.run import Run
 from tuner.search import load_spec, parse
 from tuner.spec import Resources, Spec
@@ -229,8 +230,8 @@ def search_here(path: str) -> None:
     run = Run(Path(path))
     spec = load_spec(run, parse(["--run", path, *SMALL]))
     data = datasets.load("digits", Path("never read"), False)
-    with run.claimed(), cluster(None, None, spec.resources):
-        search_stage(run, spec, data, 2)
+    with run.claimed(), Judges(run, spec, data, Path("never read")) as judges, cluster(None, None, spec.resources):
+        search_stage(run, spec, data, judges, 2)
 
 
 def entrypoint(folder: Path) -> list[str]:

@@ -7,6 +7,7 @@ import pytest
 import ray
 
 from tuner.fusion import ArrayHost, fusion, train_fused
+from tuner.judges import Judges
 from tuner.run import Run
 from tuner.search import load_spec, parse
 from tuner.spec import Spec
@@ -39,7 +40,8 @@ def rows_of(workspace, folder: Path, execution: str) -> list[dict]:
     spec = load_spec(run, parse([*SMALL, f"--set=execution={execution}"]))
     for name, judge in workspace.judges.items():
         keep_judge(run, workspace.data, name, judge)
-    return search_stage(run, spec, workspace.data, 2)
+    with Judges(run, spec, workspace.data, workspace.data_directory) as judges:
+        return search_stage(run, spec, workspace.data, judges, 2)
 
 
 def test_a_fused_search_gets_the_scores_of_one_in_processes(workspace, ray_cluster, tmp_path):

@@ -23,6 +23,7 @@ from PIL import Image
 from processes import processes_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tuner.judges import Judges
 from tuner.run import Run
 from tuner.search import begin, load_spec, main, parse
 from tuner.study import BASELINE, evaluations, open_study
@@ -191,7 +192,8 @@ def tiny_run(workspace, ray_cluster, tmp_path_factory):
         spec = load_spec(run, parse(TINY))
         for name, judge in workspace.judges.items():
             keep_judge(run, workspace.data, name, judge)
-        search_stage(run, spec, workspace.data, concurrency)
+        with Judges(run, spec, workspace.data, workspace.data_directory) as judges:
+            search_stage(run, spec, workspace.data, judges, concurrency)
         return run
 
     return search

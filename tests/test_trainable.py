@@ -15,11 +15,11 @@ from tuner.run import Run, write_atomic
 from tuner.searcher import FAILURES
 from tuner.spec import Spec
 from tuner.study import BASELINE
-from tuner.trainable import CheckpointReader, Shared, TrialTrainable
+from tuner.trainable import Files, Shared, TrialTrainable
 from tuner.vae.data import Data
 from tuner.vae.parameters import Parameters
 from tuner.vae.score import METRICS
-from tuner.workspace import Workspace
+from tuner.workspace import Workspace, keep_judge
 
 HALF = {"max_epochs": 1, "grace_epochs": 0.5, "reduction_factor": 2}  # rungs at half an epoch and at one
 GOOD = Parameters(latent_dim=8, learning_rate=2e-3, kl_weight=0.1, batch_size=32)
@@ -36,15 +36,12 @@ def begin(workspace: Workspace, ray_cluster: str, tmp_path: Path) -> Begin:
         parameters: Parameters = GOOD, number: int = 1, data: Data = workspace.data, **budget: Any
     ) -> TrialTrainable:
         spec = Spec.model_validate({"space": {"latent_dim": {"choices": [4, 8]}}, "budget": HALF | budget})
+        run = Run(tmp_path)
+        keep_judge(run, workspace.data, "search", workspace.judges["search"])
         trial = TrialTrainable.__new__(TrialTrainable)  # Tune's own beginning makes a log folder at home
         trial.setup(
             {"trial": number, "parameters": parameters.model_dump()},
-            Shared(
-                spec,
-                ray.remote(CheckpointReader).options(num_cpus=0).remote(Run(tmp_path)),
-                ray.put(data),
-                ray.put(workspace.judges["search"]),
-            ),
+            Shared(spec, ray.remote(Files).options(num_cpus=0).remote(run), ray.put(data)),
         )
         return trial
 

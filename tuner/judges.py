@@ -1,55 +1,94 @@
-"""A run's judges, trained beside the trials: nothing is scored before a trial's first rung."""
+"""A run's judges, each trained in a process of its own beside the driver: nothing is scored before a first rung."""
 
-import ray
-from ray import ObjectRef
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+import os
+import signal
+from contextlib import suppress
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import TracebackType
 
-from tuner.cluster import alive, require_ray
+from tuner.exits import CutOff
 from tuner.run import Run
 from tuner.spec import Spec
+from tuner.vae import data as datasets
 from tuner.vae.data import Data
-from tuner.vae.judge import Judge, train_judge
+from tuner.vae.judge import Judge, from_bytes, to_bytes, train_judge
 from tuner.vae.process import settle
 from tuner.vae.train import Stream, derive_seed
 from tuner.workspace import JUDGES, keep_judge, load_judges
 
 
 class Judges:
-    """References to a run's judges, those of an earlier process among them."""
+    """Trains judges where the driver runs, so that no node's end takes one along.
 
-    def __init__(self, run: Run, spec: Spec, data: Data, reference: ObjectRef):
-        self.run, self.spec, self.data, self.reference = run, spec, data, reference
+    As a context it begins the search's judge; on the way out what still trains is ended.
+
+    Raises ValueError where a judge of the run is not the one that was frozen.
+    """
+
+    def __init__(self, run: Run, spec: Spec, data: Data, directory: Path):
+        self.run, self.spec, self.data, self.directory = run, spec, data, directory
         self.kept = load_judges(run)
-        self.references = {name: ray.put(judge) for name, judge in self.kept.items()}
+        self.training: dict[str, tuple[BaseProcess, Connection]] = {}
 
-    def begin(self, name: str) -> ObjectRef:
+    def __enter__(self) -> "Judges":
+        self.begin("search")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for process, _ in self.training.values():
+            process.terminate()
+            process.join()
+
+    def begin(self, name: str) -> None:
         """Train a judge, unless that was begun before."""
-        if name not in self.references:
-            # It takes no CPU from Ray's books, or trials that wait for it might hold the one that it waits for.
-            train = ray.remote(num_cpus=0, max_calls=1)(_train)
-            workers = [node["NodeID"] for node in alive() if node["Resources"].get("CPU")]
-            if workers:
-                place = NodeAffinitySchedulingStrategy(workers[len(self.references) % len(workers)], soft=True)
-                train = train.options(scheduling_strategy=place)
-            seed = derive_seed(self.spec.seed, Stream.JUDGE, list(JUDGES).index(name))
-            self.references[name] = train.remote(self.reference, seed, JUDGES[name])
-        return self.references[name]
+        if name in self.kept or name in self.training:
+            return
+        seed = derive_seed(self.spec.seed, Stream.JUDGE, list(JUDGES).index(name))
+        context = get_context("spawn")  # a fork would inherit torch's and Ray's threads
+        receiver, sender = context.Pipe(duplex=False)
+        arguments = (sender, self.spec.data.name, self.directory, seed, JUDGES[name])
+        process = context.Process(target=_train, args=arguments, daemon=True)
+        before = signal.pthread_sigmask(
+            signal.SIG_BLOCK, {signal.SIGINT}
+        )  # a Ctrl-C is for the driver; it inherits that
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        sender.close()
+        self.training[name] = process, receiver
 
     def in_training(self) -> int:
         """How many are: while the first is, a trial more would only make both its score and the others' wait."""
-        references = list(self.references.values())
-        return len(ray.wait(references, num_returns=len(references), timeout=0)[1])
+        return sum(not receiver.poll() for _, receiver in self.training.values())
+
+    def keep_done(self) -> None:
+        """Write to the run what has been trained."""
+        for name, (_, receiver) in list(self.training.items()):
+            if receiver.poll():
+                self.keep(name)
 
     def keep(self, name: str) -> Judge:
-        """A judge, waited for and written to the run."""
+        """A judge, waited for and written to the run. Raises CutOff where the process that trains it died."""
         if name not in self.kept:
-            while not ray.wait([self.begin(name)], timeout=1)[0]:
-                require_ray()
-            self.kept[name] = ray.get(self.begin(name))
+            self.begin(name)
+            process, receiver = self.training.pop(name)
+            try:
+                self.kept[name] = from_bytes(receiver.recv_bytes())
+            except EOFError as error:
+                process.join()
+                raise CutOff(f"the process that trains the {name} judge died ({process.exitcode})") from error
+            process.join()
             keep_judge(self.run, self.data, name, self.kept[name])
         return self.kept[name]
 
 
-def _train(data: Data, seed: int, width: int) -> Judge:
+def _train(sender: Connection, name: str, directory: Path, seed: int, width: int) -> None:
+    os.nice(19)  # Ray starts meanwhile, and gives its workers 15
     settle()
-    return train_judge(data, seed, width)
+    judge = train_judge(datasets.load(name, directory, download=False), seed, width)
+    with suppress(BrokenPipeError):  # the driver was killed meanwhile
+        sender.send_bytes(to_bytes(judge))

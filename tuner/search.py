@@ -36,14 +36,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def job(run: Run, arguments: argparse.Namespace) -> int:
     """All stages of a run, each skipped where it is done already -> exit status."""
-    # Ray and torch take seconds to import: --help, --status and a mistyped flag don't wait for them.
-    from tuner.cluster import cluster
+    # torch and Ray take seconds to import: --help, --status and a mistyped flag don't wait for them, nor does the judge
+    # for Ray.
     from tuner.export import export_stage
+    from tuner.judges import Judges
     from tuner.promote import promote_stage
     from tuner.report import report_stage
     from tuner.retrain import retrain_stage
     from tuner.study import BASELINE
-    from tuner.trials import search_stage
     from tuner.vae import data as datasets
     from tuner.workspace import Workspace, load_judges
 
@@ -61,8 +61,12 @@ def job(run: Run, arguments: argparse.Namespace) -> int:
     with run.claimed():
         begin(run, spec)
         if "best" not in run.summary():
-            with cluster(arguments.address, arguments.concurrency, spec.resources):
-                rows = search_stage(run, spec, data, arguments.concurrency)
+            with Judges(run, spec, data, directory) as judges:
+                from tuner.cluster import cluster
+                from tuner.trials import search_stage
+
+                with cluster(arguments.address, arguments.concurrency, spec.resources):
+                    rows = search_stage(run, spec, data, judges, arguments.concurrency)
             if not rows:
                 print("error: no trial was started within budget.time_limit", file=sys.stderr)
                 return 1

@@ -48,6 +48,10 @@ class StudySearcher(Searcher):
         self.live: dict[str, optuna.trial.Trial] = {}  # by Ray's trial id
         self.unfinished = [trial for trial in study.get_trials(deepcopy=False) if trial.state == TrialState.RUNNING]
 
+    def __reduce__(self) -> tuple[type[Searcher], tuple[()]]:
+        """Ray pickles it for a restore of its own, which the journal replaces."""
+        return Searcher, ()
+
     @property
     def remaining(self) -> int:
         """Trials still to be started: those cut off or put back, and those never proposed."""

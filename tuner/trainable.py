@@ -24,7 +24,7 @@ from tuner.vae.process import settle
 from tuner.vae.score import Scorer
 from tuner.vae.sheet import sheets
 from tuner.vae.train import Diverged, Record, State, train
-from tuner.workspace import Candidate, load_tensors
+from tuner.workspace import Candidate, load_judges, load_tensors
 
 SEARCH_SAMPLES = 2_500  # of each kind per score: keeps scoring below 15 % of training on MNIST
 SEARCH_PRIOR_IMAGES = 10_000
@@ -45,16 +45,20 @@ def search_scorer(spec: Spec, data: Data, judge: Judge) -> Scorer:
     )
 
 
-class CheckpointReader:
-    """Hands a run's checkpoints to workers, which may not see the run directory: an actor beside the driver."""
+class Files:
+    """Hands a run's files to workers, which may not see the run directory: an actor beside the driver."""
 
     def __init__(self, run: Run):
         self.run = run
 
-    def read(self, trial: int) -> bytes | None:
+    def checkpoint(self, trial: int) -> bytes | None:
         """A trial's checkpoint, None where it has none."""
         path = self.run.checkpoint(trial)
         return path.read_bytes() if path.exists() else None
+
+    def judge(self) -> Judge | None:
+        """The judge that the search scores with, None before it is trained."""
+        return load_judges(self.run).get("search")
 
 
 @dataclass(frozen=True)
@@ -62,9 +66,8 @@ class Shared:
     """What the trials of a search share: handles and references, small wherever they are sent."""
 
     spec: Spec
-    checkpoints: ActorHandle  # of a CheckpointReader
+    files: ActorHandle  # of Files
     data: ObjectRef  # to Data
-    judge: ObjectRef  # to a Judge
     arrays: tuple[ActorHandle, ...] = ()  # where trials are fused; without any, each trains in its own process
 
 
@@ -85,7 +88,9 @@ class TrialTrainable(tune.Trainable):
     @cached_property
     def scorer(self) -> Scorer:
         """Made at the first rung: until then the judge may still be in training."""
-        return search_scorer(self.spec, self.data, ray.get(self.shared.judge))
+        while (judge := ray.get(self.shared.files.judge.remote())) is None:
+            time.sleep(0.1)
+        return search_scorer(self.spec, self.data, judge)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self.number = new_config["trial"]
@@ -117,7 +122,7 @@ class TrialTrainable(tune.Trainable):
         self.state = State.fresh(self.parameters, self.spec.seed, self.number)
         self.best: dict[str, Any] | None = None
         report = None
-        content = ray.get(self.shared.checkpoints.read.remote(self.number))
+        content = ray.get(self.shared.files.checkpoint.remote(self.number))
         if content is not None:
             try:
                 saved = load_tensors(content)

@@ -24,25 +24,24 @@ from tuner.searcher import StudySearcher, SuccessiveHalving
 from tuner.spec import Resources, Spec
 from tuner.study import BASELINE, open_study, table
 from tuner.terminal import Progress, search_line, stage
-from tuner.trainable import CheckpointReader, Shared, TrialTrainable, search_scorer
+from tuner.trainable import Files, Shared, TrialTrainable, search_scorer
 from tuner.vae.data import Data
 from tuner.vae.process import settle
 from tuner.views import TensorBoard
 from tuner.workspace import JUDGES
 
 
-def search_stage(run: Run, spec: Spec, data: Data, concurrency: int | None) -> list[dict[str, Any]]:
+def search_stage(run: Run, spec: Spec, data: Data, judges: Judges, concurrency: int | None) -> list[dict[str, Any]]:
     """Run the trials that are left and return the rows of trials.csv; the judges are trained and kept on the way."""
     settle()  # the floor is measured here
     study = open_study(run.journal, spec)
     require_whole(run, study)
     reference = ray.put(data)
-    judges = Judges(run, spec, data, reference)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     lasting = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)
-    reader = lasting(CheckpointReader).remote(run)
+    files = lasting(Files).remote(run)
     fused = fusion(spec, reference, concurrency)
-    shared = Shared(spec, reader, reference, judges.begin("search"), fused.arrays)
+    shared = Shared(spec, files, reference, fused.arrays)
     with stage(run, "search") as progress, closing(TensorBoard(run.tensorboard, spec)) as board:
         board.start_search()
         driver = Driver(run, spec, study, judges, progress, board)
@@ -142,14 +141,15 @@ class Driver(tune.Callback):
         self.run, self.spec, self.study, self.judges = run, spec, study, judges
         self.progress, self.board = progress, board
         self.floor = math.nan
-        if "search" in judges.kept:
-            self.measure_floor()
+        self.keep_judges()
         self.keep_table()
         self.before = sum(row["state"] in OUTCOMES for row in self.rows)
 
-    def measure_floor(self) -> None:
-        """Known as soon as the judge is, which is before the first report."""
-        self.floor = search_scorer(self.spec, self.judges.data, self.judges.keep("search")).floor
+    def keep_judges(self) -> None:
+        """Trials wait for the first; the floor is known as soon as it is, which is before the first report."""
+        self.judges.keep_done()
+        if math.isnan(self.floor) and "search" in self.judges.kept:
+            self.floor = search_scorer(self.spec, self.judges.data, self.judges.kept["search"]).floor
 
     def __reduce__(self) -> tuple[type[tune.Callback], tuple[()]]:
         """Ray pickles callbacks for a restore of its own, which the journal replaces."""
@@ -170,8 +170,6 @@ class Driver(tune.Callback):
         checkpoint, sheets = result.pop("checkpoint", None), result.pop("sheets", {})
         if checkpoint is not None:
             write_atomic(self.run.checkpoint(result["trial"]), checkpoint)
-        if math.isnan(self.floor):
-            self.measure_floor()
         if sheets:  # a repeated report has none
             self.board.report_trial(result["trial"], result, sheets)
 
@@ -187,6 +185,7 @@ class Driver(tune.Callback):
     @fatal
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         require_ray()
+        self.keep_judges()
         self.progress.show(self.line())
 
     def keep_table(self) -> None:

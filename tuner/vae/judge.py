@@ -74,6 +74,14 @@ def to_bytes(judge: Judge) -> bytes:
     return save(judge.state_dict(), {"width": str(judge.width)})
 
 
+def from_bytes(content: bytes) -> Judge:
+    """What `to_bytes` wrote. Raises SafetensorError, KeyError or RuntimeError on anything else."""
+    weights = load(content)
+    judge = Judge(weights["trunk.0.weight"].shape[0])
+    judge.load_state_dict(weights)
+    return judge.eval().requires_grad_(False)
+
+
 def load_judge(path: Path, sha256: str) -> Judge:
     """Read a judge back. Raises ValueError when the file is not the one that was frozen."""
     try:
@@ -83,9 +91,6 @@ def load_judge(path: Path, sha256: str) -> Judge:
     if hashlib.sha256(content).hexdigest() != sha256:
         raise ValueError(f"{path}: not the judge this run was scored with (its SHA-256 differs)")
     try:
-        weights = load(content)
-        judge = Judge(weights["trunk.0.weight"].shape[0])
-        judge.load_state_dict(weights)
+        return from_bytes(content)
     except (SafetensorError, KeyError, RuntimeError) as error:
         raise ValueError(f"{path}: not readable as a judge: {' '.join(str(error).split())[:200]}") from error
-    return judge.eval().requires_grad_(False)
