@@ -248,7 +248,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, help="where MNIST lies; without, the embedded digits")
     parser.add_argument("--seconds", type=float, default=240, help="for each search")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="digits and one peer, 22 seconds each")
+    parser.add_argument("--quick", action="store_true", help="digits and one peer, 20 seconds each")
     parser.add_argument("--peer", nargs=4, metavar=("PEER", "LOOP", "JUDGE", "FOLDER"), help="be a peer")
     arguments = parser.parse_args()
     data_dir = arguments.data_dir and arguments.data_dir.resolve()
@@ -256,7 +256,7 @@ def main() -> None:
         peer, loop, judge_file, folder = arguments.peer
         (run_tune if peer == "tune" else run_optuna)(loop, data_dir, Path(judge_file), Path(folder), arguments.seed)
         return
-    seconds = 22.0 if arguments.quick else arguments.seconds
+    seconds = 20.0 if arguments.quick else arguments.seconds
     peers, loops = (("optuna",), ("tutorial",)) if arguments.quick else (PEERS, LOOPS)
 
     settle()
