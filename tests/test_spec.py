@@ -390,6 +390,13 @@ def test_a_number_that_yaml_reads_as_text_is_a_number_among_choices_too(tmp_path
     assert spec.baseline_point() == {"latent_dim": 16, "learning_rate": 0.001, "kl_weight": 1}
 
 
+def test_what_an_anchor_brings_may_be_given_again(tmp_path):
+    """A key given twice is refused (test_bad_input); one that overrides what a merge brings is none."""
+    text = "space: {latent_dim: &range {type: int, low: 2, high: 8}, width: &wide {<<: *range, high: 16}, "
+    spec = specs.load(_written(tmp_path, text + "batch_size: {<<: *wide, high: 32}}"))
+    assert [spec.space[name].high for name in ("latent_dim", "width", "batch_size")] == [8, 16, 32]
+
+
 # Round trip and comparison
 
 

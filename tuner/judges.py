@@ -51,9 +51,8 @@ class Judges:
         receiver, sender = context.Pipe(duplex=False)
         arguments = (sender, self.spec.data.name, self.directory, seed, JUDGES[name])
         process = context.Process(target=_train, args=arguments, daemon=True)
-        before = signal.pthread_sigmask(
-            signal.SIG_BLOCK, {signal.SIGINT}
-        )  # a Ctrl-C is for the driver; it inherits that
+        # A Ctrl-C in the terminal is for the driver alone; a process starts with its parent's mask.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             process.start()
         finally:
@@ -75,13 +74,14 @@ class Judges:
         """A judge, waited for and written to the run. Raises CutOff where the process that trains it died."""
         if name not in self.kept:
             self.begin(name)
-            process, receiver = self.training.pop(name)
+            process, receiver = self.training[name]
             try:
                 self.kept[name] = from_bytes(receiver.recv_bytes())
             except EOFError as error:
                 process.join()
                 raise CutOff(f"the process that trains the {name} judge died ({process.exitcode})") from error
             process.join()
+            del self.training[name]
             keep_judge(self.run, self.data, name, self.kept[name])
         return self.kept[name]
 

@@ -43,12 +43,13 @@ Real = Annotated[float, Strict()]
 class _Loader(yaml.SafeLoader):
     """PyYAML's loader that also reads 1e-3 as a number and refuses a key given twice, as YAML 1.2 does."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
         names = [key.value for key, _ in node.value]
         for name, (key, _) in zip(names, node.value, strict=True):
             if names.count(name) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{name} is given twice", key.start_mark)
-        return super().construct_mapping(node, deep)
+                raise yaml.composer.ComposerError(None, None, f"{name} is given twice", key.start_mark)
+        return node
 
 
 _Loader.add_implicit_resolver(
