@@ -55,7 +55,7 @@ def main() -> None:
     spec = specs.load(SPEC)
     data = datasets.load("mnist", arguments.data_dir, download=False)
     judge, guide = (
-        train_judge(data, derive_seed(0, Stream.JUDGE, number), width) for number, width in enumerate(JUDGES.values())
+        train_judge(data, derive_seed(0, Stream.JUDGE, number), *shape) for number, shape in enumerate(JUDGES.values())
     )
     counts = {"count": FINAL_SAMPLES, "prior_count": FINAL_PRIOR_IMAGES}
     scorer = Scorer(judge, data.train, data.validation, seed=5, evenly=True, guide=guide, **counts)

@@ -4,10 +4,10 @@
 
 Runs are those of one search: the first as it ended, others with its winner retrained and exported under other seeds.
 The classic settings are the first run's baseline, and the same trained for --classic-epochs: what the winner had in
-all. Judges: another seed, a wider network, a deeper one and one without convolutions; and the run's own, of which the
-first chose among trials and epochs, and the second among the promoted before it guided the matched mixture. A line
-for each: floor, the classic distances, and mean and spread over the runs of distance, its ratio to the floor, and the
-gap closed against either classic.
+all. Judges: other seeds of the run's two, a wider network, one without convolutions and a residual one; and the run's
+own, of which the first chose among trials and epochs, and the second among the promoted before it guided the matched
+mixture. A line for each: floor, the classic distances, and mean and spread over the runs of distance, its ratio to the
+floor, and the gap closed against either classic.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tuner.run import Run
@@ -41,18 +42,36 @@ class Flat(Judge):
         self.trunk = nn.Sequential(nn.Flatten(), nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, FEATURES), nn.ReLU())
 
 
-class Deep(Judge):
-    """Three convolutions of 5x5, 3x3 and 3x3 with pooling between, then fully connected."""
+class Block(nn.Module):
+    """Two convolutions of 3x3 and a way past them."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.first, self.second = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.gelu(images + self.second(F.gelu(self.first(images))))
+
+
+class Residual(Judge):
+    """A convolution of 5x5 with stride 2, a block, a convolution of 3x3; means of 2x2 between; GELU."""
 
     def __init__(self) -> None:
         super().__init__()
-        layers: list[nn.Module] = []
-        for inputs, outputs, size in ((1, 16, 5), (16, 32, 3), (32, 64, 3)):
-            layers += [nn.Conv2d(inputs, outputs, size, padding=size // 2), nn.ReLU(), nn.MaxPool2d(2)]
-        self.trunk = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 9, FEATURES), nn.ReLU())
+        self.trunk = nn.Sequential(
+            *(nn.Conv2d(1, 24, 5, stride=2, padding=2), nn.GELU(), Block(24), nn.AvgPool2d(2)),
+            *(nn.Conv2d(24, 48, 3, padding=1), nn.GELU(), nn.AvgPool2d(2, ceil_mode=True)),
+            *(nn.Flatten(), nn.Linear(48 * 16, FEATURES), nn.GELU()),
+        )
 
 
-UNSEEN = {"another seed": Judge, "wider": lambda: Judge(32), "deeper": Deep, "no convolutions": Flat}
+UNSEEN = {
+    "another seed": Judge,
+    "wider": lambda: Judge(32),
+    "another seed of the deep one": lambda: Judge(deep=True),
+    "no convolutions": Flat,
+    "residual": Residual,
+}
 
 
 def judges(run: Run, data: Data) -> dict[str, Judge]:

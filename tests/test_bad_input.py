@@ -288,7 +288,7 @@ def test_a_run_whose_judge_is_gone(refused, tmp_path):
     params = {"latent_dim": 16, "learning_rate": 1e-3, "kl_weight": 1.0}
     run.update_summary(
         spec={"trials": 1, "metric": "frechet_distance", "direction": "minimize", "searched": []},
-        judges={"search": {"sha256": "0" * 64, "accuracy": 1, "width": 16}},
+        judges={"search": {"sha256": "0" * 64, "accuracy": 1, "width": 16, "deep": False}},
         trials={"complete": 1, "pruned": 0, "failed": 0},
         floor=1.0,
         baseline=3.0,

@@ -30,7 +30,7 @@ def test_a_judge_trained_beside_the_driver_is_the_one_that_its_seed_gives_here_a
             time.sleep(0.05)
         assert judges.in_training() == 0
     settle()
-    here = train_judge(workspace.data, derive_seed(SPEC.seed, Stream.JUDGE, 0), JUDGES["search"]).state_dict()
+    here = train_judge(workspace.data, derive_seed(SPEC.seed, Stream.JUDGE, 0), *JUDGES["search"]).state_dict()
     for kept in (judges.kept["search"], load_judges(run)["search"]):
         assert all(torch.equal(kept.state_dict()[key], here[key]) for key in here)
     with Judges(run, SPEC, workspace.data, NEVER_READ) as again:

@@ -78,7 +78,8 @@ def test_the_judges_are_frozen_by_hash_and_the_second_is_another(finished_run, w
     hashes = {name: hashlib.sha256(finished_run.judge(name).read_bytes()).hexdigest() for name in JUDGES}
     assert hashes == {name: judge["sha256"] for name, judge in summary["judges"].items()}
     assert hashes["search"] != hashes["second"]
-    assert workspace.judges["search"].width != workspace.judges["second"].width
+    assert not workspace.judges["search"].deep
+    assert workspace.judges["second"].deep
     assert all(judge["accuracy"] > 0.9 for judge in summary["judges"].values())
 
 

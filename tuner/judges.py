@@ -49,7 +49,7 @@ class Judges:
         seed = derive_seed(self.spec.seed, Stream.JUDGE, list(JUDGES).index(name))
         context = get_context("spawn")  # a fork would inherit torch's and Ray's threads
         receiver, sender = context.Pipe(duplex=False)
-        arguments = (sender, self.spec.data.name, self.directory, seed, JUDGES[name])
+        arguments = (sender, self.spec.data.name, self.directory, seed, *JUDGES[name])
         process = context.Process(target=_train, args=arguments, daemon=True)
         # A Ctrl-C in the terminal is for the driver alone; a process starts with its parent's mask.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -86,9 +86,9 @@ class Judges:
         return self.kept[name]
 
 
-def _train(sender: Connection, name: str, directory: Path, seed: int, width: int) -> None:
+def _train(sender: Connection, name: str, directory: Path, seed: int, width: int, deep: bool) -> None:
     os.nice(19)  # Ray starts meanwhile, and gives its workers 15
     settle()
-    judge = train_judge(datasets.load(name, directory, download=False), seed, width)
+    judge = train_judge(datasets.load(name, directory, download=False), seed, width, deep)
     with suppress(BrokenPipeError):  # the driver was killed meanwhile
         sender.send_bytes(to_bytes(judge))

@@ -22,7 +22,7 @@ _SCORES = {"frechet_distance": float, "gap_closed": float, "*": float}
 _WINNER = {"latent_dim": float, "learning_rate": float, "kl_weight": float, "*": object}
 SUMMARY: dict[str, Any] = {
     "spec": {"trials": int, "metric": str, "direction": str, "searched": [str]},
-    "judges": {"*": {"sha256": str, "accuracy": float, "width": int}},
+    "judges": {"*": {"sha256": str, "accuracy": float, "width": int, "deep": bool}},
     "trials": {"complete": int, "pruned": int, "failed": int},
     "floor": float,
     "baseline": float,

@@ -30,7 +30,8 @@ from tuner.vae.train import Stream, derive_seed
 
 FINAL_SAMPLES = 10_000  # outside of the search a score may cost more
 FINAL_PRIOR_IMAGES = 50_000
-JUDGES = {"search": 16, "second": 24}  # name: width; the search never sees the second
+# Name: width, and whether it is deep. The search never sees the second, which sees what the first can't.
+JUDGES = {"search": (16, False), "second": (16, True)}
 
 
 @dataclass(frozen=True)
@@ -158,11 +159,12 @@ def run_alone(module: str, description: str, work: Callable[[Workspace], object]
 
 
 def keep_judge(run: Run, data: Data, name: str, judge: Judge) -> None:
-    """Write a frozen judge; describe it by hash, width and how often it is right on the validation split."""
+    """Write a frozen judge; describe it by hash, shape and how often it is right on the validation split."""
     content = to_bytes(judge)
     write_atomic(run.judge(name), content)
     accuracy = judge.accuracy(pixels(data.validation.images), data.validation.labels)
-    entry = {"sha256": hashlib.sha256(content).hexdigest(), "accuracy": accuracy, "width": judge.width}
+    shape = {"width": judge.width, "deep": judge.deep}
+    entry = {"sha256": hashlib.sha256(content).hexdigest(), "accuracy": accuracy, **shape}
     run.update_summary(judges={name: entry})
 
 

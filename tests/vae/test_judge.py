@@ -60,15 +60,28 @@ def test_validation_images_do_not_train_it(few, digits):
     assert to_bytes(train_judge(few, seed=1, width=2)) == to_bytes(train_judge(other, seed=1, width=2))
 
 
-@pytest.mark.parametrize("width", [2, 5])
-def test_a_file_brings_the_judge_back(tmp_path, digits, width):
-    judge = Judge(width)
+def test_a_deep_judge_sees_through_three_convolutions_and_the_largest_of_every_four(digits):
+    judge = Judge(2, deep=True)
+    images = pixels(digits.validation.images[:3])
+    hidden = images
+    for layer in (judge.trunk[0], judge.trunk[3], judge.trunk[6]):
+        seen = F.relu(layer(hidden))
+        count, channels, height, width = seen.shape
+        seen = seen[:, :, : height // 2 * 2, : width // 2 * 2]
+        hidden = seen.reshape(count, channels, height // 2, 2, width // 2, 2).amax((3, 5))
+    assert hidden.shape == (3, 8, 3, 3)
+    torch.testing.assert_close(judge.features(images), F.relu(judge.trunk[10](hidden.flatten(1))))
+
+
+@pytest.mark.parametrize(("width", "deep"), [(2, False), (5, False), (3, True)])
+def test_a_file_brings_the_judge_back(tmp_path, digits, width, deep):
+    judge = Judge(width, deep)
     content = to_bytes(judge)
     path = tmp_path / "judge.safetensors"
     path.write_bytes(content)
     loaded = load_judge(path, hashlib.sha256(content).hexdigest())
     images = pixels(digits.validation.images[:5])
-    assert loaded.width == width
+    assert (loaded.width, loaded.deep) == (width, deep)
     assert torch.equal(loaded.features(images), judge.features(images))
     assert not loaded.training
     assert not any(weight.requires_grad for weight in loaded.parameters())

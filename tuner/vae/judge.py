@@ -17,20 +17,27 @@ MOST_STEPS, MOST_EPOCHS = 2_000, 50  # 4 epochs of MNIST: 98 % right
 
 
 class Judge(nn.Module):
-    """conv 1 -> width -> 2 width (3x3, stride 2), fully connected 64 (the features), 10 classes."""
+    """conv 1 -> width -> 2 width (3x3, stride 2), fully connected 64 (the features), 10 classes.
 
-    def __init__(self, width: int = 16):
+    A deep one has three convolutions, 1 -> width (5x5) -> 2 width -> 4 width (3x3), the largest of 2x2 after each.
+    """
+
+    def __init__(self, width: int = 16, deep: bool = False):
         super().__init__()
-        self.width = width
-        self.trunk = nn.Sequential(
-            nn.Conv2d(1, width, 3, stride=2, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
-            nn.ReLU(),
-            nn.Flatten(),
-            nn.Linear(2 * width * 7 * 7, FEATURES),
-            nn.ReLU(),
-        )
+        self.width, self.deep = width, deep
+        if deep:
+            layers = [
+                *(nn.Conv2d(1, width, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
+                *(nn.Conv2d(width, 2 * width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+                *(nn.Conv2d(2 * width, 4 * width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+            ]
+        else:
+            layers = [
+                *(nn.Conv2d(1, width, 3, stride=2, padding=1), nn.ReLU()),
+                *(nn.Conv2d(width, 2 * width, 3, stride=2, padding=1), nn.ReLU()),
+            ]
+        flat = 4 * width * 3 * 3 if deep else 2 * width * 7 * 7
+        self.trunk = nn.Sequential(*layers, nn.Flatten(), nn.Linear(flat, FEATURES), nn.ReLU())
         self.classes = nn.Linear(FEATURES, 10)
 
     @torch.no_grad()
@@ -44,11 +51,11 @@ class Judge(nn.Module):
         return float((self.classes(self.features(images)).argmax(1) == labels).double().mean())
 
 
-def train_judge(data: Data, seed: int, width: int = 16) -> Judge:
+def train_judge(data: Data, seed: int, width: int = 16, deep: bool = False) -> Judge:
     """Train and freeze a judge: the same `seed` gives the same one."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return fit(Judge(width), data)
+        return fit(Judge(width, deep), data)
 
 
 def fit(judge: Judge, data: Data) -> Judge:
@@ -71,13 +78,14 @@ def fit(judge: Judge, data: Data) -> Judge:
 
 def to_bytes(judge: Judge) -> bytes:
     """The frozen judge as a safetensors file."""
-    return save(judge.state_dict(), {"width": str(judge.width)})
+    return save(judge.state_dict())
 
 
 def from_bytes(content: bytes) -> Judge:
     """What `to_bytes` wrote. Raises SafetensorError, KeyError or RuntimeError on anything else."""
     weights = load(content)
-    judge = Judge(weights["trunk.0.weight"].shape[0])
+    convolutions = sum(weight.dim() == 4 for weight in weights.values())
+    judge = Judge(len(weights["trunk.0.weight"]), deep=convolutions == 3)
     judge.load_state_dict(weights)
     return judge.eval().requires_grad_(False)
 
