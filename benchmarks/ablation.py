@@ -14,6 +14,7 @@ from typing import Any
 
 from tuner import spec as specs
 from tuner.vae import data as datasets
+from tuner.vae.data import Data
 from tuner.vae.judge import train_judge
 from tuner.vae.parameters import Parameters
 from tuner.vae.process import settle
@@ -46,14 +47,11 @@ CHANGES: tuple[dict[str, Any], ...] = (
 SHOWN = ("frechet_distance", "frechet_distance_reconstruction", "frechet_distance_standard_normal", "sharpness", "mse")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path, default=Path("data"))
-    parser.add_argument("--epochs", type=float, default=9)
-    arguments = parser.parse_args()
+def begin(data_dir: Path) -> tuple[Parameters, Data, Scorer]:
+    """Settle the process, print floor and base -> base, data, and a scorer as the retrain's under a search's judges."""
     settle()
     spec = specs.load(SPEC)
-    data = datasets.load("mnist", arguments.data_dir, download=False)
+    data = datasets.load("mnist", data_dir, download=False)
     judge, guide = (
         train_judge(data, derive_seed(0, Stream.JUDGE, number), *shape) for number, shape in enumerate(JUDGES.values())
     )
@@ -62,6 +60,15 @@ def main() -> None:
     print(json.dumps({"floor": round(scorer.floor, 3)}), flush=True)
     base = spec.parameters(spec.try_first[-1] | spec.retrain.priors[-1].model_dump())
     print(json.dumps({"base": base.model_dump()}), flush=True)
+    return base, data, scorer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, default=Path("data"))
+    parser.add_argument("--epochs", type=float, default=9)
+    arguments = parser.parse_args()
+    base, data, scorer = begin(arguments.data_dir)
     trained: dict[Parameters, State] = {}
     for change in CHANGES:
         parameters = base.model_copy(update=change)

@@ -14,21 +14,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from ablation import SHOWN, SPEC
+from ablation import SHOWN, begin
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from tuner import spec as specs
-from tuner.vae import data as datasets
 from tuner.vae.data import pixels
-from tuner.vae.judge import train_judge
 from tuner.vae.losses import PIXELS, kl_divergence, squared_error
 from tuner.vae.model import VAE
 from tuner.vae.parameters import Parameters
-from tuner.vae.process import settle
-from tuner.vae.score import Scorer
 from tuner.vae.train import Feed, State, Stream, derive_seed
-from tuner.workspace import FINAL_PRIOR_IMAGES, FINAL_SAMPLES, JUDGES
 
 CHANGES: dict[str, dict[str, Any]] = {
     "as it is": {},
@@ -134,7 +128,7 @@ def trained(
             if calibrated:  # Rybkin et al. 2021, eq. 6, per batch
                 loss = PIXELS / 2 * error.log() + kl_divergence(mean, log_variance).mean()
             elif free_bits:  # Kingma et al. 2016, eq. 16, with each latent a group
-                each = 0.5 * (mean.square() + torch.expm1(log_variance) - log_variance).mean(0)
+                each = kl_divergence(mean.T, log_variance.T) / len(mean)  # (Z,): summed over images, not latents
                 loss = error + feed.kl_factor(step) * each.clamp(min=free_bits).sum()
             else:
                 loss = error + feed.kl_factor(step) * kl_divergence(mean, log_variance).mean()
@@ -158,16 +152,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    settle()
-    spec = specs.load(SPEC)
-    data = datasets.load("mnist", arguments.data_dir, download=False)
-    judge, guide = (
-        train_judge(data, derive_seed(0, Stream.JUDGE, number), *shape) for number, shape in enumerate(JUDGES.values())
-    )
-    counts = {"count": FINAL_SAMPLES, "prior_count": FINAL_PRIOR_IMAGES}
-    scorer = Scorer(judge, data.train, data.validation, seed=5, evenly=True, guide=guide, **counts)
-    base = spec.parameters(spec.try_first[-1] | spec.retrain.priors[-1].model_dump())
-    print(json.dumps({"floor": round(scorer.floor, 3), "seed": arguments.seed, "base": base.model_dump()}), flush=True)
+    base, data, scorer = begin(arguments.data_dir)
     for name, change in CHANGES.items():
         model = trained(base, data.train.images, arguments.epochs, arguments.seed, **change)
         scores = scorer(model, base, scorer.fit(model, base))
