@@ -3,7 +3,7 @@
     python benchmarks/ablation.py [--data-dir data] [--epochs 9]
 
 The point that the spec tries last of those it is told, with the prior that it is retrained for, and then each change
-alone. Distances are those of 10,000 samples, drawn evenly, under the judge that a search with seed 0 trains;
+alone. Distances are those of 10,000 samples, drawn evenly, under the extractor that a search with seed 0 trains;
 `reconstruction` has the prior left out.
 """
 
@@ -15,12 +15,12 @@ from typing import Any
 from tuner import spec as specs
 from tuner.vae import data as datasets
 from tuner.vae.data import Data
-from tuner.vae.judge import train_judge
+from tuner.vae.extractor import train_extractor
 from tuner.vae.parameters import Parameters
 from tuner.vae.process import settle
 from tuner.vae.score import Scorer
 from tuner.vae.train import State, Stream, derive_seed, train
-from tuner.workspace import FINAL_PRIOR_IMAGES, FINAL_SAMPLES, JUDGES
+from tuner.workspace import EXTRACTORS, FINAL_PRIOR_IMAGES, FINAL_SAMPLES
 
 SPEC = Path(__file__).parents[1] / "search_spaces" / "mnist.yaml"
 AFTER_TRAINING = {"prior", "prior_components", "contrast"}
@@ -48,17 +48,18 @@ SHOWN = ("frechet_distance", "frechet_distance_reconstruction", "frechet_distanc
 
 
 def begin(data_dir: Path) -> tuple[Parameters, Data, Scorer]:
-    """Settle the process, print floor and base -> base, data, and a scorer as the retrain's under a search's judges."""
+    """Settle, print floor and base -> base, data, and a scorer as the retrain's under a search's extractors."""
     settle()
     spec = specs.load(SPEC)
     data = datasets.load("mnist", data_dir, download=False)
-    judge, guide = (
-        train_judge(data, derive_seed(0, Stream.JUDGE, number), *shape) for number, shape in enumerate(JUDGES.values())
+    extractor, guide = (
+        train_extractor(data, derive_seed(0, Stream.EXTRACTOR, number), *shape)
+        for number, shape in enumerate(EXTRACTORS.values())
     )
     counts = {"count": FINAL_SAMPLES, "prior_count": FINAL_PRIOR_IMAGES}
-    scorer = Scorer(judge, data.train, data.validation, seed=5, evenly=True, guide=guide, **counts)
+    scorer = Scorer(extractor, data.train, data.validation, seed=5, quasi_random=True, guide=guide, **counts)
     print(json.dumps({"floor": round(scorer.floor, 3)}), flush=True)
-    base = spec.parameters(spec.try_first[-1] | spec.retrain.priors[-1].model_dump())
+    base = spec.parameters(spec.points_to_evaluate[-1] | spec.retrain.priors[-1].model_dump())
     print(json.dumps({"base": base.model_dump()}), flush=True)
     return base, data, scorer
 

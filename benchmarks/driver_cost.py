@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from tuner.run import Run
+from tuner.run import RunFiles
 from tuner.searcher import StudySearcher, SuccessiveHalving
 from tuner.spec import Spec
 from tuner.study import open_study
+from tuner.tensorboard import TensorBoard
 from tuner.terminal import Progress
 from tuner.trials import Driver
 from tuner.vae.score import METRICS
-from tuner.views import TensorBoard
 
 SPACE = {
     "latent_dim": {"type": "int", "low": 4, "high": 64, "log": True},
@@ -35,8 +35,8 @@ CHECKPOINT = 5_500_000  # bytes: weights, Adam's moments, the best evaluation
 PICTURE = (258, 258)
 
 
-class Judged:
-    """In place of the judges: there are none, the floor is given."""
+class Extractord:
+    """In place of the extractors: there are none, the floor is given."""
 
     kept: tuple[()] = ()
 
@@ -59,7 +59,7 @@ def report(random: np.random.Generator, number: int, rung: int, last: bool) -> d
         "outcome": "complete" if last else "running",
         "done": last,
         "checkpoint": bytes(CHECKPOINT),
-        "sheets": {"samples": np.zeros(PICTURE, np.uint8), "reconstructions": np.zeros(PICTURE, np.uint8)},
+        "image_grids": {"samples": np.zeros(PICTURE, np.uint8), "reconstructions": np.zeros(PICTURE, np.uint8)},
     }
 
 
@@ -80,12 +80,12 @@ def main() -> None:
         return result
 
     with tempfile.TemporaryDirectory() as folder, Progress("search") as progress:
-        run = Run(Path(folder))
+        run = RunFiles(Path(folder))
         study = open_study(run.journal, spec)
         searcher, rule = StudySearcher(study, spec), SuccessiveHalving(study, spec)
         board = TensorBoard(run.tensorboard, spec)
         board.start_search()
-        driver = Driver(run, spec, study, Judged(), progress, board)  # type: ignore[arg-type]
+        driver = Driver(run, spec, study, Extractord(), progress, board)  # type: ignore[arg-type]
         driver.floor = 1.0
         for number in range(arguments.trials):
             config = timed("propose", searcher.suggest, str(number))

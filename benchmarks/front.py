@@ -12,7 +12,7 @@ import json
 from itertools import product
 from pathlib import Path
 
-from tuner.run import Run
+from tuner.run import RunFiles
 from tuner.trainable import search_scorer
 from tuner.vae.process import settle
 from tuner.vae.train import State, train
@@ -36,10 +36,10 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, default=Path("data"))
     arguments = parser.parse_args()
     settle()
-    run = Run(arguments.run)
+    run = RunFiles(arguments.run)
     workspace = open_workspace(run, arguments.data_dir)
     spec, data = workspace.spec, workspace.data
-    scorer = search_scorer(spec, data, workspace.judges["search"])
+    scorer = search_scorer(spec, data, workspace.extractors["search"])
     found = [(row["rate"], row["distortion"]) for row in run.read_trials() if "rate" in row]
     better = {"front": 0, "shared": 0}
     for number, weight in enumerate(WEIGHTS):

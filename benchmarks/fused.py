@@ -95,7 +95,7 @@ def searches(data_dir: Path | None, seconds: float) -> None:
             run = Path(folder) / execution
             name = SPECS / ("mnist.yaml" if data_dir else "digits.yaml")
             command = [sys.executable, "-m", "tuner.search", str(name), "--run", str(run), "--no-retrain"]
-            command += ["--set", "try_first=[]", "--set", f"execution={execution}"]
+            command += ["--set", "points_to_evaluate=[]", "--set", f"execution={execution}"]
             command += ["--data-dir", str(data_dir.resolve())] if data_dir else []
             found = watch(command, run / "checkpoints", Path(folder) / f"kept-{execution}", seconds)
             print(json.dumps({"search": execution, **reached(found, scorer, baseline)}), flush=True)

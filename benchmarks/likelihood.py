@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
-from tuner.run import Run
+from tuner.run import RunFiles
 from tuner.vae import codec
-from tuner.vae.bound import importance_weighted_bound
 from tuner.vae.data import binarize, load_test, pixels
+from tuner.vae.iwae import importance_weighted_bound
 from tuner.vae.prior import standard_normal
 from tuner.vae.process import settle
 
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=5_000)
     arguments = parser.parse_args()
     settle()
-    export = codec.load(Run(arguments.run).export)
+    export = codec.load(RunFiles(arguments.run).export)
     test = load_test("mnist", arguments.data_dir, download=False)
     images = pixels(binarize(test.images, torch.Generator().manual_seed(0)))
     parameters = export.info["parameters"]

@@ -11,7 +11,7 @@ import json
 import statistics
 from pathlib import Path
 
-from tuner.run import Run
+from tuner.run import RunFiles
 from tuner.trainable import SEARCH_PRIOR_IMAGES, SEARCH_SAMPLES
 from tuner.vae.process import settle
 from tuner.vae.score import Scorer
@@ -27,9 +27,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=8)
     arguments = parser.parse_args()
     settle()
-    run = Run(arguments.run)
+    run = RunFiles(arguments.run)
     workspace = open_workspace(run, arguments.data_dir)
-    judge, data = workspace.judges["search"], workspace.data
+    extractor, data = workspace.extractors["search"], workspace.data
     candidate = best_of(run, run.summary()["best"]["trial"])
     model, parameters = candidate.model, candidate.parameters
     independent: list[float] = []
@@ -38,7 +38,7 @@ def main() -> None:
     for seed in range(arguments.seeds):
         for distances, evenly in ((independent, False), (even, True)):
             options = {"count": SEARCH_SAMPLES, "prior_count": SEARCH_PRIOR_IMAGES, "evenly": evenly}
-            scorer = Scorer(judge, data.train, data.validation, seed=seed, **options)  # type: ignore[arg-type]
+            scorer = Scorer(extractor, data.train, data.validation, seed=seed, **options)  # type: ignore[arg-type]
             distances.append(scorer.distance(scorer.samples(model, candidate.prior, SEARCH_SAMPLES)))
         prior = scorer.fit(model, parameters)
         fitted.append(scorer.distance(scorer.samples(model, prior, MANY)))

@@ -1,6 +1,6 @@
 """Does the order at a rung hold to the end? Random trials of a spec, none of them stopped, scored at every rung.
 
-    python benchmarks/ranking.py [SPEC.yaml] [--data-dir data] [--trials 30]
+    python benchmarks/trial_objective.py [SPEC.yaml] [--data-dir data] [--trials 30]
 
 Prints each trial's objective at each rung and, for each rung that may stop a trial, Spearman's rank correlation with
 the objective at the end, over all trials and over the better half by the final score, where the order matters most.
@@ -17,7 +17,7 @@ from tuner import spec as specs
 from tuner.search import DEFAULT_SPEC
 from tuner.trainable import search_scorer
 from tuner.vae import data as datasets
-from tuner.vae.judge import train_judge
+from tuner.vae.extractor import train_extractor
 from tuner.vae.process import settle
 from tuner.vae.train import State, Stream, derive_seed, train
 
@@ -31,7 +31,7 @@ def main() -> None:
     settle()
     spec = specs.load(arguments.spec)
     data = datasets.load(spec.data.name, arguments.data_dir or spec.data.directory, download=False)
-    scorer = search_scorer(spec, data, train_judge(data, derive_seed(spec.seed, Stream.JUDGE, 0)))
+    scorer = search_scorer(spec, data, train_extractor(data, derive_seed(spec.seed, Stream.EXTRACTOR, 0)))
     objective, rungs = spec.objective[0], spec.budget.rungs
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=spec.seed))

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tuner.run import Run
+from tuner.run import RunFiles
 from tuner.study import BASELINE
-from tuner.vae.sheet import grid, png, samples
+from tuner.vae.image_grid import grid, png, samples
 from tuner.workspace import best_of, last_of, retrained
 
 SHOWN, COLUMNS, MARGIN = 80, 10, 24  # images and images a row on either side, pixels between the sides
@@ -28,7 +28,7 @@ EXPORTED = ("model.json", "weights.safetensors", "prior.npz", "samples.png", "ne
 PACKAGES = ("torch", "torchvision", "ray", "optuna", "numpy", "scikit-learn", "onnxruntime")
 
 
-def keep(run: Run, log: Path, destination: Path) -> None:
+def keep(run: RunFiles, log: Path, destination: Path) -> None:
     destination.mkdir(parents=True)
     for path in (run.spec, run.trials, run.summary_file):
         shutil.copy(path, destination)
@@ -52,7 +52,7 @@ def keep(run: Run, log: Path, destination: Path) -> None:
     (destination / "same_noise.png").write_bytes(png(side_by_side(run)))
 
 
-def side_by_side(run: Run) -> np.ndarray:
+def side_by_side(run: RunFiles) -> np.ndarray:
     """The classic settings from N(0, I) on the left, what the run exported on the right: grey (H, W) uint8."""
     ours = retrained(run) if run.retrained.exists() else best_of(run, run.summary()["best"]["trial"])
     pictures = [grid(samples(who.model, who.prior, SHOWN), COLUMNS) for who in (last_of(run, BASELINE), ours)]
@@ -68,4 +68,4 @@ def _processor() -> str:
 
 
 if __name__ == "__main__":
-    keep(Run(Path(sys.argv[1])), Path(sys.argv[2]), Path(sys.argv[3]))
+    keep(RunFiles(Path(sys.argv[1])), Path(sys.argv[2]), Path(sys.argv[3]))

@@ -5,11 +5,11 @@
 The peers: Ray Tune as in its own MNIST example, a function trainable with OptunaSearch and ASHA; and Optuna alone, two
 processes on one journal, with its own pruner. Each once with our training step, so that only the search differs, and
 once with the tutorial loop. All get the same space, data, budget, prior, contrast and scorer, and two cores. Ours runs
-as its spec is shipped, which names points to try first, and again told nothing, as the peers are. It trains its judge
-on the clock, and its baseline; the peers get a judge for nothing and need no baseline.
+as its spec is shipped, which names points to try first, and again told nothing, as the peers are. It trains its
+extractor on the clock, and its baseline; the peers get an extractor for nothing and need no baseline.
 
 Each runs as one command for --seconds; whatever checkpoint it writes is kept with its time since the command, and
-scored afterwards with noise and a judge that nobody searched with. Baseline and floor are those of that judge.
+scored afterwards with noise and an extractor that nobody searched with. Baseline and floor are those of that extractor.
 """
 
 import argparse
@@ -33,14 +33,14 @@ from tuner import spec as specs
 from tuner.spec import Spec
 from tuner.vae import data as datasets
 from tuner.vae.data import Data
-from tuner.vae.judge import Judge, train_judge
+from tuner.vae.extractor import FeatureExtractor, train_extractor
 from tuner.vae.model import VAE
 from tuner.vae.parameters import CLASSIC, Parameters
 from tuner.vae.prior import standard_normal
 from tuner.vae.process import settle
 from tuner.vae.score import Scorer, gap_closed
 from tuner.vae.train import State, train
-from tuner.workspace import Candidate, load_tensors
+from tuner.workspace import FittedModel, load_tensors
 
 OURS = ("ours", "ours, told nothing")
 PEERS = ("tune", "optuna")
@@ -50,7 +50,7 @@ SPECS = Path(__file__).parents[1] / "search_spaces"
 
 
 def load_spec(data_dir: Path | None) -> tuple[Spec, Data]:
-    overrides: list[tuple[str, Any]] = [("try_first", [])]
+    overrides: list[tuple[str, Any]] = [("points_to_evaluate", [])]
     spec = specs.load(SPECS / ("mnist.yaml" if data_dir else "digits.yaml"), overrides)
     return spec, datasets.load(spec.data.name, data_dir or Path(), download=False)
 
@@ -88,14 +88,16 @@ def tutorial_loop(parameters: Parameters, spec: Spec, data: Data, seed: int) -> 
 
 
 def evaluations(
-    loop: str, parameters: Parameters, spec: Spec, data: Data, judge: Judge, number: int, folder: Path
+    loop: str, parameters: Parameters, spec: Spec, data: Data, extractor: FeatureExtractor, number: int, folder: Path
 ) -> Iterator[float]:
     """Train a peer's trial, keep each epoch's candidate in `folder` and yield its Frechet distance."""
-    scorer = Scorer(judge, data.train, data.validation, seed=spec.seed, count=2_500, prior_count=5_000, evenly=True)
+    scorer = Scorer(
+        extractor, data.train, data.validation, seed=spec.seed, count=2_500, prior_count=5_000, quasi_random=True
+    )
     for epoch, model in (our_loop if loop == "ours" else tutorial_loop)(parameters, spec, data, number):
         prior = scorer.fit(model, parameters)
         distance = scorer(model, parameters, prior)["frechet_distance"]
-        torch.save({"best": Candidate(model, parameters, prior, epoch).state_dict()}, folder / f".{number}.tmp")
+        torch.save({"best": FittedModel(model, parameters, prior, epoch).state_dict()}, folder / f".{number}.tmp")
         (folder / f".{number}.tmp").rename(folder / f"{number:04d}-{epoch:02.0f}.pt")
         yield distance
 
@@ -103,7 +105,7 @@ def evaluations(
 # The peers, each a command of its own
 
 
-def run_tune(loop: str, data_dir: Path | None, judge_file: Path, folder: Path, seed: int) -> None:
+def run_tune(loop: str, data_dir: Path | None, extractor_file: Path, folder: Path, seed: int) -> None:
     """As https://docs.ray.io/en/latest/tune/examples/includes/mnist_pytorch.html, with Optuna's search."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     import ray
@@ -112,20 +114,20 @@ def run_tune(loop: str, data_dir: Path | None, judge_file: Path, folder: Path, s
     from ray.tune.search.optuna import OptunaSearch
 
     spec, data = load_spec(data_dir)
-    judge = Judge()
-    judge.load_state_dict(torch.load(judge_file))
+    extractor = FeatureExtractor()
+    extractor.load_state_dict(torch.load(extractor_file))
 
-    def objective(config: dict[str, Any], data: Data, judge: Judge) -> None:
+    def objective(config: dict[str, Any], data: Data, extractor: FeatureExtractor) -> None:
         number = int(tune.get_context().get_trial_id().split("_")[-1], 16)
-        judge = judge.eval().requires_grad_(False)
-        for distance in evaluations(loop, spec.parameters(config), spec, data, judge, number, folder):
+        extractor = extractor.eval().requires_grad_(False)
+        for distance in evaluations(loop, spec.parameters(config), spec, data, extractor, number, folder):
             tune.report({"frechet_distance": distance})
 
     kinds = {"latent_dim": tune.lograndint, "learning_rate": tune.loguniform, "kl_weight": tune.loguniform}
     ends = {name: entry.ends() for name, entry in spec.space.items()}
     ray.init("local", num_cpus=2, include_dashboard=False)
     tune.Tuner(
-        tune.with_resources(tune.with_parameters(objective, data=data, judge=judge), {"cpu": 1}),
+        tune.with_resources(tune.with_parameters(objective, data=data, extractor=extractor), {"cpu": 1}),
         param_space={name: kinds[name](*ends[name]) for name in spec.space},
         tune_config=tune.TuneConfig(
             metric="frechet_distance",
@@ -140,15 +142,15 @@ def run_tune(loop: str, data_dir: Path | None, judge_file: Path, folder: Path, s
     ).fit()
 
 
-def run_optuna(loop: str, data_dir: Path | None, judge_file: Path, folder: Path, seed: int) -> None:
+def run_optuna(loop: str, data_dir: Path | None, extractor_file: Path, folder: Path, seed: int) -> None:
     """Two processes on one journal."""
     import optuna
 
     def worker(index: int) -> None:
         spec, data = load_spec(data_dir)
-        judge = Judge()
-        judge.load_state_dict(torch.load(judge_file))
-        judge = judge.eval().requires_grad_(False)
+        extractor = FeatureExtractor()
+        extractor.load_state_dict(torch.load(extractor_file))
+        extractor = extractor.eval().requires_grad_(False)
         storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(folder / "journal")))
         sampler = optuna.samplers.TPESampler(seed=2 * seed + index)
         study = optuna.create_study(storage=storage, study_name="peer", load_if_exists=True, sampler=sampler)
@@ -161,7 +163,7 @@ def run_optuna(loop: str, data_dir: Path | None, judge_file: Path, folder: Path,
                 for name, entry in spec.space.items()
             }
             distance = float("nan")
-            trials = evaluations(loop, spec.parameters(params), spec, data, judge, trial.number, folder)
+            trials = evaluations(loop, spec.parameters(params), spec, data, extractor, trial.number, folder)
             for epoch, distance in enumerate(trials, start=1):
                 trial.report(distance, epoch)
                 if trial.should_prune():
@@ -220,7 +222,7 @@ def reached(found: list[tuple[float, Path]], scorer: Scorer, baseline: float) ->
     result: dict[str, Any] = {str(goal): None for goal in GOALS}
     best = -float("inf")
     for seconds, file in found:
-        candidate = Candidate.from_state_dict(load_tensors(file.read_bytes())["best"])
+        candidate = FittedModel.from_state_dict(load_tensors(file.read_bytes())["best"])
         distance = scorer.distance(scorer.samples(candidate.model, candidate.prior, scorer.count))
         best = max(best, gap_closed(distance, scorer.floor, baseline))
         for goal in GOALS:
@@ -236,8 +238,8 @@ def reached(found: list[tuple[float, Path]], scorer: Scorer, baseline: float) ->
 
 
 def yardstick(spec: Spec, data: Data) -> tuple[Scorer, float]:
-    """A scorer with noise and a judge that nobody searched with, and the classic settings' distance under it."""
-    scorer = Scorer(train_judge(data, 22), data.train, data.validation, seed=33, count=5_000, prior_count=5_000)
+    """A scorer with noise and an extractor that nobody searched with, and the classic settings' distance under it."""
+    scorer = Scorer(train_extractor(data, 22), data.train, data.validation, seed=33, count=5_000, prior_count=5_000)
     classic = CLASSIC.model_copy(update={"batch_size": spec.baseline.batch_size})
     *_, (_, model) = our_loop(classic, spec, data, 0)
     return scorer, scorer.distance(scorer.samples(model, standard_normal(classic.latent_dim), scorer.count))
@@ -249,32 +251,32 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=240, help="for each search")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="digits and one peer, 20 seconds each")
-    parser.add_argument("--peer", nargs=4, metavar=("PEER", "LOOP", "JUDGE", "FOLDER"), help="be a peer")
+    parser.add_argument("--peer", nargs=4, metavar=("PEER", "LOOP", "EXTRACTOR", "FOLDER"), help="be a peer")
     arguments = parser.parse_args()
     data_dir = arguments.data_dir and arguments.data_dir.resolve()
     if arguments.peer:
-        peer, loop, judge_file, folder = arguments.peer
-        (run_tune if peer == "tune" else run_optuna)(loop, data_dir, Path(judge_file), Path(folder), arguments.seed)
+        peer, loop, extractor_file, folder = arguments.peer
+        (run_tune if peer == "tune" else run_optuna)(loop, data_dir, Path(extractor_file), Path(folder), arguments.seed)
         return
     seconds = 20.0 if arguments.quick else arguments.seconds
     peers, loops = (("optuna",), ("tutorial",)) if arguments.quick else (PEERS, LOOPS)
 
     settle()
     spec, data = load_spec(data_dir)
-    given = train_judge(data, 11)
+    given = train_extractor(data, 11)
     scorer, baseline = yardstick(spec, data)
     print(json.dumps({"floor": round(scorer.floor, 3), "baseline": round(baseline, 2)}), flush=True)
 
     results = {}
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
-        torch.save(given.state_dict(), place / "judge.pt")
+        torch.save(given.state_dict(), place / "extractor.pt")
         where = ["--data-dir", str(data_dir)] if data_dir else []
         name = SPECS / ("mnist.yaml" if data_dir else "digits.yaml")
         for told in OURS if not arguments.quick else OURS[:1]:
             run = place / told
             command = [sys.executable, "-m", "tuner.search", str(name), *where, "--run", str(run), "--no-retrain"]
-            command += ["--seed", str(arguments.seed)] + ([] if told == OURS[0] else ["--set", "try_first=[]"])
+            command += ["--seed", str(arguments.seed)] + ([] if told == OURS[0] else ["--set", "points_to_evaluate=[]"])
             found = watch(command, run / "checkpoints", place / f"kept-{told}", seconds)
             results[told] = reached(found, scorer, baseline)
             print(json.dumps({"search": told, **results[told]}), flush=True)
@@ -283,7 +285,7 @@ def main() -> None:
                 folder = place / f"{peer}-{loop}"
                 folder.mkdir()
                 me = [sys.executable, __file__, *where, "--seed", str(arguments.seed)]
-                command = [*me, "--peer", peer, loop, str(place / "judge.pt"), str(folder)]
+                command = [*me, "--peer", peer, loop, str(place / "extractor.pt"), str(folder)]
                 found = watch(command, folder, place / f"kept-{peer}-{loop}", seconds)
                 results[f"{peer}, {loop}"] = reached(found, scorer, baseline)
                 print(json.dumps({"search": f"{peer}, training of {loop}", **results[f"{peer}, {loop}"]}), flush=True)

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from tuner.vae import data as datasets
 from tuner.vae.data import Data, Split
-from tuner.vae.judge import Judge
+from tuner.vae.extractor import FeatureExtractor
 from tuner.vae.model import VAE
 from tuner.vae.parameters import Parameters
 from tuner.vae.process import settle
@@ -99,10 +99,10 @@ def tutorial(data: Data) -> tuple[float, float]:
 
 
 def ours(data: Data) -> tuple[float, float]:
-    """Seconds of training and of evaluation; the judge is untrained, which takes the same time."""
+    """Seconds of training and of evaluation; the extractor is untrained, which takes the same time."""
     count = len(data.train)
-    judge = Judge().eval().requires_grad_(False)
-    scorer = Scorer(judge, data.train, data.validation, seed=0, count=count // 20, prior_count=count // 10)
+    extractor = FeatureExtractor().eval().requires_grad_(False)
+    scorer = Scorer(extractor, data.train, data.validation, seed=0, count=count // 20, prior_count=count // 10)
     parameters = Parameters(latent_dim=16, batch_size=BATCH, prior="gaussian_mixture")
     state = State.fresh(parameters, 0, 0)
     seconds = [0.0, 0.0]

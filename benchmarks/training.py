@@ -22,7 +22,7 @@ from tuner.vae.data import pixels
 from tuner.vae.losses import PIXELS, kl_divergence, squared_error
 from tuner.vae.model import VAE
 from tuner.vae.parameters import Parameters
-from tuner.vae.train import Feed, State, Stream, derive_seed
+from tuner.vae.train import State, StepInputs, Stream, derive_seed
 
 CHANGES: dict[str, dict[str, Any]] = {
     "as it is": {},
@@ -102,7 +102,7 @@ def trained(
     """The network after `epochs`; the defaults are the product's training."""
     plan = parameters if schedule == "one-cycle" else parameters.model_copy(update={"schedule": schedule})
     model = changed(State.fresh(parameters, seed, 1).model, normalized, activation)
-    feed = Feed(plan, len(images), seed=seed, trial=1, total_epochs=epochs)
+    feed = StepInputs(plan, len(images), seed=seed, trial=1, total_epochs=epochs)
     betas = (0.9, second_decay)
     optimizer = torch.optim.AdamW(model.parameters(), plan.learning_rate, betas, weight_decay=weight_decay)
     cycle = None

@@ -1,13 +1,13 @@
-"""Score finished runs on the test split under judges that no search ever saw, beside the classic settings.
+"""Score finished runs on the test split under extractors that no search ever saw, beside the classic settings.
 
     python benchmarks/verdict.py RUN [RUN ...] [--data-dir data] [--classic-epochs 59]
 
 Runs are those of one search: the first as it ended, others with its winner retrained and exported under other seeds.
 The classic settings are the first run's baseline, and the same trained for --classic-epochs: what the winner had in
-all. Judges: other seeds of the run's two, a wider network, one without convolutions and a residual one; and the run's
-own, of which the first chose among trials and epochs, and the second among the promoted before it guided the matched
-mixture. A line for each: floor, the classic distances, and mean and spread over the runs of distance, its ratio to the
-floor, and the gap closed against either classic.
+all. Extractors: other seeds of the run's two, a wider network, one without convolutions and a residual one; and the
+run's own, of which the first chose among trials and epochs, and the second among the promoted before it guided the
+matched mixture. A line for each: floor, the classic distances, and mean and spread over the runs of distance, its
+ratio to the floor, and the gap closed against either classic.
 """
 
 import argparse
@@ -20,21 +20,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tuner.run import Run
+from tuner.run import RunFiles
 from tuner.study import BASELINE
 from tuner.vae import codec
 from tuner.vae import data as datasets
 from tuner.vae.data import Data, load_test
-from tuner.vae.judge import FEATURES, Judge, fit
+from tuner.vae.extractor import FEATURES, FeatureExtractor, fit
 from tuner.vae.model import VAE
 from tuner.vae.prior import Prior, standard_normal
 from tuner.vae.process import settle
 from tuner.vae.score import Scorer, gap_closed
 from tuner.vae.train import State, train
-from tuner.workspace import FINAL_SAMPLES, last_of, load_judges, open_workspace
+from tuner.workspace import FINAL_SAMPLES, last_of, load_extractors, open_workspace
 
 
-class Flat(Judge):
+class Flat(FeatureExtractor):
     """No convolution: 784 -> 256 -> 64."""
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class Block(nn.Module):
         return F.gelu(images + self.second(F.gelu(self.first(images))))
 
 
-class Residual(Judge):
+class Residual(FeatureExtractor):
     """A convolution of 5x5 with stride 2, a block, a convolution of 3x3; means of 2x2 between; GELU."""
 
     def __init__(self) -> None:
@@ -66,16 +66,16 @@ class Residual(Judge):
 
 
 UNSEEN = {
-    "another seed": Judge,
-    "wider": lambda: Judge(32),
-    "another seed of the deep one": lambda: Judge(deep=True),
+    "another seed": FeatureExtractor,
+    "wider": lambda: FeatureExtractor(32),
+    "another seed of the deep one": lambda: FeatureExtractor(deep=True),
     "no convolutions": Flat,
     "residual": Residual,
 }
 
 
-def judges(run: Run, data: Data) -> dict[str, Judge]:
-    result = {f"the run's {name} judge": judge for name, judge in load_judges(run).items()}
+def extractors(run: RunFiles, data: Data) -> dict[str, FeatureExtractor]:
+    result = {f"the run's {name} extractor": extractor for name, extractor in load_extractors(run).items()}
     for seed, (name, make) in enumerate(UNSEEN.items(), start=1_000):
         torch.manual_seed(seed)
         result[name] = fit(make(), data)
@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--classic-epochs", type=int, default=59)
     arguments = parser.parse_args()
     settle()
-    runs = [Run(path) for path in arguments.runs]
+    runs = [RunFiles(path) for path in arguments.runs]
     spec = open_workspace(runs[0], arguments.data_dir).spec
     data = datasets.load(spec.data.name, arguments.data_dir, download=False)
     test = load_test(spec.data.name, arguments.data_dir, download=False)
@@ -115,15 +115,15 @@ def main() -> None:
             free += sum(weight.numel() for weight in export.prior.flow.parameters())
         count = {"weights": export.info["weights"], "free numbers of the prior": free}
         shown = ("frechet_distance", "floor", "gap_closed", "recall", "coverage", "sharpness", "copied")
-        scores = {name: round(export.info["test"][name], 4) for name in (*shown, "latent_accuracy")}
+        scores = {name: round(export.info["test"][name], 4) for name in (*shown, "knn_accuracy")}
         print(json.dumps({"run": run.name, **count, "prior": export.info["parameters"]["prior"], **scores}), flush=True)
     classic = sum(weight.numel() for weight in baseline.model.parameters())
     print(json.dumps({"classic weights": classic}), flush=True)
 
-    for name, judge in judges(runs[0], data).items():
-        scorer = Scorer(judge, data.train, test, seed=88, count=FINAL_SAMPLES, prior_count=10)
+    for name, extractor in extractors(runs[0], data).items():
+        scorer = Scorer(extractor, data.train, test, seed=88, count=FINAL_SAMPLES, prior_count=10)
         distances = {who: scorer.distance(images) for who, images in pictures.items()}
-        line: dict[str, Any] = {"judge": name, "right": round(judge.accuracy(scorer.images, test.labels), 4)}
+        line: dict[str, Any] = {"extractor": name, "right": round(extractor.accuracy(scorer.images, test.labels), 4)}
         line |= {"floor": scorer.floor} | {who: distances[who] for who in ("classic", "classic, as long")}
         ours = [distances[run.name] for run in runs]
         for key, values in {

@@ -15,7 +15,7 @@ import pytest
 import ray
 
 from tuner.cluster import cluster
-from tuner.run import Run
+from tuner.run import RunFiles
 from tuner.search import main
 from tuner.spec import Resources
 from tuner.vae.process import settle
@@ -49,23 +49,23 @@ def small_flags() -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def finished_run(tmp_path_factory: pytest.TempPathFactory, small_flags: list[str]) -> Run:
+def finished_run(tmp_path_factory: pytest.TempPathFactory, small_flags: list[str]) -> RunFiles:
     """A run that went through all stages. To be read only: `run_copy` is there to be changed."""
     assert not ray.is_initialized(), "main() opens a cluster of its own"
     path = tmp_path_factory.mktemp("finished") / "run"
     assert main(["--run", str(path), *small_flags]) == 0
-    return Run(path)
+    return RunFiles(path)
 
 
 @pytest.fixture(scope="session")
-def workspace(finished_run: Run) -> Workspace:
+def workspace(finished_run: RunFiles) -> Workspace:
     return open_workspace(finished_run)
 
 
 @pytest.fixture
-def run_copy(finished_run: Run, tmp_path: Path) -> Run:
+def run_copy(finished_run: RunFiles, tmp_path: Path) -> RunFiles:
     """The finished run once more, to be changed."""
-    return Run(Path(shutil.copytree(finished_run.path, tmp_path / "copy")))
+    return RunFiles(Path(shutil.copytree(finished_run.path, tmp_path / "copy")))
 
 
 @pytest.fixture(scope="module")

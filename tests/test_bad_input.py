@@ -15,7 +15,7 @@ import tuner.report
 import tuner.retrain
 import tuner.search
 from tuner import spec as specs
-from tuner.run import Run
+from tuner.run import RunFiles
 from tuner.search import DEFAULT_SPEC
 from tuner.vae.data import IDX_FILES
 
@@ -75,9 +75,9 @@ def _write_mnist(directory: Path) -> Path:
     return raw
 
 
-def _run_of(directory: Path, *overrides: tuple[str, object]) -> Run:
+def _run_of(directory: Path, *overrides: tuple[str, object]) -> RunFiles:
     """A run directory as a search begins it: its spec alone."""
-    run = Run(directory)
+    run = RunFiles(directory)
     directory.mkdir()
     run.spec.write_text(SEARCH)
     run.spec.write_text(specs.load(run.spec, list(overrides)).to_yaml())
@@ -134,7 +134,11 @@ def test_a_file_that_is_no_mapping(refused, tmp_path, text, words):
             "vamp",
             "fixed.prior: 'vamp': Input should be 'standard_normal', 'gaussian_mixture', 'matched_mixture' or 'flow'",
         ),
-        ("try_first", [{"latent_dim": 3}], "try_first.0.latent_dim: 3 is outside of space.latent_dim"),
+        (
+            "points_to_evaluate",
+            [{"latent_dim": 3}],
+            "points_to_evaluate.0.latent_dim: 3 is outside of space.latent_dim",
+        ),
         ("objective", "accuracy", "(got 'accuracy')"),
         (
             "objective",
@@ -282,22 +286,22 @@ def test_a_run_directory_with_a_damaged_summary(refused, tmp_path):
         assert "run/summary.json: not readable as JSON" in refused("run", command=command)
 
 
-def test_a_run_whose_judge_is_gone(refused, tmp_path):
+def test_a_run_whose_extractor_is_gone(refused, tmp_path):
     run = _run_of(tmp_path / "run")
     scores = {"epoch": 1.0, "frechet_distance": 2.0, "gap_closed": 0.5}
     params = {"latent_dim": 16, "learning_rate": 1e-3, "kl_weight": 1.0}
     run.update_summary(
         spec={"trials": 1, "metric": "frechet_distance", "direction": "minimize", "searched": []},
-        judges={"search": {"sha256": "0" * 64, "accuracy": 1, "width": 16, "deep": False}},
+        extractors={"search": {"sha256": "0" * 64, "accuracy": 1, "width": 16, "deep": False}},
         trials={"complete": 1, "pruned": 0, "failed": 0},
         floor=1.0,
         baseline=3.0,
         promotion=[],
         best={"trial": 0, "params": params, **scores},
     )
-    assert "run/judge/search.safetensors" in refused("--run", "run")
+    assert "run/extractor/search.safetensors" in refused("--run", "run")
     for command in (tuner.retrain.main, tuner.export.main):
-        assert "run/judge/search.safetensors" in refused("run", command=command)
+        assert "run/extractor/search.safetensors" in refused("run", command=command)
 
 
 def test_a_run_that_is_a_file(refused, tmp_path):

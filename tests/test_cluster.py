@@ -28,8 +28,8 @@ from ray import cloudpickle, tune
 
 import tuner
 from tuner.cluster import cluster
-from tuner.judges import Judges
-from tuner.run import Run
+from tuner.extractors import FeatureExtractors
+from tuner.run import RunFiles
 from tuner.search import load_spec, parse
 from tuner.spec import Resources, Spec
 from tuner.study import evaluations, open_study, read_study
@@ -52,7 +52,7 @@ SMALL = [
     "--max-epochs=2",
     "--set=budget.grace_epochs=1",
     "--set=budget.reduction_factor=2",
-    f"--set=try_first={json.dumps(POINTS)}",
+    f"--set=points_to_evaluate={json.dumps(POINTS)}",
     "--no-retrain",
 ]
 
@@ -180,11 +180,11 @@ def nodes(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
         made.stop_all()
 
 
-def trials(run: Run) -> list[FrozenTrial]:
+def trials(run: RunFiles) -> list[FrozenTrial]:
     return read_study(run.journal).trials if run.journal.exists() and run.journal.stat().st_size else []
 
 
-def scores(run: Run) -> dict[tuple[int, float], dict[str, float]]:
+def scores(run: RunFiles) -> dict[tuple[int, float], dict[str, float]]:
     """By trial and epoch."""
     return {
         (trial.number, found["epoch"]): {name: found[name] for name in METRICS if name in found}
@@ -193,12 +193,12 @@ def scores(run: Run) -> dict[tuple[int, float], dict[str, float]]:
     }
 
 
-def stamps(run: Run) -> dict[tuple[int, float], int]:
+def stamps(run: RunFiles) -> dict[tuple[int, float], int]:
     """When each evaluation was made, by trial and epoch."""
     return {(trial.number, found["epoch"]): found["timestamp"] for trial in trials(run) for found in evaluations(trial)}
 
 
-def workers(run: Run) -> set[str]:
+def workers(run: RunFiles) -> set[str]:
     return {trial.user_attrs["worker"] for trial in trials(run) if "worker" in trial.user_attrs}
 
 
@@ -226,12 +226,16 @@ def ended(process: subprocess.Popen[bytes], seconds: float) -> int:
 
 
 def search_here(path: str) -> None:
-    """The same judges and trials on this machine alone, without the stages after them."""
-    run = Run(Path(path))
+    """The same extractors and trials on this machine alone, without the stages after them."""
+    run = RunFiles(Path(path))
     spec = load_spec(run, parse(["--run", path, *SMALL]))
     data = datasets.load("digits", Path("never read"), False)
-    with run.claimed(), Judges(run, spec, data, Path("never read")) as judges, cluster(None, None, spec.resources):
-        search_stage(run, spec, data, judges, 2)
+    with (
+        run.claimed(),
+        FeatureExtractors(run, spec, data, Path("never read")) as extractors,
+        cluster(None, None, spec.resources),
+    ):
+        search_stage(run, spec, data, extractors, 2)
 
 
 def entrypoint(folder: Path) -> list[str]:
@@ -249,7 +253,7 @@ def entrypoint(folder: Path) -> list[str]:
     return [sys.executable, *words[1:], *SMALL]
 
 
-def driver_of(run: Run) -> int:
+def driver_of(run: RunFiles) -> int:
     """The process that holds the run's lock."""
     (pid,) = (
         int(entry.name)
@@ -269,7 +273,7 @@ def _open_files(process: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def submitted(nodes: Nodes, folder: Path) -> tuple[Run, dict[tuple[int, float], int], int, str]:
+def submitted(nodes: Nodes, folder: Path) -> tuple[RunFiles, dict[tuple[int, float], int], int, str]:
     """A search through the Jobs API: its run, the evaluations before 5 joined, its exit status and what it said.
 
     Its command is that of the Kubernetes manifests. The first job's driver is killed once there is an evaluation,
@@ -277,7 +281,7 @@ def submitted(nodes: Nodes, folder: Path) -> tuple[Run, dict[tuple[int, float], 
     killed and 4 is asked to leave; 5 joins when both are gone, so that whatever they had begun goes on there,
     however fast or slow this machine is.
     """
-    run = Run(folder / "digits")
+    run = RunFiles(folder / "digits")
     nodes.start_worker(3)
     nodes.start_worker(4)
     submit = [RAY, "job", "submit", "--address", nodes.dashboard, "--", *entrypoint(folder)]
@@ -337,13 +341,13 @@ def test_a_search_goes_on_to_its_end_when_one_worker_is_killed_one_is_drained_an
 @pytest.mark.long
 def test_trials_that_moved_score_to_the_last_bit_as_on_one_machine(submitted, nodes, folder):
     run, *_ = submitted
-    here = Run(folder / "here")
+    here = RunFiles(folder / "here")
     code = f"import test_cluster; test_cluster.search_here({str(here.path)!r})"
     assert ended(started([sys.executable, "-c", code], nodes, folder, "here.log"), 200) == 0, (
         folder / "here.log"
     ).read_text()
-    assert {name: judge["sha256"] for name, judge in run.summary()["judges"].items()} == {
-        name: judge["sha256"] for name, judge in here.summary()["judges"].items()
+    assert {name: extractor["sha256"] for name, extractor in run.summary()["extractors"].items()} == {
+        name: extractor["sha256"] for name, extractor in here.summary()["extractors"].items()
     }
     there, alone = scores(run), scores(here)
     both = there.keys() & alone.keys()
@@ -409,11 +413,11 @@ def search_for_another_worker(path: str, meet: str, address: str) -> None:
     spec = Spec.model_validate({"space": space, "budget": budget})
     trainable = tune.with_parameters(Waiting, meet=Path(meet))
     with cluster(address, None, Resources()):
-        run_trials(open_study(Run(Path(path)).journal, spec), spec, trainable, Path(path) / "ray", None, [])
+        run_trials(open_study(RunFiles(Path(path)).journal, spec), spec, trainable, Path(path) / "ray", None, [])
 
 
 def test_a_node_that_joins_midway_takes_trials(submitted, nodes, folder, tmp_path):
-    run = Run(folder / "waiting")
+    run = RunFiles(folder / "waiting")
     run.path.mkdir()
     arguments = f"{str(run.path)!r}, {str(tmp_path)!r}, {nodes.address!r}"
     code = f"import test_cluster; test_cluster.search_for_another_worker({arguments})"

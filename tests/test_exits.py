@@ -15,7 +15,7 @@ import pytest
 from optuna.trial import TrialState
 
 from tuner.exits import CutOff, Fatal, command, fatal, refuse, resumable
-from tuner.run import Refused, Run, write_atomic
+from tuner.run import Refused, RunFiles, write_atomic
 from tuner.search import main
 from tuner.spec import load
 from tuner.study import open_study
@@ -221,7 +221,7 @@ def test_a_fatal_method_passes_arguments_and_values_and_wraps_only_exceptions():
 
 
 @pytest.fixture
-def searching(run_copy: Run) -> Run:
+def searching(run_copy: RunFiles) -> RunFiles:
     """The finished run as it was before its search ended."""
     summary = run_copy.summary()
     for part in ("best", "promotion", "test", "retrain"):

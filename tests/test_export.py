@@ -22,7 +22,7 @@ from tuner.vae.flow import Flow
 from tuner.vae.model import build
 from tuner.vae.neighbours import copied
 from tuner.vae.score import FINAL_METRICS, gap_closed
-from tuner.workspace import Candidate, best_of, last_of, retrained
+from tuner.workspace import FittedModel, best_of, last_of, retrained
 
 FILES = {
     "decoder.onnx",
@@ -96,7 +96,7 @@ def test_the_prior_is_plain_arrays_of_a_proper_mixture(export, workspace):
 
 
 @pytest.fixture(scope="module")
-def bent(workspace) -> Candidate:
+def bent(workspace) -> FittedModel:
     """The exported model with a prior that a flow bends."""
     kept, generator = retrained(workspace.run), torch.Generator().manual_seed(0)
     flow = Flow(kept.parameters.latent_dim).requires_grad_(False)
@@ -215,7 +215,7 @@ def test_the_accuracy_of_the_latents_neighbours_is_scikit_learns(workspace, fini
     classifier = KNeighborsClassifier(5).fit(loaded.encode(train.images).numpy(), train.labels.numpy())
     expected = classifier.score(loaded.encode(test.images).numpy(), test.labels.numpy())
     scores = finished_run.summary()["test"]["retrained"]
-    assert scores["latent_accuracy"] == pytest.approx(expected, abs=0.003)  # one image, should distances be equal
+    assert scores["knn_accuracy"] == pytest.approx(expected, abs=0.003)  # one image, should distances be equal
     assert 0 < scores["recall"] < 1.5
     assert 0 < scores["coverage"] < 1.5
     assert -1 < scores["copied"] < 1
@@ -223,7 +223,7 @@ def test_the_accuracy_of_the_latents_neighbours_is_scikit_learns(workspace, fini
 
 def test_training_images_are_copies_of_themselves(workspace, loaded):
     train, test = workspace.data.train, load_test("digits", Path("never read"))
-    scores = neighbourhood(loaded.model, pixels(train.images), workspace.judges["search"], train, test)
+    scores = neighbourhood(loaded.model, pixels(train.images), workspace.extractors["search"], train, test)
     held_out = copied(pixels(test.images).flatten(1), pixels(train.images).flatten(1))
     assert scores["copied"] == pytest.approx(1 - held_out, abs=0.01)
     assert scores["coverage"] == pytest.approx(1, abs=0.01)

@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 import ray
 
+from tuner.extractors import FeatureExtractors
 from tuner.fusion import ArrayHost, fusion, train_fused
-from tuner.judges import Judges
-from tuner.run import Run
+from tuner.run import RunFiles
 from tuner.search import load_spec, parse
 from tuner.spec import Spec
 from tuner.trials import search_stage
 from tuner.vae.parameters import Parameters
 from tuner.vae.train import Diverged, State, train
-from tuner.workspace import keep_judge
+from tuner.workspace import keep_extractor
 
 pytestmark = pytest.mark.slow
 
@@ -26,7 +26,7 @@ SMALL = [
     "--max-epochs=1",
     "--set=budget.grace_epochs=1",
     "--set=objective=[frechet_distance, mse]",  # with two objectives nothing is stopped early
-    f"--set=try_first={POINTS}",
+    f"--set=points_to_evaluate={POINTS}",
     "--no-retrain",
 ]
 GOOD = Parameters(latent_dim=3, learning_rate=2e-3, kl_weight=0.1, batch_size=32)
@@ -36,12 +36,12 @@ SPEC = Spec.model_validate(
 
 
 def rows_of(workspace, folder: Path, execution: str) -> list[dict]:
-    run = Run(folder / execution)
+    run = RunFiles(folder / execution)
     spec = load_spec(run, parse([*SMALL, f"--set=execution={execution}"]))
-    for name, judge in workspace.judges.items():
-        keep_judge(run, workspace.data, name, judge)
-    with Judges(run, spec, workspace.data, workspace.data_directory) as judges:
-        return search_stage(run, spec, workspace.data, judges, 2)
+    for name, extractor in workspace.extractors.items():
+        keep_extractor(run, workspace.data, name, extractor)
+    with FeatureExtractors(run, spec, workspace.data, workspace.data_directory) as extractors:
+        return search_stage(run, spec, workspace.data, extractors, 2)
 
 
 def test_a_fused_search_gets_the_scores_of_one_in_processes(workspace, ray_cluster, tmp_path):

@@ -34,14 +34,14 @@ import tuner.trials
 import tuner.vae.data
 import tuner.workspace
 from tuner import spec as specs
-from tuner.run import Refused, Run
+from tuner.run import Refused, RunFiles
 from tuner.study import evaluations, open_study, read_study, table
 from tuner.vae import codec
 from tuner.vae.data import IDX_FILES, load, load_test
+from tuner.vae.image_grid import samples
 from tuner.vae.prior import standard_normal
 from tuner.vae.score import FINAL_METRICS, METRICS
-from tuner.vae.sheet import samples
-from tuner.workspace import Candidate, best_of, last_of, load_judges, load_tensors, retrained
+from tuner.workspace import FittedModel, best_of, last_of, load_extractors, load_tensors, retrained
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # PyTorch, of what is no checkpoint
 
@@ -201,7 +201,7 @@ def ends_well(main: Callable[[list[str]], int], *arguments: str | Path, names: t
 class Copies:
     """A finished run to be damaged again and again: each example starts from whole files."""
 
-    def __init__(self, run: Run, directory: Path):
+    def __init__(self, run: RunFiles, directory: Path):
         self.path = directory / "run"
         self.spec = specs.load(run.spec)
         self.rows = run.read_trials()
@@ -215,7 +215,7 @@ class Copies:
                 (self.whole / name).parent.mkdir(parents=True, exist_ok=True)
                 (self.whole / name).write_bytes(self.content[name])
 
-    def new(self, name: str = "", content: bytes | None = None) -> Run:
+    def new(self, name: str = "", content: bytes | None = None) -> RunFiles:
         """The whole run but for one file: with other content, or a folder where that is None."""
         shutil.rmtree(self.path, ignore_errors=True)
         for other, whole in self.content.items():
@@ -228,11 +228,11 @@ class Copies:
             else:
                 path.hardlink_to(self.whole / other)
         (self.path / "report.html").write_text("whole")
-        return Run(self.path)
+        return RunFiles(self.path)
 
 
 @pytest.fixture(scope="module")
-def copies(finished_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Copies:
+def copies(finished_run: RunFiles, tmp_path_factory: pytest.TempPathFactory) -> Copies:
     return Copies(finished_run, tmp_path_factory.mktemp("fuzz"))
 
 
@@ -240,7 +240,7 @@ class StandInScorer:
     """Scores of a scorer without its work."""
 
     floor = 1.0
-    judge = None
+    extractor = None
 
     def samples(self, *_: Any) -> None:
         pass
@@ -282,7 +282,7 @@ def _nothing_is_trained(copies: Copies) -> Iterator[None]:
 # The journal
 
 
-def _check_study(run: Run, spec: specs.Spec) -> None:
+def _check_study(run: RunFiles, spec: specs.Spec) -> None:
     """What the search reads of a journal is refused by name, or of the right kind and not less than it was."""
     for opened in (read_study, lambda journal: open_study(journal, spec)):
 
@@ -382,7 +382,7 @@ def _check_candidate(call: Call, name: str) -> None:
 
     def drawn() -> Any:
         candidate = call()
-        assert isinstance(candidate, Candidate)
+        assert isinstance(candidate, FittedModel)
         assert isinstance(candidate.epoch, int | float)
         return samples(candidate.model, candidate.prior, 3)
 
@@ -459,20 +459,20 @@ def test_a_stage_on_a_run_whose_checkpoint_is_gone(copies, main):
     assert not ends_well(main, run.path, names=(run.checkpoint(copies.winner).name,))
 
 
-# The judges
+# The extractors
 
 
 @SMALL
 @given(damage=DAMAGE, told=st.booleans())
-def test_a_damaged_judge(copies, damage, told):
+def test_a_damaged_extractor(copies, damage, told):
     """Also where the summary was made to agree with it."""
-    content = damaged(copies.content["judge/search.safetensors"], damage)
-    run = copies.new("judge/search.safetensors", content)
+    content = damaged(copies.content["extractor/search.safetensors"], damage)
+    run = copies.new("extractor/search.safetensors", content)
     if told:
-        known = run.summary()["judges"]["search"]
-        run.update_summary(judges={"search": known | {"sha256": hashlib.sha256(content).hexdigest()}})
-    judges = result_of(lambda: load_judges(run), "search.safetensors")
-    assert judges is None or judges["search"].features(torch.zeros(2, 1, 28, 28)).shape == (2, 64)
+        known = run.summary()["extractors"]["search"]
+        run.update_summary(extractors={"search": known | {"sha256": hashlib.sha256(content).hexdigest()}})
+    extractors = result_of(lambda: load_extractors(run), "search.safetensors")
+    assert extractors is None or extractors["search"].features(torch.zeros(2, 1, 28, 28)).shape == (2, 64)
 
 
 # An export
@@ -555,7 +555,7 @@ def test_a_folder_in_the_place_of_an_idx_file(mnist):
 
 # The small files of a run, and the commands that read them
 
-COMMANDS: dict[str, Callable[[Run], tuple[Callable[[list[str]], int], list[str]]]] = {
+COMMANDS: dict[str, Callable[[RunFiles], tuple[Callable[[list[str]], int], list[str]]]] = {
     "status": lambda run: (tuner.search.main, ["--status", str(run.path)]),
     "search": lambda run: (tuner.search.main, ["--run", str(run.path)]),
     "another seed": lambda run: (tuner.search.main, ["--run", str(run.path), "--seed=7"]),
@@ -565,7 +565,7 @@ COMMANDS: dict[str, Callable[[Run], tuple[Callable[[list[str]], int], list[str]]
 }
 
 
-def _check_command(run: Run, command: str, *names: str) -> None:
+def _check_command(run: RunFiles, command: str, *names: str) -> None:
     """The command refuses by name or does its work."""
     main, arguments = COMMANDS[command](run)
     out = ends_well(main, *arguments, names=names)

@@ -9,7 +9,7 @@ from tuner.promote import CANDIDATES, contenders
 from tuner.spec import Spec
 from tuner.trainable import search_scorer
 from tuner.vae.score import gap_closed
-from tuner.workspace import JUDGES, best_of, last_of
+from tuner.workspace import EXTRACTORS, best_of, last_of
 
 METRIC = "frechet_distance"
 
@@ -27,7 +27,7 @@ def searched(finished_run):
 
 
 def test_every_promoted_checkpoint_is_exactly_the_one_that_was_scored(workspace, summary, searched):
-    scorer = search_scorer(workspace.spec, workspace.data, workspace.judges["search"])
+    scorer = search_scorer(workspace.spec, workspace.data, workspace.extractors["search"])
     for entry in summary["promotion"]:
         candidate, row = best_of(workspace.run, entry["trial"]), searched[entry["trial"]]
         scores = scorer(candidate.model, candidate.parameters, candidate.prior)
@@ -74,18 +74,18 @@ def test_the_baseline_is_where_trial_0_ended_with_samples_from_a_standard_normal
     assert scores[METRIC] == pytest.approx(summary["baseline"], rel=1e-9)
 
 
-def test_the_judges_are_frozen_by_hash_and_the_second_is_another(finished_run, workspace, summary):
-    hashes = {name: hashlib.sha256(finished_run.judge(name).read_bytes()).hexdigest() for name in JUDGES}
-    assert hashes == {name: judge["sha256"] for name, judge in summary["judges"].items()}
+def test_the_extractors_are_frozen_by_hash_and_the_second_is_another(finished_run, workspace, summary):
+    hashes = {name: hashlib.sha256(finished_run.extractor(name).read_bytes()).hexdigest() for name in EXTRACTORS}
+    assert hashes == {name: extractor["sha256"] for name, extractor in summary["extractors"].items()}
     assert hashes["search"] != hashes["second"]
-    assert not workspace.judges["search"].deep
-    assert workspace.judges["second"].deep
-    assert all(judge["accuracy"] > 0.9 for judge in summary["judges"].values())
+    assert not workspace.extractors["search"].deep
+    assert workspace.extractors["second"].deep
+    assert all(extractor["accuracy"] > 0.9 for extractor in summary["extractors"].values())
 
 
 def test_of_two_objectives_those_on_the_front_with_the_best_samples_contend():
     spec = Spec.model_validate({"space": {"latent_dim": {"choices": [4]}}, "objective": ["rate", "distortion"]})
-    assert (spec.ranking.metric, spec.yardstick.metric) == (METRIC, METRIC)
+    assert (spec.trial_objective.metric, spec.selection_objective.metric) == (METRIC, METRIC)
     points = [
         (1.0, 9.0, 50.0),
         (5.0, 5.0, 20.0),
@@ -107,4 +107,4 @@ def test_a_single_objective_ranks_by_itself_in_its_direction():
     spec = Spec.model_validate({"space": space, "objective": "active_units"})
     rows = [{"trial": number, "state": "pruned", "active_units": units} for number, units in enumerate([3, 7, 7, 5])]
     assert [row["trial"] for row in contenders(rows, spec)] == [1, 2, 3, 0]
-    assert Spec.model_validate({"space": space, "objective": "loss"}).yardstick.metric == METRIC
+    assert Spec.model_validate({"space": space, "objective": "loss"}).selection_objective.metric == METRIC

@@ -11,7 +11,7 @@ import tuner.export
 import tuner.report
 import tuner.retrain
 import tuner.search
-from tuner.run import Run
+from tuner.run import RunFiles
 from tuner.spec import load
 
 ROOT = Path(__file__).parents[1]
@@ -68,7 +68,7 @@ def test_the_readmes_own_spec_is_searched(tmp_path, monkeypatch):
     assert checked.stdout == "my_spec.yaml: good\n"
     assert tuner.search.main([*arguments(COMMANDS[2]), *TINY]) == 0
     assert tuner.search.parse(arguments(COMMANDS[3])).max_epochs == 6
-    trials = Run(Path("runs/mine")).read_trials()
+    trials = RunFiles(Path("runs/mine")).read_trials()
     assert [row["latent_dim"] for row in trials] == [16, 12]
 
 
@@ -80,7 +80,7 @@ def test_mnist_is_searched_from_a_folder(tmp_path, monkeypatch):
     (tmp_path / "search_spaces").symlink_to(ROOT / "search_spaces")
     small = ["--trials=2", "--max-epochs=0.1", "--set=budget.grace_epochs=0.1", "--no-retrain", "--run=runs/mnist"]
     assert tuner.search.main([*arguments(COMMANDS[1]), *small]) == 0
-    scores = Run(Path("runs/mnist")).summary()["test"]
+    scores = RunFiles(Path("runs/mnist")).summary()["test"]
     assert scores["baseline"]["frechet_distance"] > 10 * scores["best"]["floor"]
 
 

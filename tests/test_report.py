@@ -9,7 +9,7 @@ from optuna.trial import TrialState
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from tuner.report import main, report
-from tuner.run import Run
+from tuner.run import RunFiles
 from tuner.spec import load
 from tuner.study import open_study, table
 
@@ -73,7 +73,7 @@ def test_every_section_says_what_to_see_before_its_picture(finished_run):
     assert finished_run.report.stat().st_size < 15 * MEGABYTE
 
 
-def test_it_names_the_failed_trials_and_why(run_copy: Run):
+def test_it_names_the_failed_trials_and_why(run_copy: RunFiles):
     study = open_study(run_copy.journal, load(run_copy.spec))
     trial = study.ask()
     trial.set_user_attr("parameters", {"latent_dim": 5, "learning_rate": 7.0, "kl_weight": 1.0})
@@ -85,10 +85,10 @@ def test_it_names_the_failed_trials_and_why(run_copy: Run):
     assert "diverged: training loss not finite at epoch 1.56" in text
 
 
-def test_a_search_under_way_can_be_reported_on(run_copy: Run):
+def test_a_search_under_way_can_be_reported_on(run_copy: RunFiles):
     summary = run_copy.summary()
     run_copy.summary_file.unlink()
-    run_copy.update_summary(spec=summary["spec"], judges=summary["judges"])
+    run_copy.update_summary(spec=summary["spec"], extractors=summary["extractors"])
     shutil.rmtree(run_copy.retrain)
     assert "The search is under way" in report(run_copy).read_text()
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tuner.retrain import main, retrain
-from tuner.run import Run, write_atomic
+from tuner.run import RunFiles, write_atomic
 from tuner.workspace import best_of, open_workspace, retrained
 
 METRIC = "frechet_distance"
@@ -16,11 +16,11 @@ class Stopped(Exception):
     pass
 
 
-def weights(run: Run) -> dict[str, torch.Tensor]:
+def weights(run: RunFiles) -> dict[str, torch.Tensor]:
     return torch.load(run.retrained, weights_only=True)["model"]
 
 
-def same_result(run: Run, other: Run) -> bool:
+def same_result(run: RunFiles, other: RunFiles) -> bool:
     ours, theirs = weights(run), weights(other)
     return (
         run.summary()["retrain"] == other.summary()["retrain"]

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from tuner.run import Refused, Run, write_atomic
+from tuner.run import Refused, RunFiles, write_atomic
 
 PROMOTED = {"epoch": 1.0, "searched": 2.0, "search_gap_closed": 0.5, "second_gap_closed": 0.5}
 COMPLETE = {"state": "complete", "reason": "", "epochs_trained": 4}
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
-    return Run(tmp_path / "run")
+def run(tmp_path: Path) -> RunFiles:
+    return RunFiles(tmp_path / "run")
 
 
 def _names(directory: Path) -> list[str]:
@@ -98,8 +98,8 @@ def test_two_writers_of_one_file_leave_one_of_their_contents(tmp_path):
 HOLD = """
 import sys, time
 from pathlib import Path
-from tuner.run import Run
-with Run(Path(sys.argv[1])).claimed():
+from tuner.run import RunFiles
+with RunFiles(Path(sys.argv[1])).claimed():
     print("claimed", flush=True)
     time.sleep(60)
 """
@@ -136,7 +136,7 @@ def test_a_claim_removes_what_a_killed_process_left_half_written_and_nothing_els
         directory / f".{name}.01234567.tmp"
         for directory, name in [
             (run.path, "summary.json"),
-            (run.judges, "search.safetensors"),
+            (run.extractors, "search.safetensors"),
             (run.checkpoints, "0003.pt"),
             (run.retrain, "checkpoint.pt"),
         ]
@@ -158,7 +158,7 @@ def test_a_claim_removes_what_a_killed_process_left_half_written_and_nothing_els
 def test_where_no_folder_can_be_made_a_claim_is_refused_with_the_reason(tmp_path):
     (tmp_path / "file").write_text("mine")
     for path in (tmp_path / "file", tmp_path / "file" / "deeper"):
-        with pytest.raises(Refused, match=re.escape(str(path))), Run(path).claimed():
+        with pytest.raises(Refused, match=re.escape(str(path))), RunFiles(path).claimed():
             pytest.fail("claimed a file")
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -179,7 +179,7 @@ def test_a_file_and_a_folder_with_something_else_in_it_are_foreign_but_not_a_run
     run.spec.write_text("space: {}")
     assert not run.is_foreign()
     (tmp_path / "file").write_text("mine")
-    assert Run(tmp_path / "file").is_foreign()
+    assert RunFiles(tmp_path / "file").is_foreign()
 
 
 # Summary
@@ -192,16 +192,16 @@ def test_a_new_run_has_an_empty_summary_and_makes_no_file(run):
 
 def test_a_mapping_is_merged_into_the_summary_and_anything_else_replaces(run):
     first, second = (PROMOTED | {"trial": trial} for trial in (1, 2))
-    run.update_summary(floor=1.9, seconds={"judge": 3}, promotion=[first, second], kept=1)
-    returned = run.update_summary(seconds={"search": 60, "judge": 4}, promotion=[second], kept={"trial": 5})
-    expected = {"floor": 1.9, "seconds": {"judge": 4, "search": 60}, "promotion": [second], "kept": {"trial": 5}}
+    run.update_summary(floor=1.9, seconds={"extractor": 3}, promotion=[first, second], kept=1)
+    returned = run.update_summary(seconds={"search": 60, "extractor": 4}, promotion=[second], kept={"trial": 5})
+    expected = {"floor": 1.9, "seconds": {"extractor": 4, "search": 60}, "promotion": [second], "kept": {"trial": 5}}
     assert returned == run.summary() == expected
     run.update_summary(kept=None, more={"search": 2})
     assert run.summary() == expected | {"kept": None, "more": {"search": 2}}
 
 
 def test_the_summary_has_the_same_bytes_in_whatever_order_it_was_told(run, tmp_path):
-    other = Run(tmp_path / "other")
+    other = RunFiles(tmp_path / "other")
     run.update_summary(a=1, b={"x": 1, "y": 2})
     other.update_summary(b={"y": 2})
     other.update_summary(b={"x": 1})
@@ -275,7 +275,7 @@ def test_a_table_read_again_has_its_numbers_and_leaves_empty_cells_out(run):
 
 def test_every_file_of_a_run_lies_inside_of_it(run):
     paths = [value for name, value in vars(run).items() if isinstance(value, Path) and name != "path"]
-    paths += [run.checkpoint(7), run.judge("second")]
+    paths += [run.checkpoint(7), run.extractor("second")]
     assert all(run.path in path.parents for path in paths)
     assert len(set(paths)) == len(paths)
     assert run.checkpoint(7).name == "0007.pt"

@@ -23,17 +23,17 @@ from PIL import Image
 from processes import processes_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tuner.judges import Judges
-from tuner.run import Run
+from tuner.extractors import FeatureExtractors
+from tuner.run import RunFiles
 from tuner.search import begin, load_spec, main, parse
 from tuner.study import BASELINE, evaluations, open_study
 from tuner.trials import search_stage
 from tuner.vae import codec
 from tuner.vae.parameters import CLASSIC
 from tuner.vae.score import FINAL_METRICS, METRICS
-from tuner.workspace import keep_judge
+from tuner.workspace import keep_extractor
 
-STAGES = {"judge", "search", "promote", "retrain", "export"}
+STAGES = {"extractor", "search", "promote", "retrain", "export"}
 TIMES = {"seconds_train", "seconds_score", "started", "ended", "worker"}
 # One epoch for each of four trials: the baseline, one that diverges, one that is named, one that is proposed.
 TINY = [
@@ -41,12 +41,12 @@ TINY = [
     "--max-epochs=1",
     "--set=budget.grace_epochs=1",
     "--set=space.learning_rate.high=1e12",
-    "--set=try_first=[{learning_rate: 1e12}, {latent_dim: 8, learning_rate: 0.002, kl_weight: 0.1}]",
+    "--set=points_to_evaluate=[{learning_rate: 1e12}, {latent_dim: 8, learning_rate: 0.002, kl_weight: 0.1}]",
     "--no-retrain",
 ]
 
 
-def table(run: Run) -> list[dict[str, str]]:
+def table(run: RunFiles) -> list[dict[str, str]]:
     """The rows of trials.csv as text, but for times and places."""
     with run.trials.open(newline="") as file:
         return [{key: value for key, value in row.items() if key not in TIMES} for row in csv.DictReader(file)]
@@ -69,7 +69,7 @@ def summary(finished_run):
 
 def test_a_finished_run_holds_every_part(finished_run):
     files = {"spec.yaml", "study.journal", "trials.csv", "summary.json"}
-    folders = {"judge", "tensorboard", "ray", "retrain", "export"}
+    folders = {"extractors", "tensorboard", "ray", "retrain", "export"}
     assert files <= {path.name for path in finished_run.path.iterdir() if path.is_file()}
     assert folders <= {path.name for path in finished_run.path.iterdir() if path.is_dir()}
     for folder in folders:
@@ -185,15 +185,15 @@ def test_a_run_of_another_seed_is_refused(finished_run, small_flags, capsys):
 
 @pytest.fixture(scope="module")
 def tiny_run(workspace, ray_cluster, tmp_path_factory):
-    """A function that searches a new run with `TINY` and the judges of the finished run: same seed, same judges."""
+    """A function that searches a new run with `TINY` and the extractors of the finished run, whose seed it has."""
 
-    def search(concurrency: int) -> Run:
-        run = Run(tmp_path_factory.mktemp("tiny"))
+    def search(concurrency: int) -> RunFiles:
+        run = RunFiles(tmp_path_factory.mktemp("tiny"))
         spec = load_spec(run, parse(TINY))
-        for name, judge in workspace.judges.items():
-            keep_judge(run, workspace.data, name, judge)
-        with Judges(run, spec, workspace.data, workspace.data_directory) as judges:
-            search_stage(run, spec, workspace.data, judges, concurrency)
+        for name, extractor in workspace.extractors.items():
+            keep_extractor(run, workspace.data, name, extractor)
+        with FeatureExtractors(run, spec, workspace.data, workspace.data_directory) as extractors:
+            search_stage(run, spec, workspace.data, extractors, concurrency)
         return run
 
     return search
@@ -242,7 +242,7 @@ def command(path: Path, *flags: str) -> list[str]:
     return [sys.executable, "-m", "tuner.search", "--run", str(path), *flags]
 
 
-def ended_trials(run: Run) -> int:
+def ended_trials(run: RunFiles) -> int:
     return sum(row["state"] != "running" for row in table(run)) if run.trials.exists() else 0
 
 
@@ -250,7 +250,7 @@ def ended_trials(run: Run) -> int:
 def test_a_search_that_was_stopped_and_killed_again_and_again_ends_as_if_nothing_had_happened(
     one_at_a_time, finished_run, tmp_path
 ):
-    run, mark = Run(tmp_path / "run"), uuid.uuid4().hex
+    run, mark = RunFiles(tmp_path / "run"), uuid.uuid4().hex
     again = command(run.path, *TINY, "--concurrency=1")
     said = shlex.join(["python", *again[1:]])
     environment = os.environ | {"TUNER_TEST": mark}
@@ -299,7 +299,7 @@ def test_a_search_that_was_stopped_and_killed_again_and_again_ends_as_if_nothing
     assert table(run) == table(one_at_a_time)
     summary = run.summary()
     assert sum(summary["trials"].values()) == 4
-    assert summary["judges"] == finished_run.summary()["judges"]
+    assert summary["extractors"] == finished_run.summary()["extractors"]
     assert summary["test"].keys() == {"baseline", "best"}
     assert (run.export / "model.json").exists()
 
@@ -308,11 +308,11 @@ def test_a_search_that_was_stopped_and_killed_again_and_again_ends_as_if_nothing
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system of its own: needs root")
 def test_a_full_disk_ends_a_search_in_one_line_and_with_more_room_the_same_command_ends_well(finished_run, tmp_path):
     flags = ["--trials=2", "--max-epochs=1", "--set=budget.grace_epochs=1", "--no-retrain", "--concurrency=1"]
-    begun = Run(tmp_path / "begun")
+    begun = RunFiles(tmp_path / "begun")
     spec = load_spec(begun, parse(flags))
-    begin(begun, spec)  # with judges, so that the disk is full when the first checkpoint comes
-    begun.update_summary(judges=finished_run.summary()["judges"])
-    shutil.copytree(finished_run.judges, begun.judges)
+    begin(begun, spec)  # with extractors, so that the disk is full when the first checkpoint comes
+    begun.update_summary(extractors=finished_run.summary()["extractors"])
+    shutil.copytree(finished_run.extractors, begun.extractors)
     (tmp_path / "small").mkdir()
     again = shlex.join(command(Path("small/run"), *flags))
     script = f"""
@@ -337,7 +337,7 @@ def test_a_full_disk_ends_a_search_in_one_line_and_with_more_room_the_same_comma
     assert "No space left on device" in line
     assert line.endswith(f"go on with: {again.replace(sys.executable, 'python', 1)}")
     assert (tmp_path / "room.status").read_text() == "0\n", (tmp_path / "room.txt").read_text()
-    ended = Run(tmp_path / "ended")
+    ended = RunFiles(tmp_path / "ended")
     assert [row["state"] for row in table(ended)] == ["complete"] * 2
     assert ended.report.exists()
     assert not list(ended.path.rglob("*.tmp"))
@@ -351,7 +351,7 @@ def test_a_plain_autoencoder_goes_all_the_way_on_a_cluster_that_runs_already(oth
         "--max-epochs=2",
         "--set=budget.grace_epochs=2",
         "--set=fixed.model=autoencoder",
-        "--set=try_first=[{latent_dim: 16, learning_rate: 0.003}]",
+        "--set=points_to_evaluate=[{latent_dim: 16, learning_rate: 0.003}]",
         "--no-retrain",
         f"--address={address}",
     ]
@@ -359,18 +359,18 @@ def test_a_plain_autoencoder_goes_all_the_way_on_a_cluster_that_runs_already(oth
         command(path, *flags), env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200
     )
     assert result.returncode == 0, result.stderr
-    rows = table(Run(path))
+    rows = table(RunFiles(path))
     assert [row["model"] for row in rows] == ["vae", "autoencoder"]  # the baseline stays the classic VAE
     found = scores(rows[1])
     assert found.keys() == SCORED - {"rate", "calibrated_nll"}
     assert found["frechet_distance"] < found["frechet_distance_standard_normal"] < math.inf
-    assert Run(path).summary()["best"]["trial"] == 1
-    assert "frechet_distance_standard_normal" in Run(path).summary()["test"]["best"]
+    assert RunFiles(path).summary()["best"]["trial"] == 1
+    assert "frechet_distance_standard_normal" in RunFiles(path).summary()["test"]["best"]
 
-    autoencoder = codec.load(Run(path).export)
+    autoencoder = codec.load(RunFiles(path).export)
     assert not autoencoder.model.variational
     assert autoencoder.sample(3).shape == (3, 1, 28, 28)
-    assert json.loads((Run(path).export / "model.json").read_text())["parameters"]["model"] == "autoencoder"
+    assert json.loads((RunFiles(path).export / "model.json").read_text())["parameters"]["model"] == "autoencoder"
 
 
 @pytest.mark.slow
@@ -399,15 +399,15 @@ def test_the_training_loss_as_objective_is_searched_and_promotion_looks_at_sampl
         "--max-epochs=1",
         "--set=budget.grace_epochs=1",
         "--set=space={latent_dim: {type: int, low: 4, high: 32}}",
-        "--set=try_first=[]",
+        "--set=points_to_evaluate=[]",
         "--set=fixed.kl_weight=0.1",
         "--set=objective=loss",
         "--set=retrain.epochs=1",
     ]
     path = tmp_path / "run"
     subprocess.run(command(path, *flags), cwd=tmp_path, capture_output=True, check=True, timeout=200)
-    summary = Run(path).summary()
-    trained = {row["trial"]: row["loss"] for row in Run(path).read_trials()}
+    summary = RunFiles(path).summary()
+    trained = {row["trial"]: row["loss"] for row in RunFiles(path).read_trials()}
     assert {entry["trial"]: entry["searched"] for entry in summary["promotion"]} == pytest.approx(trained)
     assert all("search_frechet_distance" in entry for entry in summary["promotion"])
     assert summary["test"].keys() == {"baseline", "best", "retrained"}

@@ -175,7 +175,7 @@ def test_the_points_to_try_first_come_first_and_in_order(tmp_path):
         {"latent_dim": 5, "learning_rate": 0.002, "kl_weight": 0.5},
         {"latent_dim": 6, "learning_rate": 0.003, "kl_weight": 0.25},
     ]
-    spec = spec_with(try_first=first)
+    spec = spec_with(points_to_evaluate=first)
     configs = complete(StudySearcher(study_in(tmp_path, spec), spec), 3)
     assert [config["trial"] for config in configs] == [1, 2, 3]
     assert configs[0]["parameters"] == CLASSIC.model_dump() | first[0]
@@ -184,7 +184,7 @@ def test_the_points_to_try_first_come_first_and_in_order(tmp_path):
 
 
 def test_what_a_point_to_try_first_leaves_open_is_proposed(tmp_path):
-    spec = spec_with(try_first=[{"latent_dim": 5}])
+    spec = spec_with(points_to_evaluate=[{"latent_dim": 5}])
     (config,) = complete(StudySearcher(study_in(tmp_path, spec), spec), 1)
     parameters = config["parameters"]
     assert parameters["latent_dim"] == 5
@@ -261,7 +261,7 @@ def test_trials_that_were_cut_off_come_first_with_their_numbers_and_parameters(t
 def test_killed_at_any_line_of_the_journal_the_search_goes_on_as_if_nothing_had_happened(tmp_path, lowest, cut):
     spec = spec_with(
         space=SPACE | {"latent_dim": {"type": "int", "low": lowest, "high": 32}},
-        try_first=[{"latent_dim": 20}, {"latent_dim": 21, "learning_rate": 0.002, "kl_weight": 0.5}],
+        points_to_evaluate=[{"latent_dim": 20}, {"latent_dim": 21, "learning_rate": 0.002, "kl_weight": 0.5}],
         budget=ONE_RUNG | {"trials": 12},
     )
 

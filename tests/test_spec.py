@@ -142,9 +142,9 @@ def test_a_float_range_with_steps_yields_both_its_ends(entry, expected):
 def test_both_ends_of_a_float_range_are_inside_of_its_distribution(log):
     space = {"kl_weight": {"type": "float", "low": 0.5, "high": 2, "log": log}}
     for end in (0.5, 2):
-        assert _spec(space=space, try_first=[{"kl_weight": end}]).try_first[0]["kl_weight"] == end
+        assert _spec(space=space, points_to_evaluate=[{"kl_weight": end}]).points_to_evaluate[0]["kl_weight"] == end
         with pytest.raises(ValidationError, match=r"outside of space.kl_weight"):
-            _spec(space=space, try_first=[{"kl_weight": math.nextafter(end, end * end)}])
+            _spec(space=space, points_to_evaluate=[{"kl_weight": math.nextafter(end, end * end)}])
     drawn = _drawn(space["kl_weight"], "kl_weight", asks=400)
     assert 0.5 <= min(drawn) < 0.51
     assert 1.97 < max(drawn) <= 2
@@ -198,7 +198,7 @@ def test_a_bad_range_is_refused(tmp_path, entry, words):
     assert words in str(error.value)
 
 
-# fixed and try_first
+# fixed and points_to_evaluate
 
 
 def test_a_parameter_is_searched_or_fixed_and_known():
@@ -213,16 +213,16 @@ def test_a_parameter_is_searched_or_fixed_and_known():
 
 
 def test_points_to_try_first_may_leave_parameters_to_the_sampler_but_lie_in_the_space():
-    assert _spec(try_first=[{"latent_dim": 4}, {}, {"latent_dim": 32}]).try_first == (
+    assert _spec(points_to_evaluate=[{"latent_dim": 4}, {}, {"latent_dim": 32}]).points_to_evaluate == (
         {"latent_dim": 4},
         {},
         {"latent_dim": 32},
     )
     for value in (3, 33, 4.5, "many", True):
-        with pytest.raises(ValidationError, match=r"try_first.1.latent_dim: .* is outside of space.latent_dim"):
-            _spec(try_first=[{}, {"latent_dim": value}])
-    with pytest.raises(ValidationError, match=r"try_first.0.width: not a searched parameter"):
-        _spec(try_first=[{"width": 32}])
+        with pytest.raises(ValidationError, match=r"points_to_evaluate.1.latent_dim: .* is outside"):
+            _spec(points_to_evaluate=[{}, {"latent_dim": value}])
+    with pytest.raises(ValidationError, match=r"points_to_evaluate.0.width: not a searched parameter"):
+        _spec(points_to_evaluate=[{"width": 32}])
 
 
 # Objective
@@ -371,11 +371,11 @@ def test_an_override_below_a_plain_value_is_refused(search, key):
 def test_a_number_that_yaml_reads_as_text_is_a_number(tmp_path):
     """PyYAML wants a dot in 1e-3, so that it comes as a string."""
     assert yaml.safe_load("1e-3") == "1e-3"
-    text = SEARCH.replace("low: 0.0003", "low: 1e-3") + "try_first: [{learning_rate: 2e-3}]\n"
+    text = SEARCH.replace("low: 0.0003", "low: 1e-3") + "points_to_evaluate: [{learning_rate: 2e-3}]\n"
     spec = specs.load(_written(tmp_path, text))
     assert spec.space["learning_rate"].low == 0.001
     assert type(spec.distributions["learning_rate"].low) is float
-    assert spec.try_first == ({"learning_rate": 0.002},)
+    assert spec.points_to_evaluate == ({"learning_rate": 0.002},)
 
 
 def test_a_fixed_number_that_yaml_reads_as_text_is_a_number(tmp_path):
@@ -405,7 +405,10 @@ def test_what_an_anchor_brings_may_be_given_again(tmp_path):
     [
         [],
         [("budget.time_limit", "1.5h"), ("data.directory", "/some where/é"), ("seed", 2**32 - 1)],
-        [("objective", ["mse", {"metric": "rate", "direction": "maximize"}]), ("try_first", [{"latent_dim": 5}, {}])],
+        [
+            ("objective", ["mse", {"metric": "rate", "direction": "maximize"}]),
+            ("points_to_evaluate", [{"latent_dim": 5}, {}]),
+        ],
         [("space.model", {"choices": ["vae", "autoencoder"]}), ("space.kl_weight.high", 1e300)],
     ],
 )
@@ -507,7 +510,7 @@ def test_shipped_specs_are_valid_under_the_schema(editor, path):
         ("space.batch_size", {"choices": [32, 64]}),
         ("space.width", {"type": "int", "low": 8, "high": 64, "step": 8}),
         ("fixed.likelihood", "bernoulli"),
-        ("try_first", [{"latent_dim": 8}]),
+        ("points_to_evaluate", [{"latent_dim": 8}]),
         ("data", {"name": "mnist", "directory": "somewhere", "download": False}),
     ],
 )
@@ -595,7 +598,7 @@ def _refusal(path: Path) -> str | None:
         "null: 2",
         r'"a\nb": 2',
         r'{space: {latent_dim: {choices: [4, 8]}}, fixed: {"a\nb": 2}}',
-        r'{space: {latent_dim: {choices: [4, 8]}}, try_first: [{"a\nb": 2}]}',
+        r'{space: {latent_dim: {choices: [4, 8]}}, points_to_evaluate: [{"a\nb": 2}]}',
         r'space: {"a\nb": {type: int, low: 1, high: 2}}',
         r'space: {latent_dim: {choices: [4, 8], "a\nb": 2}}',
         f"space: {{latent_dim: {{type: int, low: {'9' * 400}, high: 8}}}}",

@@ -25,7 +25,7 @@ from pyarrow.fs import FileSelector, FileSystem, FileType
 
 import tuner
 from tuner.exits import CutOff
-from tuner.run import Refused, Run, write_atomic
+from tuner.run import Refused, RunFiles, write_atomic
 from tuner.storage import Mirror, opened
 from tuner.vae.score import METRICS
 
@@ -38,7 +38,7 @@ TINY = [
     "--concurrency=1",
     "--set=budget.grace_epochs=1",
     "--set=space.learning_rate.high=1e12",
-    "--set=try_first=[{learning_rate: 1e12}, {latent_dim: 8, learning_rate: 0.002, kl_weight: 0.1}]",
+    "--set=points_to_evaluate=[{learning_rate: 1e12}, {latent_dim: 8, learning_rate: 0.002, kl_weight: 0.1}]",
     "--no-retrain",
 ]
 
@@ -104,7 +104,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
 
 
-def put(run: Run, **parts: str) -> None:
+def put(run: RunFiles, **parts: str) -> None:
     """Write files of a run; `__` in a name stands for a slash, and `_` for a dot."""
     for name, content in parts.items():
         write_atomic(run.path / name.replace("__", "/").replace("_", "."), content)
@@ -122,8 +122,8 @@ def mirror_of(url: str, folder: Path) -> Mirror:
 def test_what_was_pushed_is_pulled_again_byte_by_byte_with_its_folders(bucket, tmp_path):
     mirror = mirror_of(f"{bucket}/deep/mine", tmp_path / "here")
     put(mirror.run, spec_yaml="a: 1\n", study_journal="", checkpoints__0000_pt="c", tensorboard__0000__x__events="t")
-    write_atomic(mirror.run.path / "judge" / "big.bin", bytes(range(256)) * 40_000)  # more than one part of an upload
-    write_atomic(mirror.run.path / "judge" / "two words, ü & 100%.txt", "odd name")
+    write_atomic(mirror.run.path / "extractor" / "big.bin", bytes(range(256)) * 40_000)  # several parts
+    write_atomic(mirror.run.path / "extractor" / "two words, ü & 100%.txt", "odd name")
     mirror.push()
     mirror_of(f"{bucket}/deep/mine", tmp_path / "there")
     assert files(tmp_path / "there") == files(tmp_path / "here") == contents(f"{bucket}/deep/mine")
@@ -230,7 +230,7 @@ class Watched(Mirror):
         self.between(f"after {name}")
 
 
-def end_trial(run: Run, number: int) -> None:
+def end_trial(run: RunFiles, number: int) -> None:
     """What the driver writes as a trial ends, in its order: checkpoint, journal, table."""
     write_atomic(run.checkpoint(number), f"checkpoint of {number}")
     with run.journal.open("a") as journal:
@@ -242,7 +242,7 @@ def missing(url: str, folder: Path) -> list[str]:
     """Pull as the same command on another machine would: what the lists there name that is not there."""
     run = mirror_of(url, folder).run
     here = files(folder)
-    listed = [run.judge(name) for name in run.summary().get("judges", {})]
+    listed = [run.extractor(name) for name in run.summary().get("extractors", {})]
     listed += [run.checkpoint(row["trial"]) for row in run.read_trials()]
     finished = len(here.get("study.journal", b"").splitlines())
     told = [f"journal: trial {row['trial']}" for row in run.read_trials()[finished:]]
@@ -264,9 +264,9 @@ def test_whoever_pulls_between_two_writes_misses_nothing_that_is_listed(bucket, 
     mirror.pull()
     write_atomic(mirror.run.spec, "spec")
     for name in ("search", "second"):
-        write_atomic(mirror.run.judge(name), name)
+        write_atomic(mirror.run.extractor(name), name)
     described = {"sha256": "1", "accuracy": 0.9, "width": 16, "deep": False}
-    mirror.run.update_summary(judges={"search": described, "second": described})
+    mirror.run.update_summary(extractors={"search": described, "second": described})
     end_trial(mirror.run, 0)
     for _ in range(2):
         mirror.push()
@@ -379,9 +379,9 @@ def rows(content: bytes) -> list[dict[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def local_search(environment, tmp_path_factory) -> Iterator[tuple[Run, subprocess.Popen[str]]]:
+def local_search(environment, tmp_path_factory) -> Iterator[tuple[RunFiles, subprocess.Popen[str]]]:
     """The same search in a folder, as it goes on beside the other one."""
-    run = Run(tmp_path_factory.mktemp("local") / "run")
+    run = RunFiles(tmp_path_factory.mktemp("local") / "run")
     arguments = command("tuner.search", "--run", str(run.path), *TINY)
     search = subprocess.Popen(
         arguments, env=environment, cwd=run.path.parent, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -442,8 +442,8 @@ def test_a_killed_search_goes_on_from_its_copy_in_storage_to_the_end(killed_run)
     summary = json.loads(stored["summary.json"])
     assert sum(summary["trials"].values()) == 5
     assert summary["test"].keys() == {"baseline", "best"}
-    kept = json.loads(before["summary.json"])["judges"]
-    assert summary["judges"] == kept, "the judges of before the kill"
+    kept = json.loads(before["summary.json"])["extractors"]
+    assert summary["extractors"] == kept, "the extractors of before the kill"
     for row in rows(before["trials.csv"]):
         if row["state"] != "running":
             assert rows(stored["trials.csv"])[int(row["trial"])]["ended"] == row["ended"], "no trial was run twice"

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tuner.run import Run
+from tuner.run import RunFiles
 from tuner.search import main
 from tuner.terminal import Progress, duration, search_line
 
@@ -44,7 +44,7 @@ def test_a_plain_log_gets_lines_without_control_characters(capsys):
     assert error.isprintable() or set(error) - set(map(chr, range(32, 127))) == {"\n"}
 
 
-def test_status_shows_stages_trials_and_result(finished_run: Run, capsys):
+def test_status_shows_stages_trials_and_result(finished_run: RunFiles, capsys):
     before = {path: path.stat().st_mtime_ns for path in finished_run.path.rglob("*")}
     assert main(["--status", str(finished_run.path)]) == 0
     shown = capsys.readouterr().out
@@ -60,7 +60,7 @@ def test_status_shows_stages_trials_and_result(finished_run: Run, capsys):
     assert {path: path.stat().st_mtime_ns for path in finished_run.path.rglob("*")} == before
 
 
-def test_status_needs_neither_ray_nor_torch(finished_run: Run):
+def test_status_needs_neither_ray_nor_torch(finished_run: RunFiles):
     code = (
         "import sys; from tuner.search import main; "
         f"assert main(['--status', {str(finished_run.path)!r}]) == 0; "

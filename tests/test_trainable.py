@@ -11,7 +11,7 @@ import pytest
 import ray
 import torch
 
-from tuner.run import Run, write_atomic
+from tuner.run import RunFiles, write_atomic
 from tuner.searcher import FAILURES
 from tuner.spec import Spec
 from tuner.study import BASELINE
@@ -19,7 +19,7 @@ from tuner.trainable import Files, Shared, TrialTrainable
 from tuner.vae.data import Data
 from tuner.vae.parameters import Parameters
 from tuner.vae.score import METRICS
-from tuner.workspace import Workspace, keep_judge
+from tuner.workspace import Workspace, keep_extractor
 
 HALF = {"max_epochs": 1, "grace_epochs": 0.5, "reduction_factor": 2}  # rungs at half an epoch and at one
 GOOD = Parameters(latent_dim=8, learning_rate=2e-3, kl_weight=0.1, batch_size=32)
@@ -36,8 +36,8 @@ def begin(workspace: Workspace, ray_cluster: str, tmp_path: Path) -> Begin:
         parameters: Parameters = GOOD, number: int = 1, data: Data = workspace.data, **budget: Any
     ) -> TrialTrainable:
         spec = Spec.model_validate({"space": {"latent_dim": {"choices": [4, 8]}}, "budget": HALF | budget})
-        run = Run(tmp_path)
-        keep_judge(run, workspace.data, "search", workspace.judges["search"])
+        run = RunFiles(tmp_path)
+        keep_extractor(run, workspace.data, "search", workspace.extractors["search"])
         trial = TrialTrainable.__new__(TrialTrainable)  # Tune's own beginning makes a log folder at home
         trial.setup(
             {"trial": number, "parameters": parameters.model_dump()},
@@ -50,7 +50,7 @@ def begin(workspace: Workspace, ray_cluster: str, tmp_path: Path) -> Begin:
 
 def numbers(report: dict[str, Any]) -> dict[str, Any]:
     """A report without its times and its tensors."""
-    return {key: value for key, value in report.items() if key not in TIMES | {"checkpoint", "sheets"}}
+    return {key: value for key, value in report.items() if key not in TIMES | {"checkpoint", "image_grids"}}
 
 
 def check_failure(report: dict[str, Any], outcome: str, number: int = 1) -> None:
@@ -123,10 +123,10 @@ def straight(reports: dict[int, dict[str, Any]], begin: Begin) -> dict[int, dict
 
 
 def test_a_trial_with_a_checkpoint_repeats_its_report_and_ends_with_the_same_numbers(begin, straight, tmp_path):
-    write_atomic(Run(tmp_path).checkpoint(1), straight[1]["checkpoint"])
+    write_atomic(RunFiles(tmp_path).checkpoint(1), straight[1]["checkpoint"])
     trial = begin()
     repeated = trial.step()
-    assert repeated == {key: value for key, value in straight[1].items() if key not in ("checkpoint", "sheets")}
+    assert repeated == {key: value for key, value in straight[1].items() if key not in ("checkpoint", "image_grids")}
     assert METRICS.keys() - {"nll"} <= repeated.keys()
     last = trial.step()
     assert numbers(last) == numbers(straight[2])
@@ -156,7 +156,7 @@ def damaged(content: bytes, how: str) -> bytes:
     ["cut in half", "one byte of a tensor turned", "text", "without its moments", "of another model"],
 )
 def test_a_damaged_checkpoint_means_training_again_from_the_start_to_the_same_numbers(begin, straight, tmp_path, how):
-    write_atomic(Run(tmp_path).checkpoint(1), damaged(straight[1]["checkpoint"], how))
+    write_atomic(RunFiles(tmp_path).checkpoint(1), damaged(straight[1]["checkpoint"], how))
     report = begin().step()
     assert "checkpoint" in report, "it was repeated, not trained"
     assert numbers(report) == numbers(straight[1])

@@ -23,17 +23,17 @@ from torch import Tensor, nn
 
 from tuner.run import sync_directory, write_atomic
 from tuner.study import BASELINE
+from tuner.tensorboard import TensorBoard
 from tuner.terminal import stage
 from tuner.vae import codec
 from tuner.vae.data import Split, load_test, pixels
-from tuner.vae.judge import Judge
+from tuner.vae.extractor import FeatureExtractor
+from tuner.vae.image_grid import fixed_noise, grid, png, samples
 from tuner.vae.model import VAE
-from tuner.vae.neighbours import copied, coverage, nearest, neighbour_accuracy, recall
+from tuner.vae.neighbours import copied, coverage, knn_accuracy, nearest, recall
 from tuner.vae.prior import Sampler
 from tuner.vae.score import encode, gap_closed
-from tuner.vae.sheet import fixed_noise, grid, png, samples
-from tuner.views import TensorBoard
-from tuner.workspace import Candidate, Workspace, best_of, last_of, retrained, run_alone
+from tuner.workspace import FittedModel, Workspace, best_of, last_of, retrained, run_alone
 
 TOLERANCE = 1e-5
 SAMPLES = 100
@@ -114,7 +114,7 @@ def export(workspace: Workspace) -> dict[str, Any]:
     return run.update_summary(test=scores)
 
 
-def score_test(workspace: Workspace, candidates: dict[str, Candidate], test: Split) -> dict[str, dict[str, float]]:
+def score_test(workspace: Workspace, candidates: dict[str, FittedModel], test: Split) -> dict[str, dict[str, float]]:
     """Every score on the test split, for the baseline with samples from N(0, I) and for each candidate.
 
     The last candidate is the one that is exported: it gets `FINAL_METRICS`, too.
@@ -130,28 +130,30 @@ def score_test(workspace: Workspace, candidates: dict[str, Candidate], test: Spl
             "gap_closed": gap_closed(scores["frechet_distance"], scorer.floor, baseline),
         }
     drawn = scorer.samples(candidate.model, candidate.prior, NEIGHBOUR_IMAGES)
-    result[name] |= neighbourhood(candidate.model, drawn, scorer.judge, workspace.data.train, test)
+    result[name] |= neighbourhood(candidate.model, drawn, scorer.extractor, workspace.data.train, test)
     return result
 
 
-def neighbourhood(model: VAE, drawn: Tensor, judge: Judge, train: Split, test: Split) -> dict[str, float]:
-    """`FINAL_METRICS` of samples (N, 1, 28, 28): recall and coverage in the judge's features, copies in pixels.
+def neighbourhood(
+    model: VAE, drawn: Tensor, extractor: FeatureExtractor, train: Split, test: Split
+) -> dict[str, float]:
+    """`FINAL_METRICS` of samples (N, 1, 28, 28): recall and coverage in the extractor's features, copies in pixels.
 
     The accuracy is that of all test images; its first thousands alone would be another number.
     """
     shown, learned = pixels(test.images), pixels(train.images)
     latents, references = encode(model, shown)[0], encode(model, learned)[0]
     shown = shown[:NEIGHBOUR_IMAGES]
-    real, fake, like = (judge.features(images) for images in (shown, drawn, learned[:NEIGHBOUR_IMAGES]))
+    real, fake, like = (extractor.features(images) for images in (shown, drawn, learned[:NEIGHBOUR_IMAGES]))
     return {
         "recall": recall(real, fake) / recall(real, like),
         "coverage": coverage(real, fake) / coverage(real, like),
         "copied": copied(drawn.flatten(1), learned.flatten(1)) - copied(shown.flatten(1), learned.flatten(1)),
-        "latent_accuracy": neighbour_accuracy(latents, test.labels, references, train.labels),
+        "knn_accuracy": knn_accuracy(latents, test.labels, references, train.labels),
     }
 
 
-def beside_neighbours(candidate: Candidate, train: Split) -> np.ndarray:
+def beside_neighbours(candidate: FittedModel, train: Split) -> np.ndarray:
     """Samples, and under each row the nearest training images in pixels: a grey picture (H, W) uint8."""
     drawn, learned = samples(candidate.model, candidate.prior, NEIGHBOURS_SHOWN), pixels(train.images)
     closest = learned[nearest(drawn.flatten(1), learned.flatten(1), 1)[1][:, 0]]
@@ -159,7 +161,7 @@ def beside_neighbours(candidate: Candidate, train: Split) -> np.ndarray:
     return grid(torch.cat([images for pair in rows for images in pair]), columns=10, scale=2)
 
 
-def write_files(candidate: Candidate, info: dict[str, Any], directory: Path) -> None:
+def write_files(candidate: FittedModel, info: dict[str, Any], directory: Path) -> None:
     """Everything of an export, into an existing directory."""
     model = candidate.model.eval().requires_grad_(False)
     write_atomic(directory / "weights.safetensors", save({k: v.contiguous() for k, v in model.state_dict().items()}))
@@ -204,7 +206,7 @@ def _write_program(module: nn.Module, inputs: dict[str, Tensor], outputs: list[s
 
 
 @torch.no_grad()
-def check_files(candidate: Candidate, images: Tensor, directory: Path) -> None:
+def check_files(candidate: FittedModel, images: Tensor, directory: Path) -> None:
     """Compare every file with the checkpoint on batches of 1 and of all `images`. Raises RuntimeError."""
     import onnxruntime
 

@@ -1,4 +1,4 @@
-"""Stage 3: score the best few checkpoints again, with fresh noise and a judge the search never saw."""
+"""Stage 3: score the best few checkpoints again, with fresh noise and an extractor the search never saw."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,22 +17,24 @@ def contenders(rows: Sequence[Mapping[str, Any]], spec: Spec) -> list[Mapping[st
 
     Of several objectives' front those with the best samples.
     """
-    ranking = spec.ranking
-    scored = [row for row in rows if ranking.metric in row and row["state"] not in ("failed", "running")]
+    trial_objective = spec.trial_objective
+    scored = [row for row in rows if trial_objective.metric in row and row["state"] not in ("failed", "running")]
     if len(spec.objective) > 1:
         scored = front(scored, spec.objective)
-    return sorted(scored, key=lambda row: (ranking.sign * row[ranking.metric], row["trial"]))[:CANDIDATES]
+    return sorted(scored, key=lambda row: (trial_objective.sign * row[trial_objective.metric], row["trial"]))[
+        :CANDIDATES
+    ]
 
 
 def promote(workspace: Workspace, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Choose the winner among the rows of trials.csv and write it to the summary.
 
-    A candidate's rank is the mean over both judges of the spec's yardstick, each judge's scale set by the
+    A candidate's rank is the mean over both extractors of the spec's yardstick, each extractor's scale set by the
     baseline; ties go to the earlier trial. Floor, baseline and the winner's scores in the summary are those
-    of the search's judge under the fresh noise. The baseline must have been scored.
+    of the search's extractor under the fresh noise. The baseline must have been scored.
     """
-    yardstick = workspace.spec.yardstick
-    searched, metric = workspace.spec.ranking.metric, yardstick.metric
+    selection_objective = workspace.spec.selection_objective
+    searched, metric = workspace.spec.trial_objective.metric, selection_objective.metric
     best = contenders(rows, workspace.spec)
     baseline = last_of(workspace.run, BASELINE)
     table: list[dict[str, Any]] = [
@@ -40,20 +42,22 @@ def promote(workspace: Workspace, rows: Sequence[Mapping[str, Any]]) -> dict[str
     ]
     scores: dict[int, dict[str, float]] = {}
     floors, baselines = {}, {}
-    for judge in workspace.judges:
-        scorer = workspace.scorer(judge)
-        floors[judge] = scorer.floor
+    for extractor in workspace.extractors:
+        scorer = workspace.scorer(extractor)
+        floors[extractor] = scorer.floor
         reference = scorer(baseline.model, baseline.parameters, baseline.prior)
-        baselines[judge] = reference["frechet_distance"]
-        scale = (abs(reference[metric]) or 1) * len(workspace.judges)
+        baselines[extractor] = reference["frechet_distance"]
+        scale = (abs(reference[metric]) or 1) * len(workspace.extractors)
         for entry in table:
             candidate = best_of(workspace.run, entry["trial"])
             result = scorer(candidate.model, candidate.parameters, candidate.prior)
-            if judge == "search":
+            if extractor == "search":
                 scores[entry["trial"]] = result
-            entry[f"{judge}_{metric}"] = result[metric]
-            entry[f"{judge}_gap_closed"] = gap_closed(result["frechet_distance"], floors[judge], baselines[judge])
-            entry["rank"] = entry.get("rank", 0.0) + yardstick.sign * result[metric] / scale
+            entry[f"{extractor}_{metric}"] = result[metric]
+            entry[f"{extractor}_gap_closed"] = gap_closed(
+                result["frechet_distance"], floors[extractor], baselines[extractor]
+            )
+            entry["rank"] = entry.get("rank", 0.0) + selection_objective.sign * result[metric] / scale
     table.sort(key=lambda entry: (entry["rank"], entry["trial"]))
 
     winner = table[0]["trial"]
@@ -75,5 +79,5 @@ def promote(workspace: Workspace, rows: Sequence[Mapping[str, Any]]) -> dict[str
 def promote_stage(workspace: Workspace, rows: list[dict[str, Any]]) -> None:
     with stage(workspace.run, "promote") as progress:
         summary = promote(workspace, rows)
-        progress.done(f"trial {summary['best']['trial']} won among {len(summary['promotion'])} under two judges")
-    console().print(promotion_table(summary["promotion"], workspace.spec.yardstick.metric))
+        progress.done(f"trial {summary['best']['trial']} won among {len(summary['promotion'])} under two extractors")
+    console().print(promotion_table(summary["promotion"], workspace.spec.selection_objective.metric))

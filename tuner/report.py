@@ -23,15 +23,15 @@ from plotly.offline import get_plotlyjs
 
 from tuner import spec as specs
 from tuner.exits import command, refuse, resumable
-from tuner.run import Run, write_atomic
+from tuner.run import RunFiles, write_atomic
 from tuner.spec import Objective, Spec
 from tuner.storage import opened
 from tuner.study import BASELINE, evaluations, front, read_study
 from tuner.terminal import duration, result_rows, stage
+from tuner.vae.image_grid import grid, png, samples
 from tuner.vae.prior import standard_normal
 from tuner.vae.score import FINAL_METRICS, METRICS
-from tuner.vae.sheet import grid, png, samples
-from tuner.workspace import Candidate, best_of, last_of, retrained
+from tuner.workspace import FittedModel, best_of, last_of, retrained
 
 COLOURS = {"complete": "#1f77b4", "pruned": "#b8b8b8", "failed": "#d62728", "running": "#ff9f1c"}
 RATE_AND_DISTORTION = tuple(Objective.model_validate(metric) for metric in ("rate", "distortion"))
@@ -80,7 +80,7 @@ class Page:
 class Material:
     """All that the sections draw on, read once."""
 
-    run: Run
+    run: RunFiles
     spec: Spec
     study: optuna.Study
     trials: list[FrozenTrial]
@@ -89,10 +89,10 @@ class Material:
 
     @property
     def metric(self) -> str:
-        return str(self.spec.ranking.metric)
+        return str(self.spec.trial_objective.metric)
 
 
-def report(run: Run) -> Path:
+def report(run: RunFiles) -> Path:
     """Write `report.html` from what the run's files hold now. Raises ValueError where there is no search yet."""
     if not run.spec.exists() or not run.journal.exists():
         raise ValueError(f"{run.shown}: no search to report on (no {run.spec.name} or {run.journal.name})")
@@ -148,7 +148,7 @@ def headline(page: Page, material: Material) -> None:
 
 def pictures(page: Page, material: Material) -> None:
     run, summary = material.run, material.summary
-    shown: list[tuple[str, Candidate]] = []
+    shown: list[tuple[str, FittedModel]] = []
     if run.checkpoint(BASELINE).exists():
         shown.append(("classic settings, samples from N(0, I)", last_of(run, BASELINE)))
     if "best" in summary:
@@ -330,18 +330,21 @@ def promotion(page: Page, material: Material) -> None:
             "epoch",
             "searched",
             *(
-                f"{judge}_{what}"
-                for judge in material.summary["judges"]
-                for what in (material.spec.yardstick.metric, "gap_closed")
+                f"{extractor}_{what}"
+                for extractor in material.summary["extractors"]
+                for what in (material.spec.selection_objective.metric, "gap_closed")
             ),
         ]
         header = [column.replace("_", " ") for column in columns]
         rows = [[_text(entry[column]) for column in columns] for entry in material.summary["promotion"]]
-        right = ", ".join(f"{name} judge {judge['accuracy']:.1%}" for name, judge in material.summary["judges"].items())
+        right = ", ".join(
+            f"{name} extractor {extractor['accuracy']:.1%}"
+            for name, extractor in material.summary["extractors"].items()
+        )
         page.section(
             "Promotion",
-            "The best of the search, scored again with fresh noise and with a judge the search never saw; the top row "
-            f"won. Right on validation: {right}.",
+            "The best of the search, scored again with fresh noise and with an extractor the search never saw; the top "
+            f"row won. Right on validation: {right}.",
             _table([header, *rows]),
         )
 
@@ -418,7 +421,7 @@ def _text(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def report_stage(run: Run) -> None:
+def report_stage(run: RunFiles) -> None:
     with stage(run, "report") as progress:
         progress.done(run.name_of(report(run)))
 

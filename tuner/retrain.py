@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from tuner.run import write_atomic
+from tuner.tensorboard import TensorBoard
 from tuner.terminal import stage
 from tuner.vae.score import Scorer, gap_closed
 from tuner.vae.train import Diverged, State, Stream, derive_seed, train
-from tuner.views import TensorBoard
-from tuner.workspace import Candidate, Workspace, best_of, load_tensors, reading, run_alone
+from tuner.workspace import FittedModel, Workspace, best_of, load_tensors, reading, run_alone
 
 EVALUATIONS = 10  # over the whole retrain; a checkpoint is kept after every epoch
 WARMUP_STEPS = 100  # Adam starts without its moments, so gently
@@ -48,7 +48,7 @@ def retrain(workspace: Workspace, report: Report) -> dict[str, Any]:
             contest.restore(saved["best"])
     else:
         state.model.load_state_dict(start.model.state_dict())
-        contest.enter(Candidate(start.model, start.parameters, start.prior, 0))
+        contest.enter(FittedModel(start.model, start.parameters, start.prior, 0))
 
     evaluated = {max(1, round(epochs * part / EVALUATIONS)) for part in range(1, EVALUATIONS + 1)}
     images = workspace.data.train.images
@@ -57,18 +57,18 @@ def retrain(workspace: Workspace, report: Report) -> dict[str, Any]:
             line: dict[str, Any] = {"epoch": record.epoch, "loss": record.loss, "seconds_train": record.seconds}
             if record.epoch in evaluated:
                 prior = scorer.fit(state.model, start.parameters)
-                line |= contest.enter(Candidate(state.model, start.parameters, prior, record.epoch))
+                line |= contest.enter(FittedModel(state.model, start.parameters, prior, record.epoch))
             buffer = io.BytesIO()
             torch.save({"last": state.state_dict(), "best": contest.state_dict()}, buffer)
             write_atomic(run.retrain_checkpoint, buffer.getvalue())
             report(line)
 
-    best = Candidate.from_state_dict(contest.best)
+    best = FittedModel.from_state_dict(contest.best)
     if start.parameters.prior != "standard_normal":
         for wanted in spec.retrain.priors:
             other = start.parameters.model_copy(update=wanted.model_dump())
             with suppress(Diverged):
-                contest.enter(Candidate(best.model, other, scorer.fit(best.model, other), best.epoch))
+                contest.enter(FittedModel(best.model, other, scorer.fit(best.model, other), best.epoch))
     buffer = io.BytesIO()
     torch.save(contest.best, buffer)
     write_atomic(run.retrained, buffer.getvalue())
@@ -112,13 +112,13 @@ class _Contest:
     """Keeps the candidate with the best objective on validation; the first to enter wins a tie."""
 
     def __init__(self, workspace: Workspace, scorer: Scorer):
-        yardstick = workspace.spec.yardstick
-        self.metric, self.sign = yardstick.metric, yardstick.sign
+        selection_objective = workspace.spec.selection_objective
+        self.metric, self.sign = selection_objective.metric, selection_objective.sign
         self.scorer = scorer
         self.best: dict[str, Any] = {}
         self.scores: dict[str, float] = {}
 
-    def enter(self, candidate: Candidate) -> dict[str, float]:
+    def enter(self, candidate: FittedModel) -> dict[str, float]:
         scores = self.scorer(candidate.model, candidate.parameters, candidate.prior)
         if not self.scores or self.sign * scores[self.metric] < self.sign * self.scores[self.metric]:
             self.best, self.scores = candidate.state_dict(), scores
@@ -129,7 +129,7 @@ class _Contest:
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Raises whatever what is no such mapping provokes."""
-        Candidate.from_state_dict(saved)
+        FittedModel.from_state_dict(saved)
         scores = {name: float(value) for name, value in saved["scores"].items()}
         if not {self.metric, "frechet_distance"} <= scores.keys():
             raise KeyError(self.metric)

@@ -22,7 +22,7 @@ _SCORES = {"frechet_distance": float, "gap_closed": float, "*": float}
 _WINNER = {"latent_dim": float, "learning_rate": float, "kl_weight": float, "*": object}
 SUMMARY: dict[str, Any] = {
     "spec": {"trials": int, "metric": str, "direction": str, "searched": [str]},
-    "judges": {"*": {"sha256": str, "accuracy": float, "width": int, "deep": bool}},
+    "extractors": {"*": {"sha256": str, "accuracy": float, "width": int, "deep": bool}},
     "trials": {"complete": int, "pruned": int, "failed": int},
     "floor": float,
     "baseline": float,
@@ -41,7 +41,7 @@ SUMMARY: dict[str, Any] = {
     "test": {"baseline": _SCORES, "best": {"floor": float, **_SCORES}, "*": _SCORES},
     "seconds": {"*": float},
 }
-BEFORE_BEST = {"spec", "judges", "trials", "floor", "baseline", "promotion"}
+BEFORE_BEST = {"spec", "extractors", "trials", "floor", "baseline", "promotion"}
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -79,7 +79,7 @@ class Refused(ValueError):
     """Bad input or a damaged file; the text is one line that names it. Commands end with status 2."""
 
 
-class Run:
+class RunFiles:
     """The files of one search. Nothing else in the package spells a path inside a run directory."""
 
     def __init__(self, path: Path, shown: str | None = None):
@@ -90,7 +90,7 @@ class Run:
         self.trials = path / "trials.csv"
         self.tensorboard = path / "tensorboard"
         self.ray = path / "ray"
-        self.judges = path / "judge"
+        self.extractors = path / "extractors"
         self.checkpoints = path / "checkpoints"
         self.retrain = path / "retrain"
         self.retrain_checkpoint = self.retrain / "checkpoint.pt"
@@ -133,7 +133,7 @@ class Run:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise Refused(f"{self.shown}: another process is working on this run") from error
-            for directory in (self.path, self.judges, self.checkpoints, self.retrain):
+            for directory in (self.path, self.extractors, self.checkpoints, self.retrain):
                 for left in directory.glob(".*.tmp"):
                     if left.is_file() and not left.name.startswith(f".{self.report.name}"):  # written without the lock
                         left.unlink(missing_ok=True)
@@ -143,8 +143,8 @@ class Run:
         """The one checkpoint of a trial: where it stands, and its best evaluation."""
         return self.checkpoints / f"{trial:04d}.pt"
 
-    def judge(self, name: str) -> Path:
-        return self.judges / f"{name}.safetensors"
+    def extractor(self, name: str) -> Path:
+        return self.extractors / f"{name}.safetensors"
 
     def summary(self) -> dict[str, Any]:
         """What is known of the run so far; empty before the first stage ended.

@@ -1,4 +1,4 @@
-"""The main job, read top to bottom: spec -> search and judges -> promote -> retrain -> export -> report.
+"""The main job, read top to bottom: spec -> search and extractors -> promote -> retrain -> export -> report.
 
 `python -m tuner.search [SPEC.yaml] [--run DIR]`. On a run that was cut off, the same command goes on with it.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tuner.exits import command, refuse, resumable
-from tuner.run import Refused, Run, write_atomic
+from tuner.run import Refused, RunFiles, write_atomic
 from tuner.storage import opened
 from tuner.terminal import console, final_words, status_words
 
@@ -34,18 +34,18 @@ def main(argv: list[str] | None = None) -> int:
         return job(run, arguments)
 
 
-def job(run: Run, arguments: argparse.Namespace) -> int:
+def job(run: RunFiles, arguments: argparse.Namespace) -> int:
     """All stages of a run, each skipped where it is done already -> exit status."""
-    # torch and Ray take seconds to import: --help, --status and a mistyped flag don't wait for them, nor does the judge
-    # for Ray.
+    # torch and Ray take seconds to import: --help, --status and a mistyped flag don't wait for them, nor does the
+    # extractor for Ray.
     from tuner.export import export_stage
-    from tuner.judges import Judges
+    from tuner.extractors import FeatureExtractors
     from tuner.promote import promote_stage
     from tuner.report import report_stage
     from tuner.retrain import retrain_stage
     from tuner.study import BASELINE
     from tuner.vae import data as datasets
-    from tuner.workspace import Workspace, load_judges
+    from tuner.workspace import Workspace, load_extractors
 
     try:
         spec = load_spec(run, arguments)
@@ -54,19 +54,19 @@ def job(run: Run, arguments: argparse.Namespace) -> int:
             return finish(run)
         directory = arguments.data_dir or spec.data.directory
         data = datasets.load(spec.data.name, directory, spec.data.download)
-        load_judges(run)
+        load_extractors(run)
     except ValueError as error:
         refuse(error)
 
     with run.claimed():
         begin(run, spec)
         if "best" not in run.summary():
-            with Judges(run, spec, data, directory) as judges:
+            with FeatureExtractors(run, spec, data, directory) as extractors:
                 from tuner.cluster import cluster
                 from tuner.trials import search_stage
 
                 with cluster(arguments.address, arguments.concurrency, spec.resources):
-                    rows = search_stage(run, spec, data, judges, arguments.concurrency)
+                    rows = search_stage(run, spec, data, extractors, arguments.concurrency)
             if not rows:
                 print("error: no trial was started within budget.time_limit", file=sys.stderr)
                 return 1
@@ -76,8 +76,8 @@ def job(run: Run, arguments: argparse.Namespace) -> int:
                 subject = "every trial failed" if everything else "the baseline was never scored"
                 print(f"error: {subject}: {reasons.most_common(1)[0][0]}", file=sys.stderr)
                 return 1
-            promote_stage(Workspace(run, spec, data, load_judges(run), directory), rows)
-        workspace = Workspace(run, spec, data, load_judges(run), directory)
+            promote_stage(Workspace(run, spec, data, load_extractors(run), directory), rows)
+        workspace = Workspace(run, spec, data, load_extractors(run), directory)
         if not arguments.no_retrain and "retrain" not in run.summary():
             retrain_stage(workspace)
         run.report.unlink(missing_ok=True)  # a report is the last thing a finished run gets
@@ -111,7 +111,7 @@ def default_run(spec: Path | None) -> str:
     return f"runs/{(spec or DEFAULT_SPEC).stem}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
-def load_spec(run: Run, arguments: argparse.Namespace) -> "Spec":
+def load_spec(run: RunFiles, arguments: argparse.Namespace) -> "Spec":
     """The spec to work by. Raises ValueError where it is no good or the run belongs to another."""
     from tuner import spec as specs
 
@@ -136,7 +136,7 @@ def load_spec(run: Run, arguments: argparse.Namespace) -> "Spec":
     return spec
 
 
-def begin(run: Run, spec: "Spec") -> None:
+def begin(run: RunFiles, spec: "Spec") -> None:
     """Write what makes a folder a run."""
     if not run.spec.exists():
         write_atomic(run.spec, spec.to_yaml())
@@ -153,7 +153,7 @@ def status(place: str) -> int:
     return 0
 
 
-def finish(run: Run) -> int:
+def finish(run: RunFiles) -> int:
     """The closing table, and where to look."""
     for part in final_words(run):
         console(sys.stdout).print(part)

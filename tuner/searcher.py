@@ -80,7 +80,7 @@ class StudySearcher(Searcher):
         ):
             number = self.study.ask().number  # Optuna gives out what waits
         else:
-            fixed = self.spec.try_first[number - 1] if number <= len(self.spec.try_first) else None
+            fixed = self.spec.points_to_evaluate[number - 1] if number <= len(self.spec.points_to_evaluate) else None
             params = self._sample(known, number, fixed)
             self._add(TrialState.RUNNING, self.spec.parameters(params), params)
         return self.study.get_trials(deepcopy=False)[number]

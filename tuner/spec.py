@@ -241,7 +241,7 @@ class Spec(_Frozen):
     data: DataSpec = DataSpec()
     space: dict[str, Entry] = Field(min_length=1, description="searched parameters")
     fixed: dict[str, Value] = Field({}, description="parameters that all trials share")
-    try_first: tuple[dict[str, Value], ...] = Field((), description="points to run before any others")
+    points_to_evaluate: tuple[dict[str, Value], ...] = Field((), description="points to run before any others")
     objective: Annotated[tuple[Objective, ...], BeforeValidator(_as_list), Field(min_length=1)] = (
         Objective(metric="frechet_distance", direction="minimize"),
     )
@@ -265,12 +265,12 @@ class Spec(_Frozen):
                 raise ValueError(f"fixed.{name}: it is searched in space too")
         for name, value in self.fixed.items():
             _check_parameter(f"fixed.{name}", name, value)
-        for index, point in enumerate(self.try_first):
+        for index, point in enumerate(self.points_to_evaluate):
             for name, value in point.items():
                 if name not in self.space:
-                    raise ValueError(f"try_first.{index}.{name}: not a searched parameter")
+                    raise ValueError(f"points_to_evaluate.{index}.{name}: not a searched parameter")
                 if not _contains(self.space[name].distribution(), value):
-                    raise ValueError(f"try_first.{index}.{name}: {value!r} is outside of space.{name}")
+                    raise ValueError(f"points_to_evaluate.{index}.{name}: {value!r} is outside of space.{name}")
         metrics = [objective.metric for objective in self.objective]
         if len(set(metrics)) < len(metrics):
             raise ValueError("objective: a metric is named twice")
@@ -328,21 +328,21 @@ class Spec(_Frozen):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
     @property
-    def ranking(self) -> Objective:
+    def trial_objective(self) -> Objective:
         """What ranks trials: the objective; samples where there are several, none of which can rank alone."""
         return self.objective[0] if len(self.objective) == 1 else SAMPLES
 
     @property
-    def yardstick(self) -> Objective:
+    def selection_objective(self) -> Objective:
         """What ranks finished models: as trials; samples where that is the loss, which only training has."""
-        return SAMPLES if self.ranking.metric == "loss" else self.ranking
+        return SAMPLES if self.trial_objective.metric == "loss" else self.trial_objective
 
     def digest(self) -> dict[str, Any]:
         """What a reader of a run's files needs to know without this package's heavier parts."""
         return {
             "trials": self.budget.trials,
-            "metric": self.ranking.metric,
-            "direction": self.ranking.direction,
+            "metric": self.trial_objective.metric,
+            "direction": self.trial_objective.direction,
             "searched": list(self.space),
         }
 

@@ -12,19 +12,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tuner.exits import CutOff
-from tuner.run import Refused, Run, one_line
+from tuner.run import Refused, RunFiles, one_line
 
 PUSH_SECONDS = 5  # between two looks at what has changed
 
 
 @contextmanager
-def opened(place: str) -> Iterator[Run]:
+def opened(place: str) -> Iterator[RunFiles]:
     """The run at a path, or a local copy of the run at a URL that is pushed back while and after the body works.
 
     Raises Refused where the URL can't be reached, CutOff where the last push fails: the local copy then stays.
     """
     if "://" not in place:
-        yield Run(Path(place))
+        yield RunFiles(Path(place))
         return
     local = Path(tempfile.mkdtemp(prefix="vae-tuner-")) / "run"
     try:
@@ -37,7 +37,7 @@ def opened(place: str) -> Iterator[Run]:
     pusher = threading.Thread(target=mirror.follow, args=(done,), daemon=True)
     pusher.start()
     try:
-        yield Run(local, shown=place)
+        yield RunFiles(local, shown=place)
     finally:
         done.set()
         pusher.join()
@@ -59,7 +59,7 @@ class Mirror:
         from pyarrow.fs import FileSystem  # not on the way of runs on a disk
 
         self.url = url
-        self.run = Run(local)
+        self.run = RunFiles(local)
         try:
             self.storage, self.root = FileSystem.from_uri(url)
         except (ValueError, OSError) as error:

@@ -105,7 +105,7 @@ def table(study: optuna.Study, spec: Spec, floor: float) -> list[dict[str, Any]]
 
     `gap_closed` compares with the baseline's last N(0, I) distance and is missing until the baseline ended.
     """
-    ranking = spec.ranking
+    trial_objective = spec.trial_objective
     trials = study.get_trials(deepcopy=False)
     baseline = math.nan
     if trials and trials[BASELINE].state == TrialState.COMPLETE:
@@ -113,7 +113,7 @@ def table(study: optuna.Study, spec: Spec, floor: float) -> list[dict[str, Any]]
     rows = []
     for trial in trials:
         scored = evaluations(trial)
-        best = min(scored, key=lambda scores: ranking.sign * scores[ranking.metric], default={})
+        best = min(scored, key=lambda scores: trial_objective.sign * scores[trial_objective.metric], default={})
         row: dict[str, Any] = {
             "trial": trial.number,
             "state": STATES[trial.state],

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from tuner.run import OUTCOMES, Run
+from tuner.run import OUTCOMES, RunFiles
 
 LOG_COLUMNS = 160
 PLAIN_SECONDS = 10  # between lines where output is not a terminal
@@ -33,7 +33,7 @@ def duration(seconds: float) -> str:
 
 
 @contextmanager
-def stage(run: Run, name: str) -> Iterator["Progress"]:
+def stage(run: RunFiles, name: str) -> Iterator["Progress"]:
     """Show a stage's progress and add its seconds to the summary."""
     started = time.monotonic()
     with Progress(name) as progress:
@@ -111,9 +111,17 @@ def search_line(
 
 
 def promotion_table(promotion: Sequence[Mapping[str, Any]], metric: str) -> Table:
-    """The candidates in the order they came out, under both judges."""
+    """The candidates in the order they came out, under both extractors."""
     table = Table(title=f"Promotion: {metric} under fresh noise, and gap closed", title_justify="left")
-    for column in ("trial", "epoch", "in the search", "search judge", "gap closed", "second judge", "gap closed"):
+    for column in (
+        "trial",
+        "epoch",
+        "in the search",
+        "search extractor",
+        "gap closed",
+        "second extractor",
+        "gap closed",
+    ):
         table.add_column(column, justify="right")
     for entry in promotion:
         values = [entry["searched"], entry[f"search_{metric}"], entry["search_gap_closed"]]
@@ -154,7 +162,7 @@ def result_table(summary: Mapping[str, Any]) -> Table:
     return table
 
 
-def final_words(run: Run) -> list[Table | str]:
+def final_words(run: RunFiles) -> list[Table | str]:
     """The closing table of a finished run, the winner's searched parameters and the paths to look at."""
     summary = run.summary()
     winner = [f"{name} {summary['best']['params'][name]:.3g}" for name in ("latent_dim", "learning_rate", "kl_weight")]
@@ -168,7 +176,7 @@ def final_words(run: Run) -> list[Table | str]:
     ]
 
 
-def status_words(run: Run) -> list[Table | str]:
+def status_words(run: RunFiles) -> list[Table | str]:
     """How a run stands, from its files: the stages done with their seconds, the trials, and the result so far."""
     summary, rows = run.summary(), run.read_trials()
     done = [f"{name} {duration(seconds)}" for name, seconds in summary.get("seconds", {}).items()]

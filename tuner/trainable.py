@@ -13,42 +13,42 @@ from ray import ObjectRef, tune
 from ray.actor import ActorHandle
 
 from tuner.fusion import train_fused
-from tuner.run import Run
+from tuner.run import RunFiles
 from tuner.spec import Spec
 from tuner.study import BASELINE
 from tuner.vae.data import Data
-from tuner.vae.judge import Judge
+from tuner.vae.extractor import FeatureExtractor
+from tuner.vae.image_grid import image_grids
 from tuner.vae.parameters import Parameters
 from tuner.vae.prior import Prior
 from tuner.vae.process import settle
 from tuner.vae.score import Scorer
-from tuner.vae.sheet import sheets
 from tuner.vae.train import Diverged, Record, State, train
-from tuner.workspace import Candidate, load_judges, load_tensors
+from tuner.workspace import FittedModel, load_extractors, load_tensors
 
 SEARCH_SAMPLES = 2_500  # of each kind per score: keeps scoring below 15 % of training on MNIST
 SEARCH_PRIOR_IMAGES = 10_000
-SHEET_IMAGES = 32
+GRID_IMAGES = 32
 NO_MEMORY = ("can't allocate memory", "not enough memory", "CUDA out of memory")  # how PyTorch's RuntimeErrors say it
 
 
-def search_scorer(spec: Spec, data: Data, judge: Judge) -> Scorer:
+def search_scorer(spec: Spec, data: Data, extractor: FeatureExtractor) -> Scorer:
     """The scorer that all trials of a search face, with the same noise."""
     return Scorer(
-        judge,
+        extractor,
         data.train,
         data.validation,
         seed=spec.seed,
         count=SEARCH_SAMPLES,
         prior_count=SEARCH_PRIOR_IMAGES,
-        evenly=True,
+        quasi_random=True,
     )
 
 
 class Files:
     """Hands a run's files to workers, which may not see the run directory: an actor beside the driver."""
 
-    def __init__(self, run: Run):
+    def __init__(self, run: RunFiles):
         self.run = run
 
     def checkpoint(self, trial: int) -> bytes | None:
@@ -56,9 +56,9 @@ class Files:
         path = self.run.checkpoint(trial)
         return path.read_bytes() if path.exists() else None
 
-    def judge(self) -> Judge | None:
-        """The judge that the search scores with, None before it is trained."""
-        return load_judges(self.run).get("search")
+    def extractor(self) -> FeatureExtractor | None:
+        """The extractor that the search scores with, None before it is trained."""
+        return load_extractors(self.run).get("search")
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Shared:
 class TrialTrainable(tune.Trainable):
     """Trains to the next rung at each step and reports its scores, a sample sheet and a checkpoint.
 
-    Actors are reused: data, judge and scorer are set up once, `reset_config` starts the next trial. A trial
+    Actors are reused: data, extractor and scorer are set up once, `reset_config` starts the next trial. A trial
     that has a checkpoint goes on from it and first repeats the checkpoint's report, so that a report that was
     lost on its way is not missing. What goes wrong in a trial is reported as its outcome, with the reason; Ray
     sees an error only where the process itself dies.
@@ -87,10 +87,10 @@ class TrialTrainable(tune.Trainable):
 
     @cached_property
     def scorer(self) -> Scorer:
-        """Made at the first rung: until then the judge may still be in training."""
-        while (judge := ray.get(self.shared.files.judge.remote())) is None:
+        """Made at the first rung: until then the extractor may still be in training."""
+        while (extractor := ray.get(self.shared.files.extractor.remote())) is None:
             time.sleep(0.1)
-        return search_scorer(self.spec, self.data, judge)
+        return search_scorer(self.spec, self.data, extractor)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self.number = new_config["trial"]
@@ -168,15 +168,15 @@ class TrialTrainable(tune.Trainable):
             "outcome": "complete" if last else "running",
             "done": last,
         }
-        pictures = sheets(self.state.model, prior, self.scorer.images[:SHEET_IMAGES])
+        pictures = image_grids(self.state.model, prior, self.scorer.images[:GRID_IMAGES])
         past_grace = last or record.epoch > self.spec.budget.grace_epochs  # till then latents that sleep often wake up
         if past_grace and not scores["active_units"] and self.number != BASELINE:
             reason = f"no active latent unit at epoch {record.epoch:g}"
-            return self._failed("collapsed", reason, report) | {"sheets": pictures}
+            return self._failed("collapsed", reason, report) | {"image_grids": pictures}
         self._keep_best(report, prior)
         buffer = io.BytesIO()
         torch.save({"last": self.state.state_dict(), "best": self.best, "report": report}, buffer)
-        return report | {"checkpoint": buffer.getvalue(), "sheets": pictures}
+        return report | {"checkpoint": buffer.getvalue(), "image_grids": pictures}
 
     def _failed(self, outcome: str, reason: str, report: dict[str, Any] | None = None) -> dict[str, Any]:
         """The last report of a trial that can't go on, with its scores if it has any."""
@@ -184,10 +184,10 @@ class TrialTrainable(tune.Trainable):
         return scores | {"trial": self.number, "outcome": outcome, "reason": f"{outcome}: {reason}", "done": True}
 
     def _keep_best(self, report: dict[str, Any], prior: Prior) -> None:
-        ranking = self.spec.ranking
-        value = ranking.sign * report[ranking.metric]
+        trial_objective = self.spec.trial_objective
+        value = trial_objective.sign * report[trial_objective.metric]
         if self.best is None or value < self.best["value"]:
-            candidate = Candidate(self.state.model, self.parameters, prior, report["epoch"])
+            candidate = FittedModel(self.state.model, self.parameters, prior, report["epoch"])
             self.best = candidate.state_dict() | {"value": value}
 
 

@@ -1,4 +1,4 @@
-"""The part of the job that runs on Ray: the judges and the trials."""
+"""The part of the job that runs on Ray: the extractors and the trials."""
 
 import math
 import os
@@ -16,23 +16,25 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tuner.cluster import alive, dead_processes, require_ray, slots
 from tuner.exits import fatal
+from tuner.extractors import FeatureExtractors
 from tuner.fusion import Fusion, fusion
-from tuner.judges import Judges
 from tuner.promote import contenders
-from tuner.run import OUTCOMES, Refused, Run, write_atomic
+from tuner.run import OUTCOMES, Refused, RunFiles, write_atomic
 from tuner.searcher import StudySearcher, SuccessiveHalving
 from tuner.spec import Resources, Spec
 from tuner.study import BASELINE, open_study, table
+from tuner.tensorboard import TensorBoard
 from tuner.terminal import Progress, search_line, stage
 from tuner.trainable import Files, Shared, TrialTrainable, search_scorer
 from tuner.vae.data import Data
 from tuner.vae.process import settle
-from tuner.views import TensorBoard
-from tuner.workspace import JUDGES
+from tuner.workspace import EXTRACTORS
 
 
-def search_stage(run: Run, spec: Spec, data: Data, judges: Judges, concurrency: int | None) -> list[dict[str, Any]]:
-    """Run the trials that are left and return the rows of trials.csv; the judges are trained and kept on the way."""
+def search_stage(
+    run: RunFiles, spec: Spec, data: Data, extractors: FeatureExtractors, concurrency: int | None
+) -> list[dict[str, Any]]:
+    """Run the trials that are left -> the rows of trials.csv; the extractors are trained and kept on the way."""
     settle()  # the floor is measured here
     study = open_study(run.journal, spec)
     require_whole(run, study)
@@ -44,22 +46,22 @@ def search_stage(run: Run, spec: Spec, data: Data, judges: Judges, concurrency: 
     shared = Shared(spec, files, reference, fused.arrays)
     with stage(run, "search") as progress, closing(TensorBoard(run.tensorboard, spec)) as board:
         board.start_search()
-        driver = Driver(run, spec, study, judges, progress, board)
+        driver = Driver(run, spec, study, extractors, progress, board)
         trainable = tune.with_parameters(TrialTrainable, shared=shared)
-        run_trials(study, spec, trainable, run.ray.absolute(), concurrency, [driver], fused, judges.in_training)
+        run_trials(study, spec, trainable, run.ray.absolute(), concurrency, [driver], fused, extractors.in_training)
         driver.keep_table()
         progress.done(driver.line())
-    with stage(run, "judge") as progress:
-        for name in JUDGES:
-            judges.keep(name)
-        described = run.summary()["judges"]
-        progress.done(", ".join(f"{name} judge {described[name]['accuracy']:.1%} right" for name in JUDGES))
+    with stage(run, "extractor") as progress:
+        for name in EXTRACTORS:
+            extractors.keep(name)
+        described = run.summary()["extractors"]
+        progress.done(", ".join(f"{name} extractor {described[name]['accuracy']:.1%} right" for name in EXTRACTORS))
     states = Counter(row["state"] for row in driver.rows)
     run.update_summary(trials={state: states[state] for state in OUTCOMES})
     return driver.rows
 
 
-def require_whole(run: Run, study: optuna.Study) -> None:
+def require_whole(run: RunFiles, study: optuna.Study) -> None:
     """Raises Refused where the journal knows less than trials.csv, which is written after it."""
     finished = sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
     listed = sum(row["state"] in OUTCOMES for row in run.read_trials())
@@ -136,20 +138,26 @@ class Driver(tune.Callback):
     """The driver's end of a report: it alone writes checkpoints, trials.csv and TensorBoard's files."""
 
     def __init__(
-        self, run: Run, spec: Spec, study: optuna.Study, judges: Judges, progress: Progress, board: TensorBoard
+        self,
+        run: RunFiles,
+        spec: Spec,
+        study: optuna.Study,
+        extractors: FeatureExtractors,
+        progress: Progress,
+        board: TensorBoard,
     ):
-        self.run, self.spec, self.study, self.judges = run, spec, study, judges
+        self.run, self.spec, self.study, self.extractors = run, spec, study, extractors
         self.progress, self.board = progress, board
         self.floor = math.nan
-        self.keep_judges()
+        self.keep_extractors()
         self.keep_table()
         self.before = sum(row["state"] in OUTCOMES for row in self.rows)
 
-    def keep_judges(self) -> None:
+    def keep_extractors(self) -> None:
         """Trials wait for the first; the floor is known as soon as it is, which is before the first report."""
-        self.judges.keep_done()
-        if math.isnan(self.floor) and "search" in self.judges.kept:
-            self.floor = search_scorer(self.spec, self.judges.data, self.judges.kept["search"]).floor
+        self.extractors.keep_done()
+        if math.isnan(self.floor) and "search" in self.extractors.kept:
+            self.floor = search_scorer(self.spec, self.extractors.data, self.extractors.kept["search"]).floor
 
     def __reduce__(self) -> tuple[type[tune.Callback], tuple[()]]:
         """Ray pickles callbacks for a restore of its own, which the journal replaces."""
@@ -160,18 +168,18 @@ class Driver(tune.Callback):
         number = trial.config["trial"]
         self.board.start_trial(number, trial.config["parameters"])
         if 4 * (number + 1) >= 3 * self.spec.budget.trials:
-            self.judges.begin("second")  # which the promotion needs: begun with the last trial, it would be waited for
+            self.extractors.begin("second")  # begun with the last trial, the promotion would wait for it
         self.keep_table()
 
     @fatal
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        checkpoint, sheets = result.pop("checkpoint", None), result.pop("sheets", {})
+        checkpoint, image_grids = result.pop("checkpoint", None), result.pop("image_grids", {})
         if checkpoint is not None:
             write_atomic(self.run.checkpoint(result["trial"]), checkpoint)
-        if sheets:  # a repeated report has none
-            self.board.report_trial(result["trial"], result, sheets)
+        if image_grids:  # a repeated report has none
+            self.board.report_trial(result["trial"], result, image_grids)
 
     @fatal
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -185,7 +193,7 @@ class Driver(tune.Callback):
     @fatal
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         require_ray()
-        self.keep_judges()
+        self.keep_extractors()
         self.progress.show(self.line())
 
     def keep_table(self) -> None:

@@ -1,4 +1,4 @@
-"""What every stage works on: a run with its spec, data and judges."""
+"""What every stage works on: a run with its spec, data and extractors."""
 
 import argparse
 import hashlib
@@ -15,12 +15,12 @@ import torch
 
 from tuner import spec as specs
 from tuner.exits import command, refuse, resumable
-from tuner.run import Refused, Run, one_line, write_atomic
+from tuner.run import Refused, RunFiles, one_line, write_atomic
 from tuner.spec import Spec
 from tuner.storage import opened
 from tuner.vae import data as datasets
 from tuner.vae.data import Data, Split, pixels
-from tuner.vae.judge import Judge, load_judge, to_bytes
+from tuner.vae.extractor import FeatureExtractor, load_extractor, to_bytes
 from tuner.vae.model import VAE, build
 from tuner.vae.parameters import Parameters
 from tuner.vae.prior import Prior, standard_normal
@@ -31,11 +31,11 @@ from tuner.vae.train import Stream, derive_seed
 FINAL_SAMPLES = 10_000  # outside of the search a score may cost more
 FINAL_PRIOR_IMAGES = 50_000
 # Name: width, and whether it is deep. The search never sees the second, which sees what the first can't.
-JUDGES = {"search": (16, False), "second": (16, True)}
+EXTRACTORS = {"search": (16, False), "second": (16, True)}
 
 
 @dataclass(frozen=True)
-class Candidate:
+class FittedModel:
     """A model with the parameters it was trained with and the prior it was scored with."""
 
     model: VAE
@@ -53,7 +53,7 @@ class Candidate:
         }
 
     @classmethod
-    def from_state_dict(cls, saved: dict[str, Any]) -> "Candidate":
+    def from_state_dict(cls, saved: dict[str, Any]) -> "FittedModel":
         """Raises whatever what is no such mapping provokes."""
         parameters = Parameters.model_validate(saved["parameters"])
         model = build(parameters, seed=0)
@@ -69,46 +69,46 @@ class Candidate:
 class Workspace:
     """Making one settles the process."""
 
-    run: Run
+    run: RunFiles
     spec: Spec
     data: Data
-    judges: dict[str, Judge]
+    extractors: dict[str, FeatureExtractor]
     data_directory: Path
 
     def __post_init__(self) -> None:
         settle()
 
-    def scorer(self, judge: str = "search", held_out: Split | None = None) -> Scorer:
+    def scorer(self, extractor: str = "search", held_out: Split | None = None) -> Scorer:
         """A scorer with noise that no trial was scored with: on validation, to choose by, or on a `held_out` split.
 
-        Its fits are guided by the second judge, which after the promotion scores nothing any more.
+        Its fits are guided by the second extractor, which after the promotion scores nothing any more.
         """
         return Scorer(
-            self.judges[judge],
+            self.extractors[extractor],
             self.data.train,
             held_out or self.data.validation,
             seed=derive_seed(self.spec.seed, Stream.PROMOTE),
             count=FINAL_SAMPLES,
             prior_count=FINAL_PRIOR_IMAGES,
-            evenly=held_out is None,
-            guide=self.judges["second"],
+            quasi_random=held_out is None,
+            guide=self.extractors["second"],
         )
 
 
-def best_of(run: Run, trial: int) -> Candidate:
+def best_of(run: RunFiles, trial: int) -> FittedModel:
     """The best evaluation of a trial, exactly as it was scored. Raises Refused where the file is damaged."""
     path = run.checkpoint(trial)
     with reading(run, path):
-        return Candidate.from_state_dict(load_tensors(path.read_bytes())["best"])
+        return FittedModel.from_state_dict(load_tensors(path.read_bytes())["best"])
 
 
-def last_of(run: Run, trial: int) -> Candidate:
+def last_of(run: RunFiles, trial: int) -> FittedModel:
     """Where a trial ended, with N(0, I) as its prior: what the baseline is. Raises Refused as `best_of`."""
     path = run.checkpoint(trial)
     with reading(run, path):
         saved = load_tensors(path.read_bytes())
         parameters = saved["best"]["parameters"] | {"prior": "standard_normal"}
-        return Candidate.from_state_dict(
+        return FittedModel.from_state_dict(
             {
                 "parameters": parameters,
                 "model": saved["last"]["model"],
@@ -118,20 +118,20 @@ def last_of(run: Run, trial: int) -> Candidate:
         )
 
 
-def retrained(run: Run) -> Candidate:
+def retrained(run: RunFiles) -> FittedModel:
     """What the retrain kept. Raises Refused where the file is damaged."""
     with reading(run, run.retrained):
-        return Candidate.from_state_dict(load_tensors(run.retrained.read_bytes()))
+        return FittedModel.from_state_dict(load_tensors(run.retrained.read_bytes()))
 
 
-def open_workspace(run: Run, data_directory: Path | None = None) -> Workspace:
+def open_workspace(run: RunFiles, data_directory: Path | None = None) -> Workspace:
     """Load what a finished search left. Raises ValueError, one line, where something is missing or damaged."""
     if not run.spec.exists():
         raise ValueError(f"{run.shown}: not a run directory (no {run.spec.name})")
     spec = specs.load(run.spec)
     directory = data_directory or spec.data.directory
     data = datasets.load(spec.data.name, directory, spec.data.download)
-    return Workspace(run, spec, data, load_judges(run), directory)
+    return Workspace(run, spec, data, load_extractors(run), directory)
 
 
 def run_alone(module: str, description: str, work: Callable[[Workspace], object], argv: Sequence[str] | None) -> int:
@@ -158,24 +158,24 @@ def run_alone(module: str, description: str, work: Callable[[Workspace], object]
     return 0
 
 
-def keep_judge(run: Run, data: Data, name: str, judge: Judge) -> None:
-    """Write a frozen judge; describe it by hash, shape and how often it is right on the validation split."""
-    content = to_bytes(judge)
-    write_atomic(run.judge(name), content)
-    accuracy = judge.accuracy(pixels(data.validation.images), data.validation.labels)
-    shape = {"width": judge.width, "deep": judge.deep}
+def keep_extractor(run: RunFiles, data: Data, name: str, extractor: FeatureExtractor) -> None:
+    """Write a frozen extractor; describe it by hash, shape and how often it is right on the validation split."""
+    content = to_bytes(extractor)
+    write_atomic(run.extractor(name), content)
+    accuracy = extractor.accuracy(pixels(data.validation.images), data.validation.labels)
+    shape = {"width": extractor.width, "deep": extractor.deep}
     entry = {"sha256": hashlib.sha256(content).hexdigest(), "accuracy": accuracy, **shape}
-    run.update_summary(judges={name: entry})
+    run.update_summary(extractors={name: entry})
 
 
-def load_judges(run: Run) -> dict[str, Judge]:
-    """The run's judges; empty before they were trained. Raises ValueError where a file is not the frozen one."""
-    described = run.summary().get("judges", {})
-    return {name: load_judge(run.judge(name), entry["sha256"]) for name, entry in described.items()}
+def load_extractors(run: RunFiles) -> dict[str, FeatureExtractor]:
+    """The run's extractors; empty before they were trained. Raises ValueError where a file is not the frozen one."""
+    described = run.summary().get("extractors", {})
+    return {name: load_extractor(run.extractor(name), entry["sha256"]) for name, entry in described.items()}
 
 
 @contextmanager
-def reading(run: Run, path: Path) -> Iterator[None]:
+def reading(run: RunFiles, path: Path) -> Iterator[None]:
     """Turn whatever a damaged checkpoint provokes into Refused."""
     try:
         yield

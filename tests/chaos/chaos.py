@@ -36,7 +36,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from tuner import spec as specs
 from tuner.promote import contenders
-from tuner.run import Run
+from tuner.run import RunFiles
 from tuner.study import BASELINE, evaluations, read_study, table
 from tuner.vae import codec
 from tuner.vae.data import load_test
@@ -44,7 +44,7 @@ from tuner.vae.score import METRICS
 from tuner.workspace import load_tensors
 
 ROOT = Path(__file__).parents[2]
-STAGES = ("judge", "search", "promote", "retrain", "export")
+STAGES = ("extractor", "search", "promote", "retrain", "export")
 VICTIMS = ("driver", "worker", "raylet", "gcs_server")
 TRIALS = 6
 FLAGS = (
@@ -69,7 +69,7 @@ TIMES = {"seconds_train", "seconds_score", "timestamp"}
 class Attempt:
     """One start of the command, in a session of its own; every process of it carries a mark."""
 
-    def __init__(self, run: Run, name: str):
+    def __init__(self, run: RunFiles, name: str):
         self.run, self.mark = run, f"TUNER_CHAOS={uuid.uuid4().hex}"
         self.log = run.path.with_name(f"{run.path.name}-{name}.log")
         key, value = self.mark.split("=")
@@ -190,25 +190,25 @@ class Round:
     seconds: float = 0.0
 
 
-def stage_of(run: Run) -> str | None:
+def stage_of(run: RunFiles) -> str | None:
     """The stage a run is in, by its files; None when it is finished."""
     summary = run.summary()
-    if "judges" not in summary:
-        return "judge"
+    if "extractors" not in summary:
+        return "extractor"
     for part, stage in (("trials", "search"), ("best", "promote"), ("retrain", "retrain")):
         if part not in summary:
             return stage
     return None if run.report.exists() and "retrained" in summary.get("test", {}) else "export"
 
 
-def trials_of(run: Run) -> list[FrozenTrial]:
+def trials_of(run: RunFiles) -> list[FrozenTrial]:
     """The journal's trials; none before it holds a study."""
     if not run.journal.exists() or b"directions" not in run.journal.read_bytes().split(b"\n", 1)[0]:
         return []
     return read_study(run.journal).get_trials(deepcopy=False)
 
 
-def snapshot(run: Run) -> Snapshot:
+def snapshot(run: RunFiles) -> Snapshot:
     rungs = {}
     for path in run.checkpoints.glob("*.pt"):
         rungs[int(path.stem)] = load_tensors(path.read_bytes())["report"]["rung"]
@@ -229,10 +229,10 @@ class Known:
         return repr(self.found[key]) != repr(value)  # NaN is equal to NaN, and no other bit may differ
 
 
-def findings(run: Run) -> Iterator[tuple[tuple[Any, ...], Any]]:
+def findings(run: RunFiles) -> Iterator[tuple[tuple[Any, ...], Any]]:
     """All numbers of a finished run, each with what it depends on."""
     summary = run.summary()
-    yield ("judges",), summary["judges"]
+    yield ("extractors",), summary["extractors"]
     yield ("floor and baseline",), (summary["floor"], summary["baseline"])
     for trial in read_study(run.journal).get_trials(deepcopy=False):
         parameters = json.dumps(trial.user_attrs["parameters"], sort_keys=True)
@@ -254,14 +254,14 @@ def findings(run: Run) -> Iterator[tuple[tuple[Any, ...], Any]]:
         yield (name, *winner), hashlib.sha256((run.export / name).read_bytes()).hexdigest()
 
 
-def compare(known: Known, run: Run) -> tuple[int, list[str]]:
+def compare(known: Known, run: RunFiles) -> tuple[int, list[str]]:
     """How many findings were held against others', and those that differ."""
     outcomes = [(key, known.differs(key, value), value) for key, value in findings(run)]
     faults = [f"{key}: {value} here, {known.found[key]} before" for key, differs, value in outcomes if differs]
     return sum(differs is not None for _, differs, _ in outcomes), faults
 
 
-def accounting(run: Run) -> Iterator[str]:
+def accounting(run: RunFiles) -> Iterator[str]:
     """Faults in what a finished run holds: trials counted, files left and missing, the export's use."""
     spec, summary = specs.load(run.spec), run.summary()
     study = read_study(run.journal)
@@ -294,12 +294,12 @@ def accounting(run: Run) -> Iterator[str]:
             yield f"the export {name} {tuple(images.shape)}, finite: {bool(torch.isfinite(images).all())}"
 
 
-def lost_trials(run: Run) -> int:
+def lost_trials(run: RunFiles) -> int:
     """Trials that failed because their workers were lost."""
     return sum("lost" in row["reason"] or "never started" in row["reason"] for row in run.read_trials())
 
 
-def tally(run: Run, before: Snapshot) -> Iterator[str]:
+def tally(run: RunFiles, before: Snapshot) -> Iterator[str]:
     """Faults in Ray's own account of the session that ran the trials that were left."""
     newest = max((run.ray / "search").glob("experiment_state-*.json"), key=lambda path: path.stat().st_mtime_ns)
     listed = [json.loads(trial[0]) for trial in json.loads(newest.read_text())["trial_data"]]
@@ -359,10 +359,10 @@ class Chaos:
 
     def undisturbed(self) -> None:
         """The run that all others are held against, and how long each stage takes."""
-        run = Run(self.directory / "undisturbed")
+        run = RunFiles(self.directory / "undisturbed")
         attempt = Attempt(run, "1")
         try:
-            begun, stage = 0.0, "judge"
+            begun, stage = 0.0, "extractor"
             while attempt.driver.poll() is None:
                 if not self.startup and run.spec.exists():
                     self.startup = attempt.seconds
@@ -388,7 +388,7 @@ class Chaos:
         """Disturb a run, in a stage if one is named, until it is done."""
         this = Round(len(self.rounds))
         self.rounds.append(this)
-        run = Run(self.directory / f"round-{this.number:02d}")
+        run = RunFiles(self.directory / f"round-{this.number:02d}")
         attempts: list[Attempt] = []
         started = time.monotonic()
         if stage is None:
@@ -414,7 +414,7 @@ class Chaos:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         return this
 
-    def _disturb(self, run: Run, this: Round, attempts: list[Attempt], stage: str | None) -> None:
+    def _disturb(self, run: RunFiles, this: Round, attempts: list[Attempt], stage: str | None) -> None:
         before = snapshot(run)
         while True:
             attempt = Attempt(run, str(len(attempts) + 1))
@@ -442,9 +442,9 @@ class Chaos:
             if status == 0 and now is None:
                 break
             stage = self._by_duration(STAGES[STAGES.index(now or "export") :]) if self.random.random() < AGAIN else None
-        self._judge(run, this, attempts)
+        self._extractor(run, this, attempts)
 
-    def _judge(self, run: Run, this: Round, attempts: list[Attempt]) -> None:
+    def _extractor(self, run: RunFiles, this: Round, attempts: list[Attempt]) -> None:
         """What is wrong with a run that says it is finished."""
         this.faults += accounting(run)
         this.lost = lost_trials(run)
@@ -478,7 +478,7 @@ class Chaos:
         A stage is shorter on a quieter machine: then the kill falls at its end, and the next takes it for as short.
         """
         part, entered = self.random.random(), 0.0
-        resumed = stage_of(attempt.run) == wanted != "judge"
+        resumed = stage_of(attempt.run) == wanted != "extractor"
         while attempt.driver.poll() is None and attempt.seconds < HANG_SECONDS:
             now = stage_of(attempt.run)
             if now == wanted:
@@ -554,7 +554,7 @@ def lines(report: dict[str, Any]) -> Iterable[str]:
     yield f"{'all':<10}" + "".join(f"{report['kills_per_victim'][victim]:>12}" for victim in VICTIMS)
 
 
-def _files(run: Run) -> dict[str, tuple[int, int]]:
+def _files(run: RunFiles) -> dict[str, tuple[int, int]]:
     stats = {str(path): path.stat() for path in run.path.rglob("*") if path.is_file()}
     return {path: (stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
 

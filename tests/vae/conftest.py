@@ -1,4 +1,4 @@
-"""The digits, one judge and one scorer, shared by all tests of the model side."""
+"""The digits, one extractor and one scorer, shared by all tests of the model side."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 
 from tuner.vae import data
 from tuner.vae.data import Data, _torchvision_datasets
-from tuner.vae.judge import Judge, train_judge
+from tuner.vae.extractor import FeatureExtractor, train_extractor
 from tuner.vae.score import Scorer
 
 _torchvision_datasets()  # torchmetrics imports torchvision, which beside a CPU torch dies without this
@@ -18,10 +18,10 @@ def digits() -> Data:
 
 
 @pytest.fixture(scope="session")
-def judge(digits: Data) -> Judge:
-    return train_judge(digits, seed=0, width=8)
+def extractor(digits: Data) -> FeatureExtractor:
+    return train_extractor(digits, seed=0, width=8)
 
 
 @pytest.fixture(scope="session")
-def scorer(digits: Data, judge: Judge) -> Scorer:
-    return Scorer(judge, digits.train, digits.validation, seed=0, count=400, prior_count=997)
+def scorer(digits: Data, extractor: FeatureExtractor) -> Scorer:
+    return Scorer(extractor, digits.train, digits.validation, seed=0, count=400, prior_count=997)

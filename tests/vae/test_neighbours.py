@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tuner.vae.neighbours import copied, coverage, nearest, neighbour_accuracy, radii, recall
+from tuner.vae.neighbours import copied, coverage, knn_accuracy, nearest, radii, recall
 
 
 def _points(count: int, seed: int, width: int = 3) -> torch.Tensor:
@@ -69,4 +69,4 @@ def test_copies_are_copied_and_held_out_points_have_one_share():
 def test_neighbours_vote_for_a_label():
     references, known = _line(0, 0.1, 0.2, 5, 5.1, 5.2), torch.tensor([3, 3, 4, 7, 7, 3])
     labels = torch.tensor([3, 7, 4])
-    assert neighbour_accuracy(_line(0.05, 5.05, 0.3), labels, references, known, 3) == pytest.approx(2 / 3)
+    assert knn_accuracy(_line(0.05, 5.05, 0.3), labels, references, known, 3) == pytest.approx(2 / 3)

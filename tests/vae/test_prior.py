@@ -37,7 +37,7 @@ def test_sample_moments_are_those_of_the_mixture():
 
 
 def test_even_samples_have_the_mixtures_moments_closer_than_independent_ones_can():
-    latents = TWO.sample_evenly(4_096, seed=0)
+    latents = TWO.sample_quasi_random(4_096, seed=0)
     mean = TWO.weights @ TWO.means
     second = TWO.covariances + torch.einsum("ki,kj->kij", TWO.means, TWO.means)
     covariance = torch.einsum("k,kij->ij", TWO.weights, second) - torch.outer(mean, mean)
@@ -45,8 +45,8 @@ def test_even_samples_have_the_mixtures_moments_closer_than_independent_ones_can
     assert bool(((latents.mean(0) - mean).abs() < standard_error / 5).all())
     torch.testing.assert_close(torch.cov(latents.T), covariance, rtol=0.005, atol=0.005)
     assert (latents[:, 0] > 0).sum().item() == pytest.approx(0.7 * 4_096, abs=2)  # the parts are six deviations apart
-    assert torch.equal(latents, TWO.sample_evenly(4_096, seed=0))
-    assert not torch.equal(latents, TWO.sample_evenly(4_096, seed=1))
+    assert torch.equal(latents, TWO.sample_quasi_random(4_096, seed=0))
+    assert not torch.equal(latents, TWO.sample_quasi_random(4_096, seed=1))
 
 
 def test_the_density_of_a_mixture_is_torchs():

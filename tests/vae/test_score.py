@@ -60,10 +60,10 @@ def test_held_out_images_have_distance_zero_and_real_ones_less_than_an_untrained
     assert 0 < scorer.distance(pixels(digits.train.images[:400])) < untrained
 
 
-def test_the_floor_is_the_distance_of_as_many_real_training_images(judge, digits):
-    few = Scorer(judge, digits.train, digits.validation, seed=0, count=100, prior_count=50)
-    features = judge.features(pixels(digits.train.images))
-    held_out = moments(judge.features(pixels(digits.validation.images)))
+def test_the_floor_is_the_distance_of_as_many_real_training_images(extractor, digits):
+    few = Scorer(extractor, digits.train, digits.validation, seed=0, count=100, prior_count=50)
+    features = extractor.features(pixels(digits.train.images))
+    held_out = moments(extractor.features(pixels(digits.validation.images)))
     orders = [torch.randperm(997, generator=torch.Generator().manual_seed(seed))[:100] for seed in range(20)]
     draws = [frechet_distance(held_out, moments(features[order])).item() for order in orders]
     assert min(draws) * 0.8 < few.floor < max(draws) * 1.2
@@ -77,26 +77,26 @@ def test_the_same_model_gets_the_same_scores_twice(scorer, parameters):
     assert _score(scorer, model, parameters) == first
 
 
-def test_another_seed_draws_other_samples(scorer, judge, digits):
+def test_another_seed_draws_other_samples(scorer, extractor, digits):
     model = build(VARIATIONAL, seed=4)
-    other = Scorer(judge, digits.train, digits.validation, seed=1, count=400, prior_count=997)
+    other = Scorer(extractor, digits.train, digits.validation, seed=1, count=400, prior_count=997)
     assert (
         _score(scorer, model, VARIATIONAL)["frechet_distance"] != _score(other, model, VARIATIONAL)["frechet_distance"]
     )
 
 
-def test_even_samples_are_scored_with_less_noise_and_beside_a_floor_of_more_images(judge, digits):
+def test_even_samples_are_scored_with_less_noise_and_beside_a_floor_of_more_images(extractor, digits):
     model, prior = build(VARIATIONAL, seed=4), standard_normal(VARIATIONAL.latent_dim)
     deviation, floors = [], []
-    for evenly in (False, True):
+    for even in (False, True):
         scorers = [
-            Scorer(judge, digits.train, digits.validation, seed=seed, count=300, prior_count=50, evenly=evenly)
+            Scorer(extractor, digits.train, digits.validation, seed=seed, count=300, prior_count=50, quasi_random=even)
             for seed in range(12)
         ]
         deviation.append(np.std([scorer.distance(scorer.samples(model, prior, 300)) for scorer in scorers]))
         floors.append(scorers[0].floor)
     assert deviation[1] < deviation[0] / 2
-    every = Scorer(judge, digits.train, digits.validation, seed=0, count=997, prior_count=50).floor
+    every = Scorer(extractor, digits.train, digits.validation, seed=0, count=997, prior_count=50).floor
     assert floors[1] == pytest.approx(every)
     assert floors[1] < floors[0]
 
@@ -150,8 +150,8 @@ def test_a_silent_model_has_every_score_in_closed_form(scorer, digits):
     assert scores["calibrated_nll"] == scores["rate"] + scores["distortion"]
     assert scores["active_units"] == 0
     assert scores["sharpness"] == pytest.approx(1 / grey_share(images))
-    mean, covariance = moments(scorer.judge.features(images))
-    grey = scorer.judge.features(torch.full((1, 1, 28, 28), 0.5))[0].double()
+    mean, covariance = moments(scorer.extractor.features(images))
+    grey = scorer.extractor.features(torch.full((1, 1, 28, 28), 0.5))[0].double()
     expected = ((grey - mean).square().sum() + covariance.trace()).item()
     assert scores["frechet_distance"] == pytest.approx(expected, rel=1e-4)
     assert scores["frechet_distance_reconstruction"] == pytest.approx(expected, rel=1e-4)
@@ -202,8 +202,8 @@ def test_reconstructions_are_drawn_from_the_posterior(scorer):
     assert _score(scorer, model, VARIATIONAL)["mse"] == pytest.approx(expected, abs=0.02)
 
 
-def test_the_scale_of_the_judges_features_does_not_change_the_kernel_distance(scorer, digits):
-    louder = copy.deepcopy(scorer.judge)
+def test_the_scale_of_the_extractors_features_does_not_change_the_kernel_distance(scorer, digits):
+    louder = copy.deepcopy(scorer.extractor)
     for part in (louder.trunk[5].weight, louder.trunk[5].bias):
         part *= 3
     other = Scorer(louder, digits.train, digits.validation, seed=0, count=400, prior_count=997)
@@ -244,15 +244,15 @@ def test_a_matched_contrast_makes_samples_as_grey_as_training_images_and_leaves_
         assert scores[name] == plain[name]
 
 
-def test_a_matched_mixture_is_guided_by_the_encoder_and_by_the_guide(judge, digits):
+def test_a_matched_mixture_is_guided_by_the_encoder_and_by_the_guide(extractor, digits):
     parameters = VARIATIONAL.model_copy(update={"prior": "matched_mixture", "prior_components": 2})
     model, options = build(parameters, seed=4), {"seed": 0, "count": 100, "prior_count": 400}
     fitted = {
-        name: Scorer(judge, digits.train, digits.validation, **options, guide=guide).fit(model, wanted)
+        name: Scorer(extractor, digits.train, digits.validation, **options, guide=guide).fit(model, wanted)
         for name, wanted, guide in (
-            ("plain", parameters.model_copy(update={"prior": "gaussian_mixture"}), judge),
+            ("plain", parameters.model_copy(update={"prior": "gaussian_mixture"}), extractor),
             ("alone", parameters, None),
-            ("guided", parameters, judge),
+            ("guided", parameters, extractor),
         )
     }
     assert not torch.equal(fitted["plain"].means, fitted["alone"].means)
@@ -274,8 +274,8 @@ def test_samples_are_drawings_of_the_prior_with_the_same_noise_each_time(scorer)
     assert torch.equal(scorer.samples(model, prior, 130), images)
 
 
-def test_no_more_images_are_compared_than_there_are_training_images(judge, digits):
-    assert Scorer(judge, digits.train, digits.validation, seed=0, count=5_000, prior_count=10).count == 997
+def test_no_more_images_are_compared_than_there_are_training_images(extractor, digits):
+    assert Scorer(extractor, digits.train, digits.validation, seed=0, count=5_000, prior_count=10).count == 997
 
 
 @pytest.mark.parametrize("prior", ["standard_normal", "gaussian_mixture"])

@@ -11,14 +11,14 @@ from tuner.vae import score
 from tuner.vae import train as training
 from tuner.vae.array import Array
 from tuner.vae.data import pixels
-from tuner.vae.judge import Judge
+from tuner.vae.extractor import FeatureExtractor
 from tuner.vae.losses import RECONSTRUCTION, kl_divergence, squared_error
 from tuner.vae.parameters import CLASSIC, Parameters
 from tuner.vae.train import (
     Diverged,
-    Feed,
     Record,
     State,
+    StepInputs,
     Stream,
     derive_seed,
     learning_rate_factor,
@@ -134,7 +134,7 @@ def test_the_kl_record_is_the_mean_over_images_and_the_loss_its_weighted_sum(ima
 
 
 def test_every_image_is_fed_once_an_epoch_in_another_order_each_time():
-    feed = Feed(SMALL, 50, seed=5, trial=1, total_epochs=4)
+    feed = StepInputs(SMALL, 50, seed=5, trial=1, total_epochs=4)
     batches = [feed.batch(step) for step in range(2 * PER_EPOCH)]
     assert [len(order) for order, _ in batches] == [16, 16, 16, 2] * 2
     assert all(noise.shape == (len(order), 3) for order, noise in batches)
@@ -153,7 +153,7 @@ def test_training_is_that_of_the_plain_network_with_pytorchs_adam(images, likeli
     state, records = _run(images, [1, 2], parameters)
 
     plain = State.fresh(parameters, 5, 1).model
-    feed = Feed(parameters, len(images), seed=5, trial=1, total_epochs=4)
+    feed = StepInputs(parameters, len(images), seed=5, trial=1, total_epochs=4)
     optimizer = torch.optim.Adam(plain.parameters())
     losses = []
     for step in range(2 * PER_EPOCH):
@@ -277,7 +277,7 @@ def test_trials_and_scores_of_one_seed_share_no_numbers(images, digits, monkeypa
     parameters = SMALL.model_copy(update={"prior": "gaussian_mixture", "prior_components": 1})
     for trial in range(6):
         state, _ = _run(images, [1], parameters, trial=trial)
-    scorer = score.Scorer(Judge(1), digits.train, digits.validation, seed=5, count=50, prior_count=50)
+    scorer = score.Scorer(FeatureExtractor(1), digits.train, digits.validation, seed=5, count=50, prior_count=50)
     scorer(state.model, parameters, scorer.fit(state.model, parameters))
     trained, scored = used.values()
     assert len(set(trained)) == len(trained) == 6 * 3  # first weights, order, noise

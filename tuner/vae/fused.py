@@ -18,7 +18,7 @@ from torch import Tensor
 from tuner.vae.array import Array
 from tuner.vae.data import pixels
 from tuner.vae.parameters import Parameters
-from tuner.vae.train import Diverged, Feed, Record, State, steps_per_epoch, stops
+from tuner.vae.train import Diverged, Record, State, StepInputs, steps_per_epoch, stops
 
 DRAWING_THREADS = 4
 WARM_UP_STEPS = 3  # before a CUDA graph is captured, libraries must have chosen their kernels
@@ -40,7 +40,7 @@ class Job:
 @dataclass
 class _Slot:
     job: Job
-    feed: Feed
+    feed: StepInputs
     first_step: int
     last_step: int
     started: float
@@ -143,7 +143,9 @@ class Fused:
                 slot.upcoming = self.pool.submit(slot.feed.draw, slot.epoch + 1) if more else None
 
     def _load(self, number: int, job: Job) -> None:
-        feed = Feed(job.parameters, len(self.images), seed=job.seed, trial=job.trial, total_epochs=job.total_epochs)
+        feed = StepInputs(
+            job.parameters, len(self.images), seed=job.seed, trial=job.trial, total_epochs=job.total_epochs
+        )
         (last_step,) = stops(job.parameters, len(self.images), [job.epoch])
         slot = self.slots[number] = _Slot(job, feed, job.state.step, last_step, time.perf_counter())
         self.array.load(number, job.state.model, job.state.moments)

@@ -1,6 +1,6 @@
 """Yardsticks that look at nearest neighbours: how much of the data samples cover, and whether they are copies.
 
-Points are rows, (N, D) and (M, D): pixels, a judge's features or latents. Distances are Euclidean.
+Points are rows, (N, D) and (M, D): pixels, an extractor's features or latents. Distances are Euclidean.
 """
 
 import torch
@@ -43,7 +43,7 @@ def copied(samples: Tensor, train: Tensor) -> float:
     return (distances[:, 0] < own[where]).double().mean().item()
 
 
-def neighbour_accuracy(points: Tensor, labels: Tensor, references: Tensor, known: Tensor, k: int = 5) -> float:
+def knn_accuracy(points: Tensor, labels: Tensor, references: Tensor, known: Tensor, k: int = 5) -> float:
     """Share of points (N, D) whose label (N,) is that of most of their k nearest references (M, D), labels (M,).
 
     A tie goes to the smaller label.

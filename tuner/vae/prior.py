@@ -36,12 +36,12 @@ class Prior:
         noise = torch.randn(count, self.means.shape[1], generator=generator)
         return self.place(noise, torch.rand(count, generator=generator))
 
-    def sample_evenly(self, count: int, seed: int) -> Tensor:
+    def sample_quasi_random(self, count: int, seed: int) -> Tensor:
         """(count, Z): each is a sample, and together they cover the prior evenly.
 
         A statistic of these varies far less from seed to seed than one of independent samples.
         """
-        return self.place(*even_noise(count, self.means.shape[1], seed))
+        return self.place(*quasi_random_noise(count, self.means.shape[1], seed))
 
     def place(self, noise: Tensor, uniform: Tensor) -> Tensor:
         """Turn standard normal noise (B, >= Z) and uniform numbers (B,) in [0, 1) into samples (B, Z).
@@ -80,7 +80,7 @@ class Prior:
         return cls(**{name: tensor for name, tensor in saved.items() if not name.startswith(FLOW)}, flow=flow)
 
 
-def even_noise(count: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
+def quasi_random_noise(count: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
     """Standard normal noise (count, size) and uniform numbers (count,) from a scrambled Sobol sequence. Owen 1997."""
     points = SobolEngine(1 + size, scramble=True, seed=seed).draw(count, dtype=torch.float64)
     tiny = torch.finfo(torch.float32).eps

@@ -1,6 +1,6 @@
-"""The yardsticks: what a model is judged by, none of which contains a parameter that is searched.
+"""The yardsticks: what a model is scored by, none of which contains a parameter that is searched.
 
-Axes: N images, D features of the judge, Z latent.
+Axes: N images, D features of the extractor, Z latent.
 """
 
 import math
@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tuner.vae.bound import importance_weighted_bound
 from tuner.vae.data import Split, binarize, pixels
 from tuner.vae.distance import frechet_distance, kernel_distance, moments
-from tuner.vae.judge import Judge
+from tuner.vae.extractor import FeatureExtractor
+from tuner.vae.iwae import importance_weighted_bound
 from tuner.vae.losses import PIXELS, bernoulli_nll, calibrated_distortion, kl_divergence, squared_error
-from tuner.vae.matching import match
 from tuner.vae.model import VAE
+from tuner.vae.moment_matching import match
 from tuner.vae.parameters import Parameters
 from tuner.vae.prior import Prior, fit_flow, fit_mixture, standard_normal
 from tuner.vae.train import Diverged, Stream, derive_seed
@@ -25,7 +25,7 @@ from tuner.vae.train import Diverged, Stream, derive_seed
 BATCH = 100  # a decoder's activations at this size stay in the cache
 NLL_IMAGES, NLL_SAMPLES = 500, 64
 KERNEL_IMAGES = 1_000  # the kernel distance is unbiased: fewer images cost noise, not truth
-EVEN_FLOOR = 10_000  # real images beside 2,500 samples drawn evenly: either stands for about as many independent ones
+FLOOR_IMAGES = 10_000  # real images beside 2,500 samples drawn evenly: either stands for about as many independent ones
 GREY = 0.1  # pixels above this and below 1 minus it
 CONTRAST_IMAGES = 1_000
 ACTIVE_VARIANCE = 0.01  # Burda et al. 2016, section 5.2
@@ -42,9 +42,9 @@ class Metric:
 
 
 METRICS = {
-    "frechet_distance": Metric("minimize", "judge units", "samples from the trial's prior against held-out images"),
-    "frechet_distance_standard_normal": Metric("minimize", "judge units", "the same for samples from N(0, I)"),
-    "frechet_distance_reconstruction": Metric("minimize", "judge units", "reconstructions against held-out images"),
+    "frechet_distance": Metric("minimize", "feature units", "samples from the trial's prior against held-out images"),
+    "frechet_distance_standard_normal": Metric("minimize", "feature units", "the same for samples from N(0, I)"),
+    "frechet_distance_reconstruction": Metric("minimize", "feature units", "reconstructions against held-out images"),
     "kernel_distance": Metric("minimize", "unitless", "unbiased squared MMD, cubic kernel, samples against held-out"),
     "calibrated_nll": Metric("minimize", "nats/image", "rate + distortion, the decoder's variance fitted", True),
     "rate": Metric("minimize", "nats/image", "KL to N(0, I)", True),
@@ -64,7 +64,7 @@ FINAL_METRICS = {
     "recall": Metric("maximize", "ratio", "share of test images near a sample, over that of as many training images"),
     "coverage": Metric("maximize", "ratio", "share of test images with a sample near, over that of training images"),
     "copied": Metric("minimize", "share", "samples closer to a training image than its own nearest; less test's share"),
-    "latent_accuracy": Metric("maximize", "share", "test images whose 5 nearest training latents vote for their class"),
+    "knn_accuracy": Metric("maximize", "share", "test images whose 5 nearest training latents vote for their class"),
 }
 
 
@@ -88,47 +88,47 @@ def matching_contrast(logits: Tensor, share: float) -> float:
 
 
 class Scorer:
-    """Scores models against one held-out split with one judge.
+    """Scores models against one held-out split with one extractor.
 
     `count` samples are drawn for a score, and as many real training images make the floor, so that both
     carry the same small-sample bias; a mixture is fitted on the codes of `prior_count` training images.
     Noise depends on `seed` alone: all models face the same draw.
 
-    To compare models with each other, `evenly` draws samples that vary a fifth as much (`Prior.sample_evenly`).
-    They have less of the bias, too, so that `EVEN_FLOOR` images make the floor; to compare a model with real
+    To compare models with each other, `quasi_random` draws samples that vary a fifth as much (`sample_quasi_random`).
+    They have less of the bias, too, so that `FLOOR_IMAGES` images make the floor; to compare a model with real
     images, samples have to be independent as these are.
 
-    A `guide` is a judge that matched mixtures are fitted by, beside the model's own encoder; it must not be the one
-    that scores them.
+    A `guide` is an extractor that matched mixtures are fitted by, beside the model's own encoder; it must not be the
+    one that scores them.
     """
 
     def __init__(
         self,
-        judge: Judge,
+        extractor: FeatureExtractor,
         train: Split,
         held_out: Split,
         *,
         seed: int,
         count: int,
         prior_count: int,
-        evenly: bool = False,
-        guide: Judge | None = None,
+        quasi_random: bool = False,
+        guide: FeatureExtractor | None = None,
     ):
-        self.judge = judge
+        self.extractor = extractor
         self.guide = guide
         self.seed = seed
-        self.evenly = evenly
+        self.quasi_random = quasi_random
         self.count = min(count, len(train))
         order = torch.randperm(len(train), generator=self._generator(0))
         self.prior_images = pixels(train.images[order[:prior_count]])
         self.images = pixels(held_out.images[: self.count])
-        features = judge.features(pixels(held_out.images))
+        features = extractor.features(pixels(held_out.images))
         self.moments = moments(features)
         self.kernel_scale = features.square().mean().sqrt()  # the cubic kernel is not free of scale
         apart = max(1, len(features) // KERNEL_IMAGES)  # MNIST's test images are in an order: the first are the easiest
         self.kernel_features = features[::apart][:KERNEL_IMAGES] / self.kernel_scale
         self.grey = grey_share(pixels(held_out.images))
-        real = max(self.count, EVEN_FLOOR) if evenly else self.count
+        real = max(self.count, FLOOR_IMAGES) if quasi_random else self.count
         self.floor = self.distance(pixels(train.images[order[-real:]]))
 
     def _generator(self, purpose: int) -> torch.Generator:
@@ -146,7 +146,7 @@ class Scorer:
 
     def distance(self, images: Tensor) -> float:
         """Frechet distance between images (N, 1, 28, 28) in [0, 1] and the held-out split."""
-        return frechet_distance(self.moments, moments(self.judge.features(images))).item()
+        return frechet_distance(self.moments, moments(self.extractor.features(images))).item()
 
     @torch.no_grad()
     def fit(self, model: VAE, parameters: Parameters) -> Prior:
@@ -191,8 +191,8 @@ class Scorer:
     def samples(self, model: VAE, prior: Prior, count: int) -> Tensor:
         """`count` images (count, 1, 28, 28) drawn from `prior`."""
         model.eval()
-        if self.evenly:
-            latents = prior.sample_evenly(count, derive_seed(self.seed, Stream.SCORE, 3))
+        if self.quasi_random:
+            latents = prior.sample_quasi_random(count, derive_seed(self.seed, Stream.SCORE, 3))
         else:
             latents = prior.sample(count, self._generator(3))
         return torch.cat([model.draw(batch) for batch in latents.split(BATCH)])
@@ -226,13 +226,13 @@ class Scorer:
         scores["frechet_distance_reconstruction"] = self.distance(torch.sigmoid(model.contrast * logits))
 
         images = self.samples(model, prior, self.count)
-        features = self.judge.features(images)
+        features = self.extractor.features(images)
         scores["frechet_distance"] = frechet_distance(self.moments, moments(features)).item()
         scores["kernel_distance"] = kernel_distance(features[:KERNEL_IMAGES] / self.kernel_scale, self.kernel_features)
         scores["sharpness"] = grey_share(images) / self.grey
         if parameters.prior != "standard_normal":
             images = self.samples(model, standard_normal(parameters.latent_dim), self.count)
-            features = self.judge.features(images)
+            features = self.extractor.features(images)
         scores["frechet_distance_standard_normal"] = frechet_distance(self.moments, moments(features)).item()
         _require_finite(scores)
         return scores

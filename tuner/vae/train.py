@@ -31,7 +31,7 @@ class Stream(IntEnum):
     ORDER = 1
     NOISE = 2
     SCORE = 3
-    JUDGE = 4
+    EXTRACTOR = 4
     PROPOSAL = 5
     RETRAIN = 6
     PROMOTE = 7
@@ -112,7 +112,7 @@ def learning_rate_factor(parameters: Parameters, step: int, total_steps: int) ->
     return warmup * (1 + math.cos(math.pi * min(step / total_steps, 1.0))) / 2
 
 
-class Feed:
+class StepInputs:
     """What a trial's training is fed at each step: a function of (seed, trial, step) and the parameters alone."""
 
     def __init__(self, parameters: Parameters, images: int, *, seed: int, trial: int, total_epochs: float):
@@ -163,7 +163,7 @@ def train(
     `images` is (N, 1, 28, 28) uint8, on the device to train on; `state` stays on the CPU. The cosine schedule ends
     at `total_epochs`. Raises Diverged as soon as a loss is seen not to be finite.
     """
-    feed = Feed(parameters, len(images), seed=seed, trial=trial, total_epochs=total_epochs)
+    feed = StepInputs(parameters, len(images), seed=seed, trial=trial, total_epochs=total_epochs)
     device = images.device
     array = Array(parameters, device=device)
     array.load(0, state.model, state.moments)

@@ -13,9 +13,9 @@ from tensorboard.plugins.hparams import api_pb2, backend_context, get_experiment
 
 from tuner import spec as specs
 from tuner.promote import CANDIDATES
-from tuner.run import Run
+from tuner.run import RunFiles
 from tuner.study import BASELINE
-from tuner.views import OUTCOME_TAG, OUTCOMES, TensorBoard
+from tuner.tensorboard import OUTCOME_TAG, OUTCOMES, TensorBoard
 
 TRIALS = 12
 DIVERGES = 1e12
@@ -61,14 +61,14 @@ class Board:
 
 
 @pytest.fixture(scope="module")
-def search_with_a_diverging_trial(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, dict[int, str]]:
+def search_with_a_diverging_trial(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFiles, dict[int, str]]:
     """A finished run, and what HParams listed when all trials had started and one still ran."""
     path = tmp_path_factory.mktemp("views") / "run"
     command = [
         sys.executable, "-m", "tuner.search", "--run", str(path), f"--trials={TRIALS}", "--concurrency=3",
         "--set=budget.max_epochs=4", "--set=budget.grace_epochs=1", "--set=budget.reduction_factor=2",
         f"--set=space.learning_rate={{choices: {[*RATES, DIVERGES]}}}", "--no-retrain",
-        f"--set=try_first=[{{learning_rate: {DIVERGES}}}]",
+        f"--set=points_to_evaluate=[{{learning_rate: {DIVERGES}}}]",
     ]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     listed: dict[int, str] = {}
@@ -79,7 +79,7 @@ def search_with_a_diverging_trial(tmp_path_factory: pytest.TempPathFactory) -> t
                 listed = now
         time.sleep(0.5)  # reading costs the search a core
     assert process.wait() == 0, process.stderr.read() if process.stderr else ""
-    return Run(path), listed
+    return RunFiles(path), listed
 
 
 @pytest.mark.slow
@@ -149,7 +149,7 @@ def test_steps_are_epochs_and_a_run_is_named_by_its_parameters(search_with_a_div
     assert [event.step for event in board.events.Tensors(name, "loss/loss")] == [1, 2, 4]
 
 
-def test_the_retrain_and_the_projector_stand_beside_the_trials(finished_run: Run):
+def test_the_retrain_and_the_projector_stand_beside_the_trials(finished_run: RunFiles):
     board = Board(finished_run.tensorboard)
     assert [event.step for event in board.events.Tensors("retrain", "loss/loss")] == [1, 2, 3, 4]
     projector = finished_run.tensorboard / "projector"
@@ -160,7 +160,7 @@ def test_the_retrain_and_the_projector_stand_beside_the_trials(finished_run: Run
     assert set(labels) == set("0123456789")
 
 
-def test_fractions_of_an_epoch_get_steps_of_their_own(tmp_path: Path, finished_run: Run):
+def test_fractions_of_an_epoch_get_steps_of_their_own(tmp_path: Path, finished_run: RunFiles):
     for grace, steps in ((1, 1), (0.5, 10), (0.25, 100), (0.125, 1000)):
         spec = specs.load(finished_run.spec, [("budget.grace_epochs", grace)])
         assert TensorBoard(tmp_path, spec).steps_per_epoch == steps

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from tuner.vae.image_grid import MANIFOLD, fixed_noise, grid, image_grids, manifold, png
 from tuner.vae.model import VAE
 from tuner.vae.prior import Prior, standard_normal
-from tuner.vae.sheet import MANIFOLD, fixed_noise, grid, manifold, png, sheets
 
 
 def test_ink_is_dark_and_the_gap_is_paper():
@@ -60,8 +60,8 @@ def test_every_model_gets_its_sheets_and_two_latents_a_manifold():
     torch.manual_seed(0)
     held_out = torch.rand(32, 1, 28, 28)
     names = {"samples/fitted_prior", "samples/standard_normal", "reconstructions/above_and_below", "latent/traversal"}
-    assert sheets(VAE(3), standard_normal(3), held_out).keys() == names
-    pictures = sheets(VAE(2), standard_normal(2), held_out)
+    assert image_grids(VAE(3), standard_normal(3), held_out).keys() == names
+    pictures = image_grids(VAE(2), standard_normal(2), held_out)
     assert pictures.keys() == names | {"latent/manifold"}
     assert pictures["latent/manifold"].shape == (MANIFOLD * 30 - 2, MANIFOLD * 30 - 2)
     assert np.array_equal(pictures["samples/fitted_prior"], pictures["samples/standard_normal"])

@@ -1,4 +1,4 @@
-"""The judge: a small classifier trained on the training split and frozen; its features measure samples."""
+"""The extractor: a small classifier trained on the training split and frozen; its features measure samples."""
 
 import hashlib
 from pathlib import Path
@@ -16,7 +16,7 @@ BATCH = 100
 MOST_STEPS, MOST_EPOCHS = 2_000, 50  # 4 epochs of MNIST: 98 % right
 
 
-class Judge(nn.Module):
+class FeatureExtractor(nn.Module):
     """conv 1 -> width -> 2 width (3x3, stride 2), fully connected 64 (the features), 10 classes.
 
     A deep one has three convolutions, 1 -> width (5x5) -> 2 width -> 4 width (3x3), the largest of 2x2 after each.
@@ -51,54 +51,54 @@ class Judge(nn.Module):
         return float((self.classes(self.features(images)).argmax(1) == labels).double().mean())
 
 
-def train_judge(data: Data, seed: int, width: int = 16, deep: bool = False) -> Judge:
-    """Train and freeze a judge: the same `seed` gives the same one."""
+def train_extractor(data: Data, seed: int, width: int = 16, deep: bool = False) -> FeatureExtractor:
+    """Train and freeze an extractor: the same `seed` gives the same one."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return fit(Judge(width, deep), data)
+        return fit(FeatureExtractor(width, deep), data)
 
 
-def fit(judge: Judge, data: Data) -> Judge:
+def fit(extractor: FeatureExtractor, data: Data) -> FeatureExtractor:
     """Train and freeze in place: Adam 4e-3 with cosine decay on the training split, no augmentation."""
     steps = min(MOST_STEPS, MOST_EPOCHS * len(data.train) // BATCH)
-    optimizer = torch.optim.Adam(judge.parameters(), lr=4e-3, fused=True)
+    optimizer = torch.optim.Adam(extractor.parameters(), lr=4e-3, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     order = torch.empty(0, dtype=torch.long)
     for _ in range(steps):
         if len(order) < BATCH:
             order = torch.cat([order, torch.randperm(len(data.train))])
         index, order = order[:BATCH], order[BATCH:]
-        logits = judge.classes(judge.trunk(pixels(data.train.images[index])))
+        logits = extractor.classes(extractor.trunk(pixels(data.train.images[index])))
         optimizer.zero_grad(set_to_none=True)
         F.cross_entropy(logits, data.train.labels[index]).backward()
         optimizer.step()
         schedule.step()
-    return judge.eval().requires_grad_(False)
+    return extractor.eval().requires_grad_(False)
 
 
-def to_bytes(judge: Judge) -> bytes:
-    """The frozen judge as a safetensors file."""
-    return save(judge.state_dict())
+def to_bytes(extractor: FeatureExtractor) -> bytes:
+    """The frozen extractor as a safetensors file."""
+    return save(extractor.state_dict())
 
 
-def from_bytes(content: bytes) -> Judge:
+def from_bytes(content: bytes) -> FeatureExtractor:
     """What `to_bytes` wrote. Raises SafetensorError, KeyError or RuntimeError on anything else."""
     weights = load(content)
     convolutions = sum(weight.dim() == 4 for weight in weights.values())
-    judge = Judge(len(weights["trunk.0.weight"]), deep=convolutions == 3)
-    judge.load_state_dict(weights)
-    return judge.eval().requires_grad_(False)
+    extractor = FeatureExtractor(len(weights["trunk.0.weight"]), deep=convolutions == 3)
+    extractor.load_state_dict(weights)
+    return extractor.eval().requires_grad_(False)
 
 
-def load_judge(path: Path, sha256: str) -> Judge:
-    """Read a judge back. Raises ValueError when the file is not the one that was frozen."""
+def load_extractor(path: Path, sha256: str) -> FeatureExtractor:
+    """Read an extractor back. Raises ValueError when the file is not the one that was frozen."""
     try:
         content = path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from error
     if hashlib.sha256(content).hexdigest() != sha256:
-        raise ValueError(f"{path}: not the judge this run was scored with (its SHA-256 differs)")
+        raise ValueError(f"{path}: not the extractor this run was scored with (its SHA-256 differs)")
     try:
         return from_bytes(content)
     except (SafetensorError, KeyError, RuntimeError) as error:
-        raise ValueError(f"{path}: not readable as a judge: {' '.join(str(error).split())[:200]}") from error
+        raise ValueError(f"{path}: not readable as an extractor: {' '.join(str(error).split())[:200]}") from error

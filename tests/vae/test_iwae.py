@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tuner.vae.bound import importance_weighted_bound
+from tuner.vae.iwae import importance_weighted_bound
 from tuner.vae.losses import bernoulli_nll, kl_divergence
 from tuner.vae.model import VAE, build
 from tuner.vae.parameters import Parameters

@@ -38,7 +38,7 @@ def png(picture: np.ndarray) -> bytes:
 
 
 def fixed_noise(count: int) -> tuple[Tensor, Tensor]:
-    """The one draw that all sheets share: normal (count, 512) and uniform (count,); a prefix for fewer or smaller."""
+    """The one draw that all grids share: normal (count, 512) and uniform (count,); a prefix for fewer or smaller."""
     generator = torch.Generator().manual_seed(0)
     uniform = torch.rand(1024, generator=generator)
     return torch.randn(count, LARGEST_LATENT, generator=generator), uniform[:count]
@@ -52,7 +52,7 @@ def samples(model: VAE, prior: Prior, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def sheets(model: VAE, prior: Prior, held_out: Tensor) -> dict[str, np.ndarray]:
+def image_grids(model: VAE, prior: Prior, held_out: Tensor) -> dict[str, np.ndarray]:
     """Pictures (H, W) uint8 by name: samples from the prior and from N(0, I), reconstructions, traversal, manifold.
 
     `held_out` is (N, 1, 28, 28) in [0, 1]; each of its rows is followed by the row of its reconstructions.

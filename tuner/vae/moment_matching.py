@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tuner.vae.distance import Moments, frechet_distance, moments
 from tuner.vae.model import VAE
-from tuner.vae.prior import Prior, Sampler, even_noise, floor
+from tuner.vae.prior import Prior, Sampler, floor, quasi_random_noise
 
 STEPS, RATE = 80, 0.012  # samples twice as many come no closer
 BATCH = 500  # images at a time: their activations stay in the cache
@@ -35,7 +35,7 @@ def match(prior: Prior, model: VAE, images: Tensor, observers: Sequence[nn.Modul
     optimizer = torch.optim.Adam([shifts, bends], lr=RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS, pct_start=0.1)
     units: Tensor | None = None
-    noises, uniforms = even_noise(STEPS * count, prior.means.shape[1], seed)
+    noises, uniforms = quasi_random_noise(STEPS * count, prior.means.shape[1], seed)
     for noise, uniform in zip(noises.split(count), uniforms.split(count), strict=True):
         component = start.component(uniform)
         means, factors = _moved(start, shifts, bends)

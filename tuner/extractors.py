@@ -1,4 +1,4 @@
-"""A run's judges, each trained in a process of its own beside the driver: nothing is scored before a first rung."""
+"""A run's extractors, each trained in a process of its own beside the driver: nothing is scored before a first rung."""
 
 import os
 import signal
@@ -10,30 +10,30 @@ from pathlib import Path
 from types import TracebackType
 
 from tuner.exits import CutOff
-from tuner.run import Run
+from tuner.run import RunFiles
 from tuner.spec import Spec
 from tuner.vae import data as datasets
 from tuner.vae.data import Data
-from tuner.vae.judge import Judge, from_bytes, to_bytes, train_judge
+from tuner.vae.extractor import FeatureExtractor, from_bytes, to_bytes, train_extractor
 from tuner.vae.process import settle
 from tuner.vae.train import Stream, derive_seed
-from tuner.workspace import JUDGES, keep_judge, load_judges
+from tuner.workspace import EXTRACTORS, keep_extractor, load_extractors
 
 
-class Judges:
-    """Trains judges where the driver runs, so that no node's end takes one along.
+class FeatureExtractors:
+    """Trains extractors where the driver runs, so that no node's end takes one along.
 
-    As a context it begins the search's judge; on the way out what still trains is ended.
+    As a context it begins the search's extractor; on the way out what still trains is ended.
 
-    Raises ValueError where a judge of the run is not the one that was frozen.
+    Raises ValueError where an extractor of the run is not the one that was frozen.
     """
 
-    def __init__(self, run: Run, spec: Spec, data: Data, directory: Path):
+    def __init__(self, run: RunFiles, spec: Spec, data: Data, directory: Path):
         self.run, self.spec, self.data, self.directory = run, spec, data, directory
-        self.kept = load_judges(run)
+        self.kept = load_extractors(run)
         self.training: dict[str, tuple[BaseProcess, Connection]] = {}
 
-    def __enter__(self) -> "Judges":
+    def __enter__(self) -> "FeatureExtractors":
         self.begin("search")
         return self
 
@@ -43,13 +43,13 @@ class Judges:
             process.join()
 
     def begin(self, name: str) -> None:
-        """Train a judge, unless that was begun before."""
+        """Train an extractor, unless that was begun before."""
         if name in self.kept or name in self.training:
             return
-        seed = derive_seed(self.spec.seed, Stream.JUDGE, list(JUDGES).index(name))
+        seed = derive_seed(self.spec.seed, Stream.EXTRACTOR, list(EXTRACTORS).index(name))
         context = get_context("spawn")  # a fork would inherit torch's and Ray's threads
         receiver, sender = context.Pipe(duplex=False)
-        arguments = (sender, self.spec.data.name, self.directory, seed, *JUDGES[name])
+        arguments = (sender, self.spec.data.name, self.directory, seed, *EXTRACTORS[name])
         process = context.Process(target=_train, args=arguments, daemon=True)
         # A Ctrl-C in the terminal is for the driver alone; a process starts with its parent's mask.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -70,8 +70,8 @@ class Judges:
             if receiver.poll():
                 self.keep(name)
 
-    def keep(self, name: str) -> Judge:
-        """A judge, waited for and written to the run. Raises CutOff where the process that trains it died."""
+    def keep(self, name: str) -> FeatureExtractor:
+        """An extractor, waited for and written to the run. Raises CutOff where the process that trains it died."""
         if name not in self.kept:
             self.begin(name)
             process, receiver = self.training[name]
@@ -79,16 +79,16 @@ class Judges:
                 self.kept[name] = from_bytes(receiver.recv_bytes())
             except EOFError as error:
                 process.join()
-                raise CutOff(f"the process that trains the {name} judge died ({process.exitcode})") from error
+                raise CutOff(f"the process that trains the {name} extractor died ({process.exitcode})") from error
             process.join()
             del self.training[name]
-            keep_judge(self.run, self.data, name, self.kept[name])
+            keep_extractor(self.run, self.data, name, self.kept[name])
         return self.kept[name]
 
 
 def _train(sender: Connection, name: str, directory: Path, seed: int, width: int, deep: bool) -> None:
     os.nice(19)  # Ray starts meanwhile, and gives its workers 15
     settle()
-    judge = train_judge(datasets.load(name, directory, download=False), seed, width, deep)
+    extractor = train_extractor(datasets.load(name, directory, download=False), seed, width, deep)
     with suppress(BrokenPipeError):  # the driver was killed meanwhile
-        sender.send_bytes(to_bytes(judge))
+        sender.send_bytes(to_bytes(extractor))

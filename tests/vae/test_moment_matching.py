@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from tuner.vae.distance import frechet_distance, moments
-from tuner.vae.matching import match
 from tuner.vae.model import VAE, build
+from tuner.vae.moment_matching import match
 from tuner.vae.parameters import Parameters
 from tuner.vae.prior import Prior, fit_mixture
 
@@ -59,7 +59,8 @@ def test_a_displaced_mixture_comes_closer_in_the_features_of_every_observer(mode
     matched = match(displaced, model, images, [model.encoder, pixels], 1_000, seed=3)
     for observer in (model.encoder, pixels):
         before, after = (
-            _distance(model, observer, prior.sample_evenly(4_000, seed=4), codes) for prior in (displaced, matched)
+            _distance(model, observer, prior.sample_quasi_random(4_000, seed=4), codes)
+            for prior in (displaced, matched)
         )
         assert after < before / 3
 

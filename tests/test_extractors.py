@@ -1,0 +1,56 @@
+"""FeatureExtractors: trained in a process of their own, kept by the run."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tuner.exits import CutOff
+from tuner.extractors import FeatureExtractors
+from tuner.run import RunFiles
+from tuner.spec import Spec
+from tuner.vae.extractor import train_extractor
+from tuner.vae.process import settle
+from tuner.vae.train import Stream, derive_seed
+from tuner.workspace import EXTRACTORS, load_extractors
+
+SPEC = Spec.model_validate({"space": {"latent_dim": {"choices": [4, 8]}}, "seed": 3})
+NEVER_READ = Path("never read")
+
+
+def test_a_extractor_trained_beside_the_driver_is_the_one_that_its_seed_gives_here_and_is_kept(workspace, tmp_path):
+    run = RunFiles(tmp_path)
+    with FeatureExtractors(run, SPEC, workspace.data, NEVER_READ) as extractors:
+        assert extractors.in_training() == 1
+        while not extractors.kept:
+            extractors.keep_done()
+            time.sleep(0.05)
+        assert extractors.in_training() == 0
+    settle()
+    here = train_extractor(
+        workspace.data, derive_seed(SPEC.seed, Stream.EXTRACTOR, 0), *EXTRACTORS["search"]
+    ).state_dict()
+    for kept in (extractors.kept["search"], load_extractors(run)["search"]):
+        assert all(torch.equal(kept.state_dict()[key], here[key]) for key in here)
+    with FeatureExtractors(run, SPEC, workspace.data, NEVER_READ) as again:
+        assert again.in_training() == 0
+        assert again.kept.keys() == {"search"}
+
+
+def test_a_extractor_whose_process_dies_cuts_the_command_off(workspace, tmp_path):
+    with FeatureExtractors(RunFiles(tmp_path), SPEC, workspace.data, NEVER_READ) as extractors:
+        process, _ = extractors.training["search"]
+        os.kill(process.pid, signal.SIGKILL)
+        with pytest.raises(CutOff, match=r"^the process that trains the search extractor died \(-9\)$"):
+            extractors.keep("search")
+    assert load_extractors(RunFiles(tmp_path)) == {}
+
+
+def test_what_still_trains_at_the_end_is_ended(workspace, tmp_path):
+    with FeatureExtractors(RunFiles(tmp_path), SPEC, workspace.data, NEVER_READ) as extractors:
+        process, _ = extractors.training["search"]
+        assert process.is_alive()
+    assert not process.is_alive()
