@@ -3,6 +3,7 @@
 The only module that reads the test split, once. Runs alone as `python -m tuner.export RUN`.
 """
 
+import copy
 import io
 import json
 import logging
@@ -22,18 +23,19 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from tuner.run import sync_directory, write_atomic
-from tuner.study import BASELINE
+from tuner.summary import Scores, Summary, Tested
 from tuner.tensorboard import TensorBoard
 from tuner.terminal import stage
 from tuner.vae import codec
-from tuner.vae.data import Split, load_test, pixels
+from tuner.vae.data import Split, as_floats, load_test
 from tuner.vae.extractor import FeatureExtractor
-from tuner.vae.image_grid import fixed_noise, grid, png, samples
-from tuner.vae.model import VAE
+from tuner.vae.fitted import FittedModel, encode, tempered
+from tuner.vae.image_grid import fixed_noise, grid, interleaved, png, samples
+from tuner.vae.metrics import gap_closed
+from tuner.vae.model import Model
 from tuner.vae.neighbours import copied, coverage, knn_accuracy, nearest, recall
 from tuner.vae.prior import Sampler
-from tuner.vae.score import encode, gap_closed
-from tuner.workspace import FittedModel, Workspace, best_of, last_of, retrained, run_alone
+from tuner.workspace import Workspace, baseline_of, best_of, run_alone
 
 TOLERANCE = 1e-5
 SAMPLES = 100
@@ -43,33 +45,29 @@ VERSIONS = ("torch", "ray", "optuna", "numpy", "onnx", "onnxruntime", "scikit-le
 
 
 class Encoder(nn.Module):
-    """Images (B, 1, 28, 28) in [0, 1] -> mean (B, Z), and log-variance (B, Z) of a VAE."""
+    """Images (B, C, H, W) in [0, 1] -> mean (B, Z), and log-variance (B, Z) where the model has one."""
 
-    def __init__(self, model: VAE):
+    def __init__(self, model: Model):
         super().__init__()
-        self.trunk, self.mean, self.log_variance = model.encoder, model.mean, model.log_variance
+        self.model = model
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        hidden = self.trunk(images)
-        mean: Tensor = self.mean(hidden)
-        return mean if self.log_variance is None else (mean, self.log_variance(hidden))
+        mean, log_variance = self.model.encode(images)
+        return mean if log_variance is None else (mean, log_variance)
 
 
 class Decoder(nn.Module):
-    """Latents (B, Z) -> images (B, 1, 28, 28) in [0, 1]."""
+    """Latents (B, Z) -> images (B, C, H, W) in [0, 1]."""
 
-    contrast: Tensor
-
-    def __init__(self, model: VAE):
+    def __init__(self, fitted: FittedModel):
         super().__init__()
-        self.decoder = model.decoder
-        self.register_buffer("contrast", model.contrast)
+        self.model, self.temperature = fitted.model, fitted.temperature
 
     def forward(self, latents: Tensor) -> Tensor:
-        return torch.sigmoid(self.contrast * self.decoder(latents))
+        return tempered(self.model.decode(latents), self.temperature)
 
 
-def export(workspace: Workspace) -> dict[str, Any]:
+def export(workspace: Workspace) -> Summary:
     """Score baseline, best and retrained on the test split, write `export/` and return the summary.
 
     The files are made in a temporary folder and checked against the checkpoint to 1e-5 before they take
@@ -77,71 +75,69 @@ def export(workspace: Workspace) -> dict[str, Any]:
     """
     run, spec = workspace.run, workspace.spec
     summary = run.summary()
-    candidates = {"best": best_of(workspace.run, summary["best"]["trial"])}
-    if "retrain" in summary:
-        candidates["retrained"] = retrained(workspace.run)
-    chosen = candidates.get("retrained", candidates["best"])
+    assert summary.best
+    models = {"best": best_of(run, run.checkpoint(summary.best.trial))}
+    if summary.retrain:
+        models["retrained"] = best_of(run, run.retrain_checkpoint)
+    chosen = models.get("retrained", models["best"])
 
     test = load_test(spec.data.name, workspace.data_directory, spec.data.download)
-    scores = score_test(workspace, candidates, test)
+    tested = score_test(workspace, models, test)
     temporary = run.export.with_name(f".{run.export.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     info = {
         "parameters": chosen.parameters.model_dump(),
+        "temperature": chosen.temperature,
         "weights": sum(parameter.numel() for parameter in chosen.model.parameters()),
-        "test": scores.get("retrained", scores["best"]),
+        "test": tested.exported.by_name(),
         "lineage": {
             "run": run.name,
-            "trial": summary["best"]["trial"],
-            "epoch": summary["best"]["epoch"],
-            "retrain_epoch": chosen.epoch if "retrained" in candidates else None,
+            "trial": summary.best.trial,
+            "epoch": summary.best.epoch,
+            "retrain_epoch": chosen.epoch if summary.retrain else None,
             "seed": spec.seed,
             "data": {"name": spec.data.name, "train_sha256": workspace.data.train.fingerprint()},
             "versions": {name: version(name) for name in VERSIONS} | {"python": platform.python_version()},
         },
     }
-    write_files(chosen, info, temporary)
+    write_files(chosen, info, temporary, test.images[:1])
     write_atomic(temporary / "neighbours.png", png(beside_neighbours(chosen, workspace.data.train)))
-    check_files(chosen, pixels(test.images[:7]), temporary)
+    check_files(chosen, as_floats(test.images[:7]), temporary)
     sync_directory(temporary)
     with closing(TensorBoard(run.tensorboard, spec)) as board:
-        images = pixels(test.images[:PROJECTED])
-        board.embed(chosen.model.encode(images)[0], test.labels[:PROJECTED], images)
+        images = as_floats(test.images[:PROJECTED])
+        board.embed(encode(chosen.model, images)[0], test.labels[:PROJECTED], images)
     shutil.rmtree(run.export, ignore_errors=True)
     temporary.rename(run.export)
     sync_directory(run.path)
-    return run.update_summary(test=scores)
+    return run.update_summary(test=tested)
 
 
-def score_test(workspace: Workspace, candidates: dict[str, FittedModel], test: Split) -> dict[str, dict[str, float]]:
-    """Every score on the test split, for the baseline with samples from N(0, I) and for each candidate.
+def score_test(workspace: Workspace, models: dict[str, FittedModel], test: Split) -> Tested:
+    """Every score on the test split, for the baseline with samples from N(0, I) and for each of the models.
 
-    The last candidate is the one that is exported: it gets `FINAL_METRICS`, too.
+    The last of them is the one that is exported: it gets `FINAL_METRICS`, too.
     """
     scorer = workspace.scorer(held_out=test)
-    result = {}
-    for name, candidate in {"baseline": last_of(workspace.run, BASELINE), **candidates}.items():
-        scores = scorer(candidate.model, candidate.parameters, candidate.prior)
-        if name == "baseline":
-            baseline = scores["frechet_distance"]
-        result[name] = scores | {
-            "floor": scorer.floor,
-            "gap_closed": gap_closed(scores["frechet_distance"], scorer.floor, baseline),
-        }
-    drawn = scorer.samples(candidate.model, candidate.prior, NEIGHBOUR_IMAGES)
-    result[name] |= neighbourhood(candidate.model, drawn, scorer.extractor, workspace.data.train, test)
-    return result
+    scores = {name: scorer(fitted) for name, fitted in {"baseline": baseline_of(workspace.run), **models}.items()}
+    baseline = scores["baseline"]["frechet_distance"]
+    for found in scores.values():
+        found["gap_closed"] = gap_closed(found["frechet_distance"], scorer.floor, baseline)
+    exported = models[list(models)[-1]]
+    drawn = scorer.samples(exported, NEIGHBOUR_IMAGES)
+    scores[list(models)[-1]] |= neighbourhood(exported.model, drawn, scorer.extractor, workspace.data.train, test)
+    return Tested(floor=scorer.floor, **{name: Scores(**found) for name, found in scores.items()})
 
 
 def neighbourhood(
-    model: VAE, drawn: Tensor, extractor: FeatureExtractor, train: Split, test: Split
+    model: Model, drawn: Tensor, extractor: FeatureExtractor, train: Split, test: Split
 ) -> dict[str, float]:
-    """`FINAL_METRICS` of samples (N, 1, 28, 28): recall and coverage in the extractor's features, copies in pixels.
+    """`FINAL_METRICS` of samples (N, C, H, W): recall and coverage in the extractor's features, copies in pixels.
 
     The accuracy is that of all test images; its first thousands alone would be another number.
     """
-    shown, learned = pixels(test.images), pixels(train.images)
+    shown, learned = as_floats(test.images), as_floats(train.images)
     latents, references = encode(model, shown)[0], encode(model, learned)[0]
     shown = shown[:NEIGHBOUR_IMAGES]
     real, fake, like = (extractor.features(images) for images in (shown, drawn, learned[:NEIGHBOUR_IMAGES]))
@@ -153,35 +149,35 @@ def neighbourhood(
     }
 
 
-def beside_neighbours(candidate: FittedModel, train: Split) -> np.ndarray:
+def beside_neighbours(fitted: FittedModel, train: Split) -> np.ndarray:
     """Samples, and under each row the nearest training images in pixels: a grey picture (H, W) uint8."""
-    drawn, learned = samples(candidate.model, candidate.prior, NEIGHBOURS_SHOWN), pixels(train.images)
+    drawn, learned = samples(fitted, NEIGHBOURS_SHOWN), as_floats(train.images)
     closest = learned[nearest(drawn.flatten(1), learned.flatten(1), 1)[1][:, 0]]
-    rows = zip(drawn.split(10), closest.split(10), strict=True)
-    return grid(torch.cat([images for pair in rows for images in pair]), columns=10, scale=2)
+    return grid(interleaved(drawn, closest, 10), columns=10, scale=2)
 
 
-def write_files(candidate: FittedModel, info: dict[str, Any], directory: Path) -> None:
-    """Everything of an export, into an existing directory."""
-    model = candidate.model.eval().requires_grad_(False)
+def write_files(fitted: FittedModel, info: dict[str, Any], directory: Path, image: Tensor) -> None:
+    """Everything of an export, into an existing directory; `image` (1, C, H, W) tells the shape."""
+    model = fitted.snapshot().model.eval().requires_grad_(False)
     write_atomic(directory / "weights.safetensors", save({k: v.contiguous() for k, v in model.state_dict().items()}))
     write_atomic(directory / "model.json", json.dumps(info, indent=2) + "\n")
     prior = io.BytesIO()
-    arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in candidate.prior.state_dict().items()}
+    arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in fitted.prior.state_dict().items()}
     np.savez(prior, **arrays)
     write_atomic(directory / "prior.npz", prior.getvalue())
-    latents = torch.zeros(2, model.latent_dim)
-    heads = ["mean", "log_variance"][: 1 + model.variational]
-    _write_program(Encoder(model), {"images": torch.zeros(2, 1, 28, 28)}, heads, directory / "encoder")
-    _write_program(Decoder(model), {"latents": latents}, ["images"], directory / "decoder")
+    images, latents = torch.zeros(2, *image.shape[1:]), torch.zeros(2, model.latent_dim)
+    heads = ["mean"] if model.encode(images)[1] is None else ["mean", "log_variance"]
+    _write_program(Encoder(model), {"images": images}, heads, directory / "encoder")
+    _write_program(Decoder(fitted), {"latents": latents}, ["images"], directory / "decoder")
     drawn_from = {"noise": latents, "uniform": torch.zeros(2)}
-    _write_program(Sampler(candidate.prior), drawn_from, ["latents"], directory / "prior")
+    _write_program(Sampler(fitted.prior), drawn_from, ["latents"], directory / "prior")
     drawn = codec.load(directory).sample(SAMPLES)
     write_atomic(directory / "samples.png", png(grid(drawn, columns=10, scale=2)))
 
 
 def _write_program(module: nn.Module, inputs: dict[str, Tensor], outputs: list[str], stem: Path) -> None:
-    """One network as `stem`.pt2 and `stem`.onnx, the batch size free."""
+    """One network as `stem`.pt2 and `stem`.onnx, the batch size free, with the weights that it uses and no others."""
+    module = _trimmed(module, tuple(inputs.values()))
     shapes = tuple({0: torch.export.Dim("batch", min=1)} for _ in inputs)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporters warn of their own deprecations
@@ -205,12 +201,26 @@ def _write_program(module: nn.Module, inputs: dict[str, Tensor], outputs: list[s
     write_atomic(stem.with_suffix(".onnx"), onnx_program.model_proto.SerializeToString())
 
 
+def _trimmed(module: nn.Module, inputs: tuple[Tensor, ...]) -> nn.Module:
+    """A copy in which weights that have no part in the output take no room."""
+    module = copy.deepcopy(module).eval().requires_grad_(True)
+    outputs = module(*inputs)
+    total = torch.stack([part.sum() for part in (outputs if isinstance(outputs, tuple) else (outputs,))]).sum()
+    weights = list(module.parameters())
+    if weights:
+        gradients = torch.autograd.grad(total, weights, allow_unused=True)
+        for weight, gradient in zip(weights, gradients, strict=True):
+            if gradient is None:
+                weight.data = weight.data.new_empty(0)
+    return module.requires_grad_(False)
+
+
 @torch.no_grad()
-def check_files(candidate: FittedModel, images: Tensor, directory: Path) -> None:
+def check_files(fitted: FittedModel, images: Tensor, directory: Path) -> None:
     """Compare every file with the checkpoint on batches of 1 and of all `images`. Raises RuntimeError."""
     import onnxruntime
 
-    model, prior = candidate.model.eval(), candidate.prior
+    model, prior = fitted.model.eval(), fitted.prior
     loaded = codec.load(directory)
     stems = ("encoder", "decoder", "prior")
     sessions = {
@@ -219,7 +229,7 @@ def check_files(candidate: FittedModel, images: Tensor, directory: Path) -> None
     }
     programs = {stem: torch.export.load(directory / f"{stem}.pt2").module() for stem in stems}
     files: dict[str, Callable[..., Tensor]] = {
-        "encoder": loaded.encode, "decoder": loaded.decode, "prior": loaded.prior.place
+        "encoder": loaded.encode, "decoder": loaded.decode, "prior": loaded.fitted.prior.place
     }  # fmt: skip
 
     def by_onnx(stem: str, *given: Tensor) -> Tensor:
@@ -236,7 +246,7 @@ def check_files(candidate: FittedModel, images: Tensor, directory: Path) -> None
         noise = (noise[0][:, : model.latent_dim].contiguous(), noise[1])
         for stem, given, expected in (
             ("encoder", (batch,), latents),
-            ("decoder", (latents,), model.draw(latents)),
+            ("decoder", (latents,), fitted.draw(latents)),
             ("prior", noise, prior.place(*noise)),
         ):
             for kind, read in readers.items():

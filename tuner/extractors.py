@@ -16,7 +16,7 @@ from tuner.vae import data as datasets
 from tuner.vae.data import Data
 from tuner.vae.extractor import FeatureExtractor, from_bytes, to_bytes, train_extractor
 from tuner.vae.process import settle
-from tuner.vae.train import Stream, derive_seed
+from tuner.vae.seeds import Stream, derive_seed
 from tuner.workspace import EXTRACTORS, keep_extractor, load_extractors
 
 

@@ -13,10 +13,11 @@ from ray.actor import ActorHandle
 from tuner.cluster import alive
 from tuner.spec import Resources, Spec
 from tuner.vae.data import Data
-from tuner.vae.fused import Fused, Job, shape_of
+from tuner.vae.fused import Fused, FusedShape, Job
 from tuner.vae.parameters import Parameters
 from tuner.vae.process import settle
-from tuner.vae.train import Record, State, stops
+from tuner.vae.step import State
+from tuner.vae.train import Record, stops
 
 SLOTS = 64  # trials in one array, unless --concurrency says otherwise
 
@@ -60,7 +61,7 @@ class ArrayHost:
         if self.images.is_cuda:
             torch.set_float32_matmul_precision("high")  # TF32, as PyTorch's convolutions have by default
         self.widest, self.slots = widest, slots
-        self.arrays: dict[Parameters, Fused] = {}
+        self.arrays: dict[FusedShape, Fused] = {}
         self.changed = threading.Condition()
         self.arrived: list[Job] = []
         self.finished: set[Job] = set()
@@ -99,7 +100,7 @@ class ArrayHost:
                 self.changed.notify_all()
 
     def _enter(self, job: Job) -> None:
-        shape = shape_of(job.parameters, self.widest)
+        shape = FusedShape.of(job.parameters, self.widest)
         if shape not in self.arrays:
             self.arrays[shape] = Fused(shape, self.slots, self.images)
         self.arrays[shape].enter(job)

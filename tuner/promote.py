@@ -4,80 +4,64 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tuner.spec import Spec
-from tuner.study import BASELINE, front
+from tuner.study import ranked
+from tuner.summary import Best, Promoted, Scores, Summary
 from tuner.terminal import console, promotion_table, stage
-from tuner.vae.score import gap_closed
-from tuner.workspace import Workspace, best_of, last_of
+from tuner.vae.metrics import gap_closed
+from tuner.workspace import Workspace, baseline_of, best_of
 
-CANDIDATES = 5
+CONTENDERS = 5
 
 
 def contenders(rows: Sequence[Mapping[str, Any]], spec: Spec) -> list[Mapping[str, Any]]:
-    """The best few rows of trials.csv, best first: those whose checkpoints the promotion scores again.
+    """The best few rows of ended trials, best first: those whose checkpoints the promotion scores again."""
+    return ranked([row for row in rows if row["state"] in ("complete", "pruned")], spec)[:CONTENDERS]
 
-    Of several objectives' front those with the best samples.
+
+def promote(workspace: Workspace, rows: Sequence[Mapping[str, Any]]) -> Summary:
+    """Choose the winner among a study's rows and write it to the summary.
+
+    A contender's rank is the mean cost over all extractors, each extractor's scale set by the baseline; ties go to the
+    earlier trial. Floor, baseline and the winner's scores in the summary are those of the search's extractor under the
+    fresh noise. The baseline must have been scored. Raises Refused where a checkpoint is damaged.
     """
-    trial_objective = spec.trial_objective
-    scored = [row for row in rows if trial_objective.metric in row and row["state"] not in ("failed", "running")]
-    if len(spec.objective) > 1:
-        scored = front(scored, spec.objective)
-    return sorted(scored, key=lambda row: (trial_objective.sign * row[trial_objective.metric], row["trial"]))[
-        :CANDIDATES
-    ]
+    run, spec = workspace.run, workspace.spec
+    objective, searched = spec.selection_objective, spec.trial_objective.metric
+    scorers = {name: workspace.scorer(name) for name in workspace.extractors}
+    classic = {name: scorer(baseline_of(run)) for name, scorer in scorers.items()}
+    entries: list[tuple[Promoted, Best]] = []
+    for row in contenders(rows, spec):
+        fitted = best_of(run, run.checkpoint(row["trial"]))
+        scores = {name: scorer(fitted) for name, scorer in scorers.items()}
+        gaps, ranks = {}, []
+        for name, scorer in scorers.items():
+            distance, baseline = scores[name]["frechet_distance"], classic[name]["frechet_distance"]
+            gaps[name] = gap_closed(distance, scorer.floor, baseline)
+            ranks.append(objective.cost(scores[name]) / (abs(classic[name][objective.metric]) or 1))
+        entry = Promoted(
+            trial=row["trial"],
+            epoch=row["epoch"],
+            searched=row[searched],
+            again={name: scores[name][objective.metric] for name in scorers},
+            gap_closed=gaps,
+            rank=sum(ranks) / len(ranks),
+        )
+        best = Best(
+            trial=row["trial"],
+            epoch=fitted.epoch,
+            parameters=fitted.parameters.model_dump(),
+            scores=Scores(**scores["search"], gap_closed=gaps["search"]),
+            floor=scorers["search"].floor,
+            baseline=classic["search"]["frechet_distance"],
+        )
+        entries.append((entry, best))
+    entries.sort(key=lambda pair: (pair[0].rank, pair[0].trial))
+    return run.update_summary(promotion=tuple(entry for entry, _ in entries), best=entries[0][1])
 
 
-def promote(workspace: Workspace, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Choose the winner among the rows of trials.csv and write it to the summary.
-
-    A candidate's rank is the mean over both extractors of the spec's yardstick, each extractor's scale set by the
-    baseline; ties go to the earlier trial. Floor, baseline and the winner's scores in the summary are those
-    of the search's extractor under the fresh noise. The baseline must have been scored.
-    """
-    selection_objective = workspace.spec.selection_objective
-    searched, metric = workspace.spec.trial_objective.metric, selection_objective.metric
-    best = contenders(rows, workspace.spec)
-    baseline = last_of(workspace.run, BASELINE)
-    table: list[dict[str, Any]] = [
-        {"trial": row["trial"], "epoch": row["epoch"], "searched": row[searched]} for row in best
-    ]
-    scores: dict[int, dict[str, float]] = {}
-    floors, baselines = {}, {}
-    for extractor in workspace.extractors:
-        scorer = workspace.scorer(extractor)
-        floors[extractor] = scorer.floor
-        reference = scorer(baseline.model, baseline.parameters, baseline.prior)
-        baselines[extractor] = reference["frechet_distance"]
-        scale = (abs(reference[metric]) or 1) * len(workspace.extractors)
-        for entry in table:
-            candidate = best_of(workspace.run, entry["trial"])
-            result = scorer(candidate.model, candidate.parameters, candidate.prior)
-            if extractor == "search":
-                scores[entry["trial"]] = result
-            entry[f"{extractor}_{metric}"] = result[metric]
-            entry[f"{extractor}_gap_closed"] = gap_closed(
-                result["frechet_distance"], floors[extractor], baselines[extractor]
-            )
-            entry["rank"] = entry.get("rank", 0.0) + selection_objective.sign * result[metric] / scale
-    table.sort(key=lambda entry: (entry["rank"], entry["trial"]))
-
-    winner = table[0]["trial"]
-    candidate = best_of(workspace.run, winner)
-    return workspace.run.update_summary(
-        floor=floors["search"],
-        baseline=baselines["search"],
-        promotion=table,
-        best={
-            "trial": winner,
-            "params": candidate.parameters.model_dump(),
-            "epoch": candidate.epoch,
-            "gap_closed": gap_closed(scores[winner]["frechet_distance"], floors["search"], baselines["search"]),
-            **scores[winner],
-        },
-    )
-
-
-def promote_stage(workspace: Workspace, rows: list[dict[str, Any]]) -> None:
+def promote_stage(workspace: Workspace, rows: Sequence[Mapping[str, Any]]) -> None:
     with stage(workspace.run, "promote") as progress:
         summary = promote(workspace, rows)
-        progress.done(f"trial {summary['best']['trial']} won among {len(summary['promotion'])} under two extractors")
-    console().print(promotion_table(summary["promotion"], workspace.spec.selection_objective.metric))
+        winner = summary.promotion[0].trial
+        progress.done(f"trial {winner} won among {len(summary.promotion)} under two extractors")
+    console().print(promotion_table(summary.promotion, workspace.spec.selection_objective.metric))

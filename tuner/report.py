@@ -10,12 +10,11 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import optuna
 import plotly.graph_objects as go
 from optuna import visualization
 from optuna.trial import FrozenTrial, TrialState
@@ -26,12 +25,14 @@ from tuner.exits import command, refuse, resumable
 from tuner.run import RunFiles, write_atomic
 from tuner.spec import Objective, Spec
 from tuner.storage import opened
-from tuner.study import BASELINE, evaluations, front, read_study
+from tuner.study import BASELINE, Study, evaluations, front, read_study, table
+from tuner.summary import Summary
 from tuner.terminal import duration, result_rows, stage
+from tuner.vae.fitted import FittedModel
 from tuner.vae.image_grid import grid, png, samples
+from tuner.vae.metrics import FINAL_METRICS, METRICS
 from tuner.vae.prior import standard_normal
-from tuner.vae.score import FINAL_METRICS, METRICS
-from tuner.workspace import FittedModel, best_of, last_of, retrained
+from tuner.workspace import baseline_of, best_of
 
 COLOURS = {"complete": "#1f77b4", "pruned": "#b8b8b8", "failed": "#d62728", "running": "#ff9f1c"}
 RATE_AND_DISTORTION = tuple(Objective.model_validate(metric) for metric in ("rate", "distortion"))
@@ -82,10 +83,10 @@ class Material:
 
     run: RunFiles
     spec: Spec
-    study: optuna.Study
+    study: Study
     trials: list[FrozenTrial]
     rows: list[dict[str, Any]]
-    summary: dict[str, Any]
+    summary: Summary
 
     @property
     def metric(self) -> str:
@@ -96,14 +97,11 @@ def report(run: RunFiles) -> Path:
     """Write `report.html` from what the run's files hold now. Raises ValueError where there is no search yet."""
     if not run.spec.exists() or not run.journal.exists():
         raise ValueError(f"{run.shown}: no search to report on (no {run.spec.name} or {run.journal.name})")
-    spec = specs.load(run.spec)
-    study = read_study(run.journal)
-    summary = run.summary()
-    rows = run.read_trials()
-    trials = study.get_trials(deepcopy=False)
-    if len(trials) < len(rows):
-        raise ValueError(f"{run.journal}: has {len(trials)} trials where {run.trials.name} has {len(rows)}")
-    material = Material(run, spec, study, trials[: len(rows)], rows, summary)
+    spec, summary, study = specs.load(run.spec), run.summary(), read_study(run.journal)
+    if study is None:
+        raise ValueError(f"{run.shown}: no search to report on (its {run.journal.name} is empty)")
+    rows = table(study, spec)
+    material = Material(run, spec, study, study.known()[: len(rows)], rows, summary)
     page = Page()
     for section in SECTIONS:
         section(page, material)
@@ -121,23 +119,22 @@ def headline(page: Page, material: Material) -> None:
     summary, counts = material.summary, Counter(row["state"] for row in material.rows)
     counted = ", ".join(f"{count} {state}" for state, count in counts.items())
     page.parts.append(f"<h1>{html.escape(material.run.name)}: the search for a VAE on {material.spec.data.name}</h1>")
-    if "best" not in summary:
+    best, test = summary.best, summary.test
+    if best is None:
         page.parts.append(
             f"<p class='big'>The search is under way: {counted} of {material.spec.budget.trials} trials.</p>"
         )
         return
-    best, test = summary["best"], summary.get("test")
     if test:
-        split, final = "test", test.get("retrained", test["best"])
-        baseline, floor = test["baseline"]["frechet_distance"], test["best"]["floor"]
+        split, final, baseline, floor = "test", test.exported, test.baseline.frechet_distance, test.floor
     else:
-        split, final = "validation", summary.get("retrain", best)
-        baseline, floor = summary["baseline"], summary["floor"]
-    searched = ", ".join(f"{name} {_text(best['params'][name])}" for name in material.spec.space)
+        split, final = "validation", summary.retrain.scores if summary.retrain else best.scores
+        baseline, floor = best.baseline, best.floor
+    searched = ", ".join(f"{name} {_text(best.parameters[name])}" for name in material.spec.space)
     page.parts.append(
-        f"<p class='big'>Trial {best['trial']} won ({searched}). Its samples close <b>{final['gap_closed']:.1%}</b> of "
+        f"<p class='big'>Trial {best.trial} won ({searched}). Its samples close <b>{final.gap_closed:.1%}</b> of "
         f"the gap between the classic settings ({baseline:.4g}) and real images ({floor:.4g}): "
-        f"Frechet distance {final['frechet_distance']:.4g} on the {split} split. Trials: {counted}.</p>"
+        f"Frechet distance {final.frechet_distance:.4g} on the {split} split. Trials: {counted}.</p>"
     )
     page.section(
         "Who won, and by how much",
@@ -150,15 +147,15 @@ def pictures(page: Page, material: Material) -> None:
     run, summary = material.run, material.summary
     shown: list[tuple[str, FittedModel]] = []
     if run.checkpoint(BASELINE).exists():
-        shown.append(("classic settings, samples from N(0, I)", last_of(run, BASELINE)))
-    if "best" in summary:
-        shown.append((f"best trial ({summary['best']['trial']})", best_of(run, summary["best"]["trial"])))
-    if run.retrained.exists():
-        shown.append(("retrained", retrained(run)))
-    figures = [_picture(caption, samples(who.model, who.prior, SHOWN)) for caption, who in shown]
+        shown.append(("classic settings, samples from N(0, I)", baseline_of(run)))
+    if summary.best:
+        shown.append((f"best trial ({summary.best.trial})", best_of(run, run.checkpoint(summary.best.trial))))
+    if summary.retrain:
+        shown.append(("retrained", best_of(run, run.retrain_checkpoint)))
+    figures = [_picture(caption, samples(fitted, SHOWN)) for caption, fitted in shown]
     if len(shown) > 1:
         last = shown[-1][1]
-        plain = samples(last.model, standard_normal(last.parameters.latent_dim), SHOWN)
+        plain = samples(replace(last, prior=standard_normal(last.model.latent_dim)), SHOWN)
         figures.append(_picture("the same model sampled from N(0, I): what the fitted prior is worth", plain))
     if figures:
         page.section(
@@ -324,48 +321,34 @@ def timeline(page: Page, material: Material) -> None:
 
 
 def promotion(page: Page, material: Material) -> None:
-    if "promotion" in material.summary:
-        columns = [
-            "trial",
-            "epoch",
-            "searched",
-            *(
-                f"{extractor}_{what}"
-                for extractor in material.summary["extractors"]
-                for what in (material.spec.selection_objective.metric, "gap_closed")
-            ),
-        ]
-        header = [column.replace("_", " ") for column in columns]
-        rows = [[_text(entry[column]) for column in columns] for entry in material.summary["promotion"]]
-        right = ", ".join(
-            f"{name} extractor {extractor['accuracy']:.1%}"
-            for name, extractor in material.summary["extractors"].items()
-        )
+    entries, described = material.summary.promotion, material.summary.extractors
+    if entries:
+        metric = material.spec.selection_objective.metric.replace("_", " ")
+        columns = [column for name in entries[0].again for column in (f"{name} {metric}", f"{name} gap closed")]
+        rows = [["trial", "epoch", "searched", *columns]]
+        for entry in entries:
+            again = [number for name, value in entry.again.items() for number in (value, entry.gap_closed[name])]
+            rows.append([_text(number) for number in (entry.trial, entry.epoch, entry.searched, *again)])
+        right = ", ".join(f"{name} extractor {info.accuracy:.1%}" for name, info in described.items())
         page.section(
             "Promotion",
             "The best of the search, scored again with fresh noise and with an extractor the search never saw; the top "
             f"row won. Right on validation: {right}.",
-            _table([header, *rows]),
+            _table(rows),
         )
 
 
 def test_split(page: Page, material: Material) -> None:
-    test = material.summary.get("test")
+    test = material.summary.test
     if test:
-        rows = [["score", *test, "unit", "what it says"]]
+        found = {name: scores.by_name() for name, scores in test.models.items()}
+        rows = [["score", *found, "unit", "what it says"]]
         described = METRICS | FINAL_METRICS
         for name in ("gap_closed", *described):
-            if any(name in scores for scores in test.values()):
+            if any(name in scores for scores in found.values()):
                 known = described.get(name)
-                cells = [_text(scores.get(name)) for scores in test.values()]
-                rows.append(
-                    [
-                        name,
-                        *cells,
-                        known.unit if known else "",
-                        known.meaning if known else "1 is as good as real images",
-                    ]
-                )
+                words = [known.unit, known.meaning] if known else ["", "1 is as good as real images"]
+                rows.append([name, *(_text(scores.get(name)) for scores in found.values()), *words])
         page.section("The test split", "Read once, after every choice was made.", _table(rows))
     neighbours = material.run.export / "neighbours.png"
     if neighbours.exists():
@@ -378,7 +361,7 @@ def test_split(page: Page, material: Material) -> None:
 
 def lineage(page: Page, material: Material) -> None:
     model = material.run.export / "model.json"
-    spent = ", ".join(f"{name} {duration(seconds)}" for name, seconds in material.summary.get("seconds", {}).items())
+    spent = ", ".join(f"{name} {duration(seconds)}" for name, seconds in material.summary.seconds.items())
     text = f"time: {spent}\n\n{material.spec.to_yaml()}"
     if model.exists():
         text += f"\n{model.read_text()}"

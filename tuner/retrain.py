@@ -3,84 +3,85 @@
 Runs alone as `python -m tuner.retrain RUN`; cut off, it goes on from the last finished epoch.
 """
 
-import io
 import sys
 from collections.abc import Callable
 from contextlib import closing, suppress
+from dataclasses import replace
 from typing import Any
 
-import torch
-
 from tuner.run import write_atomic
+from tuner.summary import Retrained, Scores, Summary
 from tuner.tensorboard import TensorBoard
 from tuner.terminal import stage
-from tuner.vae.score import Scorer, gap_closed
-from tuner.vae.train import Diverged, State, Stream, derive_seed, train
-from tuner.workspace import FittedModel, Workspace, best_of, load_tensors, reading, run_alone
+from tuner.vae.checkpoint import Checkpoint
+from tuner.vae.fitted import FittedModel, better
+from tuner.vae.losses import Diverged
+from tuner.vae.metrics import gap_closed
+from tuner.vae.seeds import Stream, derive_seed
+from tuner.vae.step import State
+from tuner.vae.train import train
+from tuner.workspace import Workspace, best_of, read_checkpoint, run_alone
 
 EVALUATIONS = 10  # over the whole retrain; a checkpoint is kept after every epoch
-WARMUP_STEPS = 100  # Adam starts without its moments, so gently
+# Adam starts without its averages, so gently; then down to zero.
+SCHEDULE = {"schedule": "cosine", "warmup_steps": 100, "kl_warmup_epochs": 0.0}
 
-Report = Callable[[dict[str, Any]], None]
 
-
-def retrain(workspace: Workspace, report: Report) -> dict[str, Any]:
+def retrain(workspace: Workspace, on_epoch: Callable[[dict[str, Any]], None]) -> Summary:
     """Train the promoted checkpoint for `retrain.epochs` with a cosine to zero and keep the best.
 
     The result is never worse on validation than what it started from, because the start takes part. At the
-    end the prior is chosen on validation. Writes `retrain/model.pt`, calls `report` after each
-    epoch and returns the summary.
+    end the prior is chosen on validation. Writes `retrain/checkpoint.pt` and calls `on_epoch` after each epoch; in the
+    end the checkpoint's best is the kept model.
     """
-    run, spec = workspace.run, workspace.spec
-    summary = run.summary()
-    trial, epochs = summary["best"]["trial"], spec.retrain.epochs
-    start, scorer = best_of(workspace.run, trial), workspace.scorer()
-    schedule = start.parameters.model_copy(
-        update={"schedule": "cosine", "warmup_steps": WARMUP_STEPS, "kl_warmup_epochs": 0.0}
-    )
+    run, spec, epochs = workspace.run, workspace.spec, workspace.spec.retrain.epochs
+    promoted, objective = run.summary().best, spec.selection_objective
+    assert promoted
+    trial = promoted.trial
     seed = derive_seed(spec.seed, Stream.RETRAIN)
-    state = State.fresh(schedule, seed, trial)
-    contest = _Contest(workspace, scorer)
-    if run.retrain_checkpoint.exists():
-        with reading(run, run.retrain_checkpoint):
-            saved = load_tensors(run.retrain_checkpoint.read_bytes())
-            state.load_state_dict(saved["last"])
-            contest.restore(saved["best"])
-    else:
-        state.model.load_state_dict(start.model.state_dict())
-        contest.enter(FittedModel(start.model, start.parameters, start.prior, 0))
+    scorer, fitter = workspace.scorer(), workspace.fitter()
 
+    def scored(fitted: FittedModel) -> FittedModel:
+        return replace(fitted, scores=scorer(fitted))
+
+    if run.retrain_checkpoint.exists():
+        checkpoint = read_checkpoint(run, run.retrain_checkpoint)
+        best = best_of(run, run.retrain_checkpoint)
+    else:
+        start = best_of(run, run.checkpoint(trial))
+        checkpoint = Checkpoint(start.parameters, State.of(start.snapshot().model))
+        best = scored(replace(start, epoch=0))
+    parameters, state = checkpoint.parameters, checkpoint.state
+
+    training = parameters.model_copy(update=SCHEDULE)
     evaluated = {max(1, round(epochs * part / EVALUATIONS)) for part in range(1, EVALUATIONS + 1)}
     images = workspace.data.train.images
     with suppress(Diverged):  # the best so far stands, and the start was part of it
-        for record in train(state, schedule, images, range(1, epochs + 1), seed=seed, trial=trial, total_epochs=epochs):
+        for record in train(state, training, images, range(1, epochs + 1), seed=seed, trial=trial, total_epochs=epochs):
             line: dict[str, Any] = {"epoch": record.epoch, "loss": record.loss, "seconds_train": record.seconds}
             if record.epoch in evaluated:
-                prior = scorer.fit(state.model, start.parameters)
-                line |= contest.enter(FittedModel(state.model, start.parameters, prior, record.epoch))
-            buffer = io.BytesIO()
-            torch.save({"last": state.state_dict(), "best": contest.state_dict()}, buffer)
-            write_atomic(run.retrain_checkpoint, buffer.getvalue())
-            report(line)
+                fitted = scored(fitter(state.model, parameters, record.epoch))
+                line |= fitted.scores
+                best = better(best, fitted, objective.cost)
+            checkpoint.best, checkpoint.evaluation = best, line
+            write_atomic(run.retrain_checkpoint, checkpoint.to_bytes())
+            on_epoch(line)
 
-    best = FittedModel.from_state_dict(contest.best)
-    if start.parameters.prior != "standard_normal":
-        for wanted in spec.retrain.priors:
-            other = start.parameters.model_copy(update=wanted.model_dump())
+    if parameters.prior != "standard_normal":
+        for prior in spec.retrain.priors:
             with suppress(Diverged):
-                contest.enter(FittedModel(best.model, other, scorer.fit(best.model, other), best.epoch))
-    buffer = io.BytesIO()
-    torch.save(contest.best, buffer)
-    write_atomic(run.retrained, buffer.getvalue())
-    return run.update_summary(
-        retrain={
-            "epochs": epochs,
-            "kept_epoch": contest.best["epoch"],
-            "params": contest.best["parameters"],
-            "gap_closed": gap_closed(contest.scores["frechet_distance"], summary["floor"], summary["baseline"]),
-            **contest.scores,
-        }
+                other = parameters.model_copy(update=prior.model_dump())
+                best = better(best, scored(fitter(best.model, other, best.epoch)), objective.cost)
+    checkpoint.best = best
+    write_atomic(run.retrain_checkpoint, checkpoint.to_bytes())
+    gap = gap_closed(best.scores["frechet_distance"], promoted.floor, promoted.baseline)
+    kept = Retrained(
+        epochs=epochs,
+        kept_epoch=best.epoch,
+        parameters=best.parameters.model_dump(),
+        scores=Scores(**best.scores, gap_closed=gap),
     )
+    return run.update_summary(retrain=kept)
 
 
 def retrain_stage(workspace: Workspace) -> None:
@@ -92,48 +93,21 @@ def retrain_stage(workspace: Workspace) -> None:
     ):
 
         def on_epoch(line: dict[str, Any]) -> None:
-            board.report("retrain", line)
+            board.add("retrain", line)
             then = ", fitting the priors" if line["epoch"] == epochs and workspace.spec.retrain.priors else ""
             progress.show(f"epoch {line['epoch']:g} of {epochs}, loss {line['loss']:.2f}{then}")
 
-        kept = retrain(workspace, on_epoch)["retrain"]
+        kept = retrain(workspace, on_epoch).retrain
+        assert kept
         progress.done(
-            f"{epochs} epochs, epoch {kept['kept_epoch']:g} kept, frechet_distance {kept['frechet_distance']:.4g}, "
-            f"gap closed {kept['gap_closed']:.3f}"
+            f"{epochs} epochs, epoch {kept.kept_epoch:g} kept, frechet_distance {kept.scores.frechet_distance:.4g}, "
+            f"gap closed {kept.scores.gap_closed:.3f}"
         )
 
 
 def main(argv: list[str] | None = None) -> int:
     description = "Train the promoted checkpoint of a run on and keep the best."
     return run_alone("tuner.retrain", description, retrain_stage, argv)
-
-
-class _Contest:
-    """Keeps the candidate with the best objective on validation; the first to enter wins a tie."""
-
-    def __init__(self, workspace: Workspace, scorer: Scorer):
-        selection_objective = workspace.spec.selection_objective
-        self.metric, self.sign = selection_objective.metric, selection_objective.sign
-        self.scorer = scorer
-        self.best: dict[str, Any] = {}
-        self.scores: dict[str, float] = {}
-
-    def enter(self, candidate: FittedModel) -> dict[str, float]:
-        scores = self.scorer(candidate.model, candidate.parameters, candidate.prior)
-        if not self.scores or self.sign * scores[self.metric] < self.sign * self.scores[self.metric]:
-            self.best, self.scores = candidate.state_dict(), scores
-        return scores
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.best | {"scores": self.scores}
-
-    def restore(self, saved: dict[str, Any]) -> None:
-        """Raises whatever what is no such mapping provokes."""
-        FittedModel.from_state_dict(saved)
-        scores = {name: float(value) for name, value in saved["scores"].items()}
-        if not {self.metric, "frechet_distance"} <= scores.keys():
-            raise KeyError(self.metric)
-        self.best, self.scores = saved, scores
 
 
 if __name__ == "__main__":

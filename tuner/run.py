@@ -3,8 +3,6 @@
 import csv
 import fcntl
 import io
-import json
-import math
 import os
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,36 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-OUTCOMES = ("complete", "pruned", "failed")
-STATES = ("waiting", "running", *OUTCOMES)
-TEXT_COLUMNS = (  # of trials.csv
-    {"state", "reason", "model", "likelihood", "pixels", "schedule", "prior", "contrast", "started", "ended"}
-)
-# What summary.json holds, once the stage that writes it is done; "*" stands for all other keys.
-_SCORES = {"frechet_distance": float, "gap_closed": float, "*": float}
-_WINNER = {"latent_dim": float, "learning_rate": float, "kl_weight": float, "*": object}
-SUMMARY: dict[str, Any] = {
-    "spec": {"trials": int, "metric": str, "direction": str, "searched": [str]},
-    "extractors": {"*": {"sha256": str, "accuracy": float, "width": int, "deep": bool}},
-    "trials": {"complete": int, "pruned": int, "failed": int},
-    "floor": float,
-    "baseline": float,
-    "promotion": [
-        {
-            "trial": int,
-            "epoch": float,
-            "searched": float,
-            "search_gap_closed": float,
-            "second_gap_closed": float,
-            "*": float,
-        }
-    ],
-    "best": {"trial": int, "epoch": float, "params": _WINNER, **_SCORES},
-    "retrain": {"epochs": int, "kept_epoch": float, "params": _WINNER, **_SCORES},
-    "test": {"baseline": _SCORES, "best": {"floor": float, **_SCORES}, "*": _SCORES},
-    "seconds": {"*": float},
-}
-BEFORE_BEST = {"spec", "extractors", "trials", "floor", "baseline", "promotion"}
+from pydantic import ValidationError
+
+from tuner.summary import Summary
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -94,7 +65,6 @@ class RunFiles:
         self.checkpoints = path / "checkpoints"
         self.retrain = path / "retrain"
         self.retrain_checkpoint = self.retrain / "checkpoint.pt"
-        self.retrained = self.retrain / "model.pt"
         self.export = path / "export"
         self.report = path / "report.html"
         self.summary_file = path / "summary.json"
@@ -143,40 +113,40 @@ class RunFiles:
         """The one checkpoint of a trial: where it stands, and its best evaluation."""
         return self.checkpoints / f"{trial:04d}.pt"
 
+    @staticmethod
+    def relative_error(trial: int) -> str:
+        """Where in a run the traceback of a trial lies that failed by an exception."""
+        return f"errors/{trial:04d}.txt"
+
+    def error(self, trial: int) -> Path:
+        return self.path / self.relative_error(trial)
+
     def extractor(self, name: str) -> Path:
         return self.extractors / f"{name}.safetensors"
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> Summary:
         """What is known of the run so far; empty before the first stage ended.
 
         Raises Refused where the file is damaged.
         """
         try:
-            summary = json.loads(self.summary_file.read_text())
+            return Summary.model_validate_json(self.summary_file.read_text())
         except FileNotFoundError:
-            return {}
+            return Summary()
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            at = f" at {where}" if where else ""
+            raise Refused(f"{self.name_of(self.summary_file)}: damaged{at}: {first['msg']}") from error
         except (OSError, ValueError) as error:
-            raise Refused(f"{self.name_of(self.summary_file)}: not readable as JSON: {error}") from error
-        if not isinstance(summary, dict):
-            raise Refused(f"{self.name_of(self.summary_file)}: expected a mapping")
-        missing = sorted(BEFORE_BEST - summary.keys()) if "best" in summary else []
-        if missing:
-            raise Refused(f"{self.name_of(self.summary_file)}: damaged at {missing[0]}")
-        for key in summary.keys() & SUMMARY.keys():
-            misfit = _misfit(summary[key], SUMMARY[key], key)
-            if misfit:
-                raise Refused(f"{self.name_of(self.summary_file)}: damaged at {misfit}")
-        if len({frozenset(entry) for entry in summary.get("promotion", [])}) > 1:
-            raise Refused(f"{self.name_of(self.summary_file)}: damaged at promotion")
-        return summary
+            raise Refused(f"{self.name_of(self.summary_file)}: not readable: {one_line(error)}") from error
 
-    def update_summary(self, **parts: Any) -> dict[str, Any]:
+    def update_summary(self, **parts: Any) -> Summary:
         """Lay `parts` over the summary; a mapping is merged into the mapping that is there."""
-        summary = self.summary()
-        for key, value in parts.items():
-            old = summary.get(key)
-            summary[key] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
-        write_atomic(self.summary_file, json.dumps(summary, indent=2, sort_keys=True) + "\n")
+        known = self.summary()
+        merged = {name: getattr(known, name) | part if isinstance(part, dict) else part for name, part in parts.items()}
+        summary = Summary.model_validate({**dict(known), **merged})
+        write_atomic(self.summary_file, summary.model_dump_json(indent=2, exclude_defaults=True) + "\n")
         return summary
 
     def write_trials(self, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -188,56 +158,3 @@ class RunFiles:
         writer.writeheader()
         writer.writerows(rows)
         write_atomic(self.trials, text.getvalue())
-
-    def read_trials(self) -> list[dict[str, Any]]:
-        """The rows of trials.csv with numbers as numbers and empty cells left out; none before the search began.
-
-        Raises Refused where the file is damaged.
-        """
-        if not self.trials.exists():
-            return []
-        try:
-            header, *lines = list(csv.reader(io.StringIO(self.trials.read_text()), strict=True)) or [[]]
-            return [_row(number, dict(zip(header, line, strict=True))) for number, line in enumerate(lines)]
-        except (OSError, ValueError, csv.Error) as error:
-            raise Refused(f"{self.name_of(self.trials)}: damaged: {one_line(error)}") from error
-
-
-def _row(number: int, cells: dict[str, str]) -> dict[str, Any]:
-    """A row of trials.csv. Raises ValueError where a cell can't be what its column says."""
-    there = {key: value for key, value in cells.items() if value or key == "reason"}
-    row = {key: value if key in TEXT_COLUMNS else _number(value) for key, value in there.items()}
-    if row.get("trial") != number or row.get("state") not in STATES or "reason" not in row:
-        raise ValueError(f"line {number + 2} is not that of trial {number}")
-    if "epochs_trained" not in row:
-        raise ValueError(f"line {number + 2} has no epochs")
-    return row
-
-
-def _number(text: str) -> int | float:
-    try:
-        return int(text)
-    except ValueError:
-        return float(text)
-
-
-def _misfit(value: Any, shape: Any, where: str) -> str:
-    """The place at which a value is not of its shape; nothing where it is."""
-    if isinstance(shape, list):
-        if not isinstance(value, list):
-            return where
-        found = (_misfit(item, shape[0], f"{where}.{index}") for index, item in enumerate(value))
-    elif isinstance(shape, dict):
-        if not isinstance(value, dict):
-            return where
-        missing = [key for key in shape.keys() - {"*"} if key not in value]
-        if missing:
-            return f"{where}.{min(missing)}"
-        others = shape.get("*", object)
-        found = (_misfit(item, shape.get(key, others), f"{where}.{key}") for key, item in value.items())
-    elif shape is float:
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        return "" if number else where
-    else:
-        return "" if isinstance(value, shape) and not (shape is int and isinstance(value, bool)) else where
-    return next((misfit for misfit in found if misfit), "")

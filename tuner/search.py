@@ -49,9 +49,9 @@ def job(run: RunFiles, arguments: argparse.Namespace) -> int:
 
     try:
         spec = load_spec(run, arguments)
-        tested = run.summary().get("test", {})
-        if run.report.exists() and run.export.exists() and ("retrained" in tested or (tested and arguments.no_retrain)):
-            return finish(run)
+        tested = run.summary().test
+        if run.report.exists() and run.export.exists() and tested and (tested.retrained or arguments.no_retrain):
+            return finish(run, spec)
         directory = arguments.data_dir or spec.data.directory
         data = datasets.load(spec.data.name, directory, spec.data.download)
         load_extractors(run)
@@ -60,7 +60,7 @@ def job(run: RunFiles, arguments: argparse.Namespace) -> int:
 
     with run.claimed():
         begin(run, spec)
-        if "best" not in run.summary():
+        if not run.summary().best:
             with FeatureExtractors(run, spec, data, directory) as extractors:
                 from tuner.cluster import cluster
                 from tuner.trials import search_stage
@@ -78,12 +78,12 @@ def job(run: RunFiles, arguments: argparse.Namespace) -> int:
                 return 1
             promote_stage(Workspace(run, spec, data, load_extractors(run), directory), rows)
         workspace = Workspace(run, spec, data, load_extractors(run), directory)
-        if not arguments.no_retrain and "retrain" not in run.summary():
+        if not (arguments.no_retrain or run.summary().retrain):
             retrain_stage(workspace)
         run.report.unlink(missing_ok=True)  # a report is the last thing a finished run gets
         export_stage(workspace)
         report_stage(run)
-    return finish(run)
+    return finish(run, spec)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -140,7 +140,6 @@ def begin(run: RunFiles, spec: "Spec") -> None:
     """Write what makes a folder a run."""
     if not run.spec.exists():
         write_atomic(run.spec, spec.to_yaml())
-    run.update_summary(spec=spec.digest())
 
 
 def status(place: str) -> int:
@@ -148,14 +147,17 @@ def status(place: str) -> int:
     with resumable(command("tuner.search", ["--status", place])), opened(place) as run:
         if not run.spec.exists():
             raise Refused(f"{place}: not a run directory (no {run.spec.name})")
-        for part in status_words(run):
-            console(sys.stdout).print(part)
+        try:
+            for part in status_words(run):
+                console(sys.stdout).print(part)
+        except ValueError as error:
+            refuse(error)
     return 0
 
 
-def finish(run: RunFiles) -> int:
+def finish(run: RunFiles, spec: "Spec") -> int:
     """The closing table, and where to look."""
-    for part in final_words(run):
+    for part in final_words(run, spec):
         console(sys.stdout).print(part)
     return 0
 

@@ -18,10 +18,10 @@ from ray.tune.search import Searcher
 
 from tuner.exits import fatal
 from tuner.spec import Spec
-from tuner.study import BASELINE
+from tuner.study import BASELINE, Study, distributions
+from tuner.vae.metrics import METRICS
 from tuner.vae.parameters import Parameters
-from tuner.vae.score import METRICS
-from tuner.vae.train import Stream, derive_seed
+from tuner.vae.seeds import Stream, derive_seed
 
 WORKER_RETRIES = 3  # how often a trial whose worker died goes on from its checkpoint
 PREEMPTED = "its node was preempted"  # which is no fault of the trial
@@ -40,13 +40,14 @@ class StudySearcher(Searcher):
     nothing where an actor that it was to reuse died with its node.
     """
 
-    def __init__(self, study: optuna.Study, spec: Spec, capacity: Callable[[], float] = lambda: math.inf):
+    def __init__(self, study: Study, spec: Spec, capacity: Callable[[], float] = lambda: math.inf):
         super().__init__(metric=[o.metric for o in spec.objective], mode=[o.direction[:3] for o in spec.objective])
         self.study = study
         self.spec = spec
         self.capacity = capacity
+        self.distributions = distributions(spec)
         self.live: dict[str, optuna.trial.Trial] = {}  # by Ray's trial id
-        self.unfinished = [trial for trial in study.get_trials(deepcopy=False) if trial.state == TrialState.RUNNING]
+        self.unfinished = [trial for trial in study.known() if trial.state == TrialState.RUNNING]
 
     def __reduce__(self) -> tuple[type[Searcher], tuple[()]]:
         """Ray pickles it for a restore of its own, which the journal replaces."""
@@ -55,7 +56,7 @@ class StudySearcher(Searcher):
     @property
     def remaining(self) -> int:
         """Trials still to be started: those cut off or put back, and those never proposed."""
-        begun = sum(trial.state != TrialState.WAITING for trial in self.study.get_trials(deepcopy=False))
+        begun = sum(trial.state != TrialState.WAITING for trial in self.study.known())
         return max(0, self.spec.budget.trials - begun) + len(self.unfinished)
 
     @fatal
@@ -66,14 +67,14 @@ class StudySearcher(Searcher):
         if len(self.live) >= self.capacity():
             return None
         frozen = self.unfinished.pop(0) if self.unfinished else self._propose()
-        self.live[trial_id] = optuna.trial.Trial(self.study, frozen._trial_id)
+        self.live[trial_id] = self.study.trial(frozen.number)
         return {"trial": frozen.number, "parameters": frozen.user_attrs["parameters"]}
 
     def _propose(self) -> FrozenTrial:
         """The baseline where its time has come, else the next trial."""
-        if not self.study.get_trials(deepcopy=False):
+        if not self.study.known():
             self._add(TrialState.WAITING, self.spec.baseline, self.spec.baseline_point())
-        known = self.study.get_trials(deepcopy=False)
+        known = self.study.known()
         others, number = len(known) - 1, len(known)
         if known[BASELINE].state == TrialState.WAITING and (
             self.spec.budget.time_limit or 4 * others >= self.spec.budget.trials - 1
@@ -83,7 +84,7 @@ class StudySearcher(Searcher):
             fixed = self.spec.points_to_evaluate[number - 1] if number <= len(self.spec.points_to_evaluate) else None
             params = self._sample(known, number, fixed)
             self._add(TrialState.RUNNING, self.spec.parameters(params), params)
-        return self.study.get_trials(deepcopy=False)[number]
+        return self.study.known()[number]
 
     def _add(self, state: TrialState, parameters: Parameters, params: dict[str, Any] | None) -> None:
         """Add a trial to the journal in one write, so that a kill leaves a whole trial or none.
@@ -93,7 +94,7 @@ class StudySearcher(Searcher):
         proposed = optuna.trial.create_trial(
             state=state,
             params=params or {},
-            distributions=self.spec.distributions if params else {},
+            distributions=self.distributions if params else {},
             user_attrs={"parameters": parameters.model_dump()},
         )
         self.study.add_trial(proposed)
@@ -109,7 +110,7 @@ class StudySearcher(Searcher):
         scratch.add_trials([trial for trial in known if trial.state != TrialState.WAITING])
         if fixed:
             scratch.enqueue_trial(fixed)
-        return scratch.ask(fixed_distributions=self.spec.distributions).params
+        return scratch.ask(fixed_distributions=self.distributions).params
 
     @fatal
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
@@ -135,7 +136,7 @@ class StudySearcher(Searcher):
             self.on_trial_result(trial_id, result)
         trial = self.live.pop(trial_id)
         if error:
-            frozen = self.study.get_trials(deepcopy=False)[trial.number]  # the rule wrote, not this object
+            frozen = self.study.known()[trial.number]  # the rule wrote, not this object
             causes = frozen.user_attrs.get("lost", ["unknown"])
             if sum(cause != PREEMPTED for cause in causes) <= WORKER_RETRIES:
                 self.unfinished.append(frozen)
@@ -154,7 +155,7 @@ class StudySearcher(Searcher):
 
     def close(self) -> None:
         """End what the time limit cut off between two evaluations, or before it went on."""
-        back = [optuna.trial.Trial(self.study, frozen._trial_id) for frozen in self.unfinished]
+        back = [self.study.trial(frozen.number) for frozen in self.unfinished]
         for trial in (*self.live.values(), *back):
             self._end(trial, TrialState.PRUNED, "time limit")
         self.live.clear()
@@ -181,24 +182,23 @@ class SuccessiveHalving(FIFOScheduler):
     study, so a search that was cut off stops the same trials.
     """
 
-    def __init__(self, study: optuna.Study, spec: Spec):
+    def __init__(self, study: Study, spec: Spec):
         super().__init__()
         self.study = study
-        self.sign = spec.objective[0].sign
-        self.objective = spec.objective[0].metric
+        self.objective = spec.objective[0]
         self.factor = spec.budget.reduction_factor
         self.grace = spec.budget.grace_epochs
         self.active = len(spec.objective) == 1  # "weaker" has no meaning for several objectives at once
         self.rungs: dict[int, dict[int, float]] = {}
-        for trial in study.get_trials(deepcopy=False):
+        for trial in study.known():
             for rung, value in trial.intermediate_values.items():
-                self.rungs.setdefault(rung, {})[trial.number] = self.sign * value
+                self.rungs.setdefault(rung, {})[trial.number] = self.objective.cost({self.objective.metric: value})
 
     @fatal
     def on_trial_result(self, tune_controller: Any, trial: RayTrial, result: dict[str, Any]) -> str:
         if result["done"]:
             return str(TrialScheduler.STOP)
-        number, value = trial.config["trial"], self.sign * result[self.objective]
+        number, value = trial.config["trial"], self.objective.cost(result)
         rung = self.rungs.setdefault(result["rung"], {})
         rung.setdefault(number, value)
         better = sum(other < value for other in rung.values())
@@ -209,9 +209,9 @@ class SuccessiveHalving(FIFOScheduler):
     def on_trial_error(self, tune_controller: Any, trial: RayTrial) -> None:
         """Note in the study why a worker was lost, each time: Tune tells the rule, but not the searcher."""
         text = Path(trial.error_file).read_text() if trial.error_file else ""
-        frozen = self.study.get_trials(deepcopy=False)[trial.config["trial"]]
+        frozen = self.study.known()[trial.config["trial"]]
         causes = [*frozen.user_attrs.get("lost", []), cause_of(text)]
-        optuna.trial.Trial(self.study, frozen._trial_id).set_user_attr("lost", causes)
+        self.study.trial(frozen.number).set_user_attr("lost", causes)
 
 
 def cause_of(error: str) -> str:

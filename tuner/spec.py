@@ -8,16 +8,11 @@ import json
 import math
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-)
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -30,9 +25,8 @@ from pydantic import (
     model_validator,
 )
 
-from tuner.vae.data import NAMES
+from tuner.vae.metrics import METRICS
 from tuner.vae.parameters import CLASSIC, Parameters
-from tuner.vae.score import METRICS
 
 SCHEMA_LINE = "# yaml-language-server: $schema=schema.json\n"
 Value = bool | int | float | str
@@ -91,6 +85,8 @@ class DataSpec(_Frozen):
 
 
 class _Range(_Frozen):
+    """Numbers from low to high, both included, `step` apart where there is one."""
+
     log: bool = False
 
     @model_validator(mode="after")
@@ -106,6 +102,18 @@ class _Range(_Frozen):
             raise ValueError(f"high {high:g} is not low {low:g} plus whole steps of {step:g}")
         return self
 
+    def ends(self) -> list[Value]:
+        return [self.low, self.high]  # type: ignore[attr-defined]
+
+    def contains(self, value: Value) -> bool:
+        """Whether a search can propose `value`."""
+        low, high, step = self.low, self.high, self.step  # type: ignore[attr-defined]
+        if isinstance(value, bool) or not isinstance(value, type(low) | int):
+            return False
+        steps = (value - low) / (step or 1)
+        whole = step is None or abs(steps - round(steps)) < 1e-8
+        return bool(low <= value <= high) and whole
+
 
 class IntRange(_Range):
     """Whole numbers from low to high, both included."""
@@ -114,12 +122,6 @@ class IntRange(_Range):
     low: Whole = Field(ge=-(2**53), le=2**53)  # beyond, a float no longer holds every whole number
     high: Whole = Field(ge=-(2**53), le=2**53)
     step: Whole | None = Field(None, ge=1, le=2**53)
-
-    def ends(self) -> list[Value]:
-        return [self.low, self.high]
-
-    def distribution(self) -> BaseDistribution:
-        return IntDistribution(self.low, self.high, log=self.log, step=self.step or 1)
 
 
 class FloatRange(_Range):
@@ -130,12 +132,6 @@ class FloatRange(_Range):
     high: Real
     step: Real | None = Field(None, gt=0)
 
-    def ends(self) -> list[Value]:
-        return [self.low, self.high]
-
-    def distribution(self) -> BaseDistribution:
-        return FloatDistribution(self.low, self.high, log=self.log, step=self.step)
-
 
 class Choices(_Frozen):
     """One of a list of values."""
@@ -145,8 +141,9 @@ class Choices(_Frozen):
     def ends(self) -> list[Value]:
         return list(self.choices)
 
-    def distribution(self) -> BaseDistribution:
-        return CategoricalDistribution(self.choices)
+    def contains(self, value: Value) -> bool:
+        """Whether a search can propose `value`."""
+        return any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in self.choices)
 
 
 def _entry_kind(entry: Any) -> str:
@@ -179,13 +176,13 @@ class Objective(_Frozen):
             return {"direction": known.direction if known else "minimize"} | value
         return value
 
-    @property
-    def sign(self) -> int:
-        """The factor that makes less of it better."""
-        return 1 if self.direction == "minimize" else -1
+    def cost(self, scores: Mapping[str, Any]) -> float:
+        """What is to be small, whichever way the metric goes: the one measure of better. Raises KeyError."""
+        value = float(scores[self.metric])
+        return value if self.direction == "minimize" else -value
 
 
-SAMPLES = Objective.model_validate("frechet_distance")
+DRAWN_BEST = Objective.model_validate("frechet_distance")
 
 
 def _as_list(value: Any) -> Any:
@@ -269,7 +266,7 @@ class Spec(_Frozen):
             for name, value in point.items():
                 if name not in self.space:
                     raise ValueError(f"points_to_evaluate.{index}.{name}: not a searched parameter")
-                if not _contains(self.space[name].distribution(), value):
+                if not self.space[name].contains(value):
                     raise ValueError(f"points_to_evaluate.{index}.{name}: {value!r} is outside of space.{name}")
         metrics = [objective.metric for objective in self.objective]
         if len(set(metrics)) < len(metrics):
@@ -291,11 +288,6 @@ class Spec(_Frozen):
                 f"budget.grace_epochs: {self.budget.grace_epochs:g} is above max_epochs {self.budget.max_epochs:g}"
             )
         return self
-
-    @property
-    def distributions(self) -> dict[str, BaseDistribution]:
-        """Optuna's distributions, inclusive at both ends as the YAML is."""
-        return {name: entry.distribution() for name, entry in self.space.items()}
 
     @property
     def widest(self) -> int:
@@ -321,7 +313,7 @@ class Spec(_Frozen):
     def baseline_point(self) -> dict[str, Value] | None:
         """The baseline as a point of the space, or None where the space can't express it."""
         point = {name: getattr(self.baseline, name) for name in self.space}
-        inside = all(_contains(self.space[name].distribution(), value) for name, value in point.items())
+        inside = all(self.space[name].contains(value) for name, value in point.items())
         return point if inside and self.parameters(point) == self.baseline else None
 
     def to_yaml(self) -> str:
@@ -330,21 +322,12 @@ class Spec(_Frozen):
     @property
     def trial_objective(self) -> Objective:
         """What ranks trials: the objective; samples where there are several, none of which can rank alone."""
-        return self.objective[0] if len(self.objective) == 1 else SAMPLES
+        return self.objective[0] if len(self.objective) == 1 else DRAWN_BEST
 
     @property
     def selection_objective(self) -> Objective:
         """What ranks finished models: as trials; samples where that is the loss, which only training has."""
-        return SAMPLES if self.trial_objective.metric == "loss" else self.trial_objective
-
-    def digest(self) -> dict[str, Any]:
-        """What a reader of a run's files needs to know without this package's heavier parts."""
-        return {
-            "trials": self.budget.trials,
-            "metric": self.trial_objective.metric,
-            "direction": self.trial_objective.direction,
-            "searched": list(self.space),
-        }
+        return DRAWN_BEST if self.trial_objective.metric == "loss" else self.trial_objective
 
     def differences(self, other: "Spec") -> list[str]:
         """Keys whose values differ, as 'key: ours, theirs'; places and the time limit don't count."""
@@ -416,13 +399,6 @@ def schema() -> str:
     return json.dumps(document, indent=2) + "\n"
 
 
-def _contains(distribution: BaseDistribution, value: Any) -> bool:
-    try:
-        return bool(distribution._contains(distribution.to_internal_repr(value)))
-    except (ValueError, TypeError):
-        return False
-
-
 def _check_parameter(where: str, name: str, value: Any) -> None:
     if name not in Parameters.model_fields:
         raise ValueError(f"{where}: unknown parameter; known are {', '.join(Parameters.model_fields)}")
@@ -463,9 +439,6 @@ def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
         for name, child in node.items()
         for key, leaf in _flatten(child, f"{prefix}.{name}".strip(".")).items()
     }
-
-
-assert set(DataSpec.model_fields["name"].annotation.__args__) == set(NAMES)  # type: ignore[union-attr]
 
 
 def main() -> int:

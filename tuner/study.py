@@ -1,4 +1,7 @@
-"""The study of a run: its journal opened, and read as one row a trial. Knows nothing of Ray."""
+"""The study of a run: its journal, which is the one record of the search, opened, and read as one row a trial.
+
+The only module that knows how Optuna keeps things. Knows nothing of Ray, and imports no torch.
+"""
 
 import math
 import operator
@@ -8,18 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.storages.journal._file import LOCK_FILE_SUFFIX
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner.run import Refused, one_line
-from tuner.spec import Objective, Spec
-from tuner.vae.score import METRICS, gap_closed
+from tuner.spec import Choices, IntRange, Objective, Spec
+from tuner.vae.metrics import METRICS, gap_closed
 
 BASELINE = 0  # the trial of the classic settings
 NAME = "search"
 NEEDED = ("epoch", "seconds_train", "seconds_score", "frechet_distance", "frechet_distance_standard_normal")
+ENDED = ("complete", "pruned", "failed")
 STATES = {
     TrialState.WAITING: "waiting",
     TrialState.RUNNING: "running",
@@ -29,57 +33,106 @@ STATES = {
 }
 
 
-def open_study(journal: Path, spec: Spec) -> optuna.Study:
+class RunLock:
+    """For a journal that only the process writes which holds the run's own lock."""
+
+    def acquire(self) -> bool:
+        return True
+
+    def release(self) -> None:
+        pass
+
+
+class Study(optuna.Study):
+    """Optuna's study with what a search keeps beside its trials."""
+
+    def __init__(self, storage: JournalStorage):
+        super().__init__(NAME, storage, sampler=optuna.samplers.RandomSampler())  # never asked: see the searcher
+        self.storage = storage
+        self.identity = storage.get_study_id_from_name(NAME)
+
+    def known(self) -> list[FrozenTrial]:
+        """All trials by number, not to be changed."""
+        return self.get_trials(deepcopy=False)
+
+    def trial(self, number: int) -> optuna.trial.Trial:
+        """A trial to write to."""
+        return optuna.trial.Trial(self, self.storage.get_trial_id_from_study_id_trial_number(self.identity, number))
+
+    @property
+    def floor(self) -> float:
+        """The Frechet distance of real training images; NaN until an extractor is there to measure it."""
+        return float(self.user_attrs.get("floor", math.nan))
+
+    def keep_floor(self, floor: float) -> None:
+        if floor != self.floor:
+            self.set_user_attr("floor", floor)
+
+    @property
+    def baseline(self) -> float:
+        """The classic settings' last distance under N(0, I); NaN until that trial ended."""
+        trials = self.known()
+        if not trials or trials[BASELINE].state != TrialState.COMPLETE:
+            return math.nan
+        return evaluations(trials[BASELINE])[-1]["frechet_distance_standard_normal"]
+
+
+def open_study(journal: Path, spec: Spec) -> Study:
     """The study of a run, made on first use. To be opened by the process that claimed the run.
 
     A last line that a kill left unfinished is cut off: what it was to say is said again. Raises Refused where
     the journal is damaged.
     """
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    journal.with_name(f"{journal.name}{LOCK_FILE_SUFFIX}").unlink(missing_ok=True)  # a killed process's, not ours
     if journal.exists() and not journal.read_bytes().endswith(b"\n"):
         os.truncate(journal, journal.read_bytes().rfind(b"\n") + 1)
-    try:
-        study = optuna.create_study(
-            storage=JournalStorage(JournalFileBackend(str(journal))),
-            study_name=NAME,
-            directions=[objective.direction for objective in spec.objective],
-            load_if_exists=True,
-            sampler=optuna.samplers.RandomSampler(),  # never asked: the searcher samples on a copy
-        )
-        _check(study)
-        return study
-    except Exception as error:
-        raise _damaged(journal, error) from error
+    return _load(journal, spec)
 
 
-def read_study(journal: Path) -> optuna.Study:
-    """The study of a run to look at, also while it is being written; leaves the journal alone. Raises Refused."""
+def read_study(journal: Path) -> Study | None:
+    """The study of a run to look at, also while it is being written; None before it began. Raises Refused."""
+    if not journal.exists() or (journal.is_file() and not journal.stat().st_size):
+        return None
+    return _load(journal, None)
+
+
+def _load(journal: Path, spec: Spec | None) -> Study:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
-        study = optuna.load_study(study_name=NAME, storage=JournalStorage(JournalFileBackend(str(journal))))
-        _check(study)
+        storage = JournalStorage(JournalFileBackend(str(journal), lock_obj=RunLock()))  # type: ignore[arg-type]
+        if spec:
+            directions = [objective.direction for objective in spec.objective]
+            optuna.create_study(storage=storage, study_name=NAME, directions=directions, load_if_exists=True)
+        study = Study(storage)
+        for trial in study.known():
+            _check(trial)
         return study
-    except Exception as error:
-        raise _damaged(journal, error) from error
+    except Exception as error:  # Optuna raises whatever the damage provokes; a full disk is another matter
+        if isinstance(error, OSError) and not isinstance(error, IsADirectoryError):
+            raise
+        raise Refused(f"{journal}: not readable as an Optuna journal: {one_line(error)}") from error
 
 
-def _check(study: optuna.Study) -> None:
+def _check(trial: FrozenTrial) -> None:
     """Raises KeyError or TypeError where a trial says less than the searcher wrote."""
-    for trial in study.get_trials(deepcopy=False):
-        if not isinstance(trial.user_attrs["parameters"], dict):
-            raise TypeError(f"trial {trial.number} has no parameters")
-        for scores in evaluations(trial):
-            for key in (*NEEDED, *(scores.keys() & METRICS.keys())):
-                if not isinstance(scores[key], int | float):
-                    raise TypeError(f"trial {trial.number} has {key} {scores[key]!r}")
+    if not isinstance(trial.user_attrs["parameters"], dict):
+        raise TypeError(f"trial {trial.number} has no parameters")
+    for scores in evaluations(trial):
+        for key in (*NEEDED, *(scores.keys() & METRICS.keys())):
+            if not isinstance(scores[key], int | float):
+                raise TypeError(f"trial {trial.number} has {key} {scores[key]!r}")
 
 
-def _damaged(journal: Path, error: Exception) -> Exception:
-    """Optuna raises whatever the damage provokes; a disk that can't be written is another matter."""
-    if isinstance(error, OSError) and not isinstance(error, IsADirectoryError):
-        return error
-    return Refused(f"{journal}: not readable as an Optuna journal: {one_line(error)}")
+def distributions(spec: Spec) -> dict[str, BaseDistribution]:
+    """A spec's space as Optuna's distributions, inclusive at both ends as the YAML is."""
+
+    def distribution(entry: Any) -> BaseDistribution:
+        if isinstance(entry, Choices):
+            return CategoricalDistribution(entry.choices)
+        if isinstance(entry, IntRange):
+            return IntDistribution(entry.low, entry.high, log=entry.log, step=entry.step or 1)
+        return FloatDistribution(entry.low, entry.high, log=entry.log, step=entry.step)
+
+    return {name: distribution(entry) for name, entry in spec.space.items()}
 
 
 def evaluations(trial: FrozenTrial) -> list[dict[str, float]]:
@@ -92,7 +145,7 @@ def evaluations(trial: FrozenTrial) -> list[dict[str, float]]:
 
 def front(rows: Sequence[Mapping[str, Any]], objectives: Sequence[Objective]) -> list[Mapping[str, Any]]:
     """The rows that no other row is at least as good as in all objectives, and better in one."""
-    points = [[objective.sign * row[objective.metric] for objective in objectives] for row in rows]
+    points = [[objective.cost(row) for objective in objectives] for row in rows]
     return [
         row
         for row, point in zip(rows, points, strict=True)
@@ -100,34 +153,36 @@ def front(rows: Sequence[Mapping[str, Any]], objectives: Sequence[Objective]) ->
     ]
 
 
-def table(study: optuna.Study, spec: Spec, floor: float) -> list[dict[str, Any]]:
-    """A row a trial: number, state, reason, searched and fixed parameters, scores of its best evaluation, times.
+def ranked(rows: Sequence[Mapping[str, Any]], spec: Spec) -> list[Mapping[str, Any]]:
+    """The rows that have scores and did not fail, best first; of several objectives the front alone."""
+    scored = [row for row in rows if spec.trial_objective.metric in row and row["state"] != "failed"]
+    if len(spec.objective) > 1:
+        scored = front(scored, spec.objective)
+    return sorted(scored, key=lambda row: (spec.trial_objective.cost(row), row["trial"]))
 
-    `gap_closed` compares with the baseline's last N(0, I) distance and is missing until the baseline ended.
+
+def table(study: Study, spec: Spec) -> list[dict[str, Any]]:
+    """A row a trial: number, state, reason, parameters, scores of its best evaluation, gap closed, times.
+
+    What is not known yet is left out. `gap_closed` compares with the baseline's last distance under N(0, I).
     """
-    trial_objective = spec.trial_objective
-    trials = study.get_trials(deepcopy=False)
-    baseline = math.nan
-    if trials and trials[BASELINE].state == TrialState.COMPLETE:
-        baseline = evaluations(trials[BASELINE])[-1]["frechet_distance_standard_normal"]
+    floor, baseline = study.floor, study.baseline
     rows = []
-    for trial in trials:
+    for trial in study.known():
         scored = evaluations(trial)
-        best = min(scored, key=lambda scores: trial_objective.sign * scores[trial_objective.metric], default={})
-        row: dict[str, Any] = {
-            "trial": trial.number,
-            "state": STATES[trial.state],
-            "reason": trial.user_attrs.get("reason", ""),
-            "epoch": best.get("epoch", ""),
-            "epochs_trained": scored[-1]["epoch"] if scored else 0,
-        }
-        row |= trial.user_attrs.get("parameters", {})
+        best = min(scored, key=spec.trial_objective.cost, default={})
+        row: dict[str, Any] = {"trial": trial.number, "state": STATES[trial.state]}
+        row["reason"] = trial.user_attrs.get("reason", "")
+        if best:
+            row["epoch"] = best["epoch"]
+        row["epochs_trained"] = scored[-1]["epoch"] if scored else 0
+        row |= trial.user_attrs["parameters"]
         row |= {metric: best[metric] for metric in METRICS if metric in best}
-        if best and math.isfinite(baseline):
+        if best and math.isfinite(floor) and math.isfinite(baseline):
             row["gap_closed"] = gap_closed(best["frechet_distance"], floor, baseline)
         row["seconds_train"] = round(sum(scores["seconds_train"] for scores in scored), 3)
         row["seconds_score"] = round(sum(scores["seconds_score"] for scores in scored), 3)
-        row["started"] = trial.datetime_start.isoformat(timespec="milliseconds") if trial.datetime_start else ""
-        row["ended"] = trial.datetime_complete.isoformat(timespec="milliseconds") if trial.datetime_complete else ""
+        times = {"started": trial.datetime_start, "ended": trial.datetime_complete}
+        row |= {name: time.isoformat(timespec="milliseconds") for name, time in times.items() if time}
         rows.append(row)
     return rows

@@ -14,7 +14,7 @@ from tensorboard.plugins.hparams import summary_v2 as hp
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from tuner.spec import Choices, FloatRange, IntRange, Spec
-from tuner.vae.score import METRICS
+from tuner.vae.metrics import METRICS
 
 GROUPS = {
     "objective": (
@@ -37,11 +37,11 @@ STATUS = {
     "pruned": api_pb2.STATUS_UNKNOWN,
 }
 OUTCOME_TAG = "outcome/state"
-OUTCOMES = ("running", "pruned", "complete", "failed")
+NUMBERS = {"running": 0, "pruned": 1, "complete": 2, "failed": 3}  # what the outcome is as a metric
 
 
 class TensorBoard:
-    """Writes event files under a run's `tensorboard/`, flushed at each report. The x axis counts epochs.
+    """Writes event files under a run's `tensorboard/`, flushed at each evaluation. The x axis counts epochs.
 
     Where a rung is a fraction of an epoch, TensorBoard's whole-numbered steps count tenths (hundredths, ...)
     of an epoch; the text panel says so.
@@ -69,7 +69,7 @@ class TensorBoard:
                 domain = hp.IntInterval(int(low), int(high)) if isinstance(entry, IntRange) else None
                 domain = hp.RealInterval(float(low), float(high)) if isinstance(entry, FloatRange) else domain
             parameters.append(hp.HParam(name, domain))
-        legend = ", ".join(f"{number} {outcome}" for number, outcome in enumerate(OUTCOMES))
+        legend = ", ".join(f"{number} {outcome}" for outcome, number in NUMBERS.items())
         metrics = [hp.Metric(OUTCOME_TAG, display_name=f"outcome ({legend})")]
         metrics += [hp.Metric(tag, display_name=name) for name, tag in TAGS.items() if name in METRICS]
         writer = self._writer(".")
@@ -86,19 +86,19 @@ class TensorBoard:
         values = {"trial": number} | {name: parameters[name] for name in self.spec.space}
         writer = self._writer(self.names[number])
         self._add(writer, hp.hparams_pb(values, trial_id=f"trial {number:04d}"))
-        writer.add_scalar(OUTCOME_TAG, OUTCOMES.index("running"), 0)
+        writer.add_scalar(OUTCOME_TAG, NUMBERS["running"], 0)
         writer.flush()
 
-    def report_trial(self, number: int, report: Mapping[str, Any], pictures: Mapping[str, np.ndarray]) -> None:
+    def add_trial(self, number: int, evaluation: Mapping[str, Any], pictures: Mapping[str, np.ndarray]) -> None:
         """Scalars and pictures (H, W) uint8 of one evaluation of a trial."""
-        self.report(self.names[number], report, pictures)
+        self.add(self.names[number], evaluation, pictures)
 
-    def report(self, name: str, report: Mapping[str, Any], pictures: Mapping[str, np.ndarray] | None = None) -> None:
+    def add(self, name: str, evaluation: Mapping[str, Any], pictures: Mapping[str, np.ndarray] | None = None) -> None:
         """Scalars and pictures of one evaluation, as the run `name`."""
-        writer, step = self._writer(name), round(report["epoch"] * self.steps_per_epoch)
+        writer, step = self._writer(name), round(evaluation["epoch"] * self.steps_per_epoch)
         for key, tag in TAGS.items():
-            if key in report:
-                writer.add_scalar(tag, report[key], step)
+            if key in evaluation:
+                writer.add_scalar(tag, evaluation[key], step)
         for tag, picture in (pictures or {}).items():
             writer.add_image(tag, picture, step, dataformats="HW")
         writer.flush()
@@ -106,7 +106,7 @@ class TensorBoard:
     def end_trial(self, number: int, outcome: str, reason: str) -> None:
         """Close a trial's files with its outcome and the reason for it."""
         writer = self._writer(self.names[number])
-        writer.add_scalar(OUTCOME_TAG, OUTCOMES.index(outcome), 1)
+        writer.add_scalar(OUTCOME_TAG, NUMBERS[outcome], 1)
         if reason:
             writer.add_text("outcome/reason", reason)
         ended = plugin_data_pb2.SessionEndInfo(status=STATUS[outcome], end_time_secs=time.time())
@@ -118,7 +118,7 @@ class TensorBoard:
         self.writers.pop(self.names[number]).close()
 
     def embed(self, latents: torch.Tensor, labels: torch.Tensor, images: torch.Tensor) -> None:
-        """The projector: latents (N, Z) with labels (N,) and images (N, 1, 28, 28) in [0, 1] as sprites."""
+        """The projector: latents (N, Z) with labels (N,) and images (N, C, H, W) in [0, 1] as sprites."""
         shutil.rmtree(self.directory / "projector", ignore_errors=True)  # an export that is made again
         writer = self._writer("projector")
         writer.add_embedding(latents, [str(label) for label in labels.tolist()], 1 - images, tag="test_latents")

@@ -11,7 +11,11 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from tuner.run import OUTCOMES, RunFiles
+from tuner import spec as specs
+from tuner.run import RunFiles
+from tuner.spec import Spec
+from tuner.study import ENDED, read_study, table
+from tuner.summary import Promoted, Scores, Summary
 
 LOG_COLUMNS = 160
 PLAIN_SECONDS = 10  # between lines where output is not a terminal
@@ -38,7 +42,7 @@ def stage(run: RunFiles, name: str) -> Iterator["Progress"]:
     started = time.monotonic()
     with Progress(name) as progress:
         yield progress
-    spent = run.summary().get("seconds", {}).get(name, 0.0)
+    spent = run.summary().seconds.get(name, 0.0)
     run.update_summary(seconds={name: round(spent + time.monotonic() - started, 2)})
 
 
@@ -86,21 +90,18 @@ class Progress:
         return f"{self.title:<8} {duration(self.seconds):>6}  {text}"
 
 
-def search_line(
-    rows: Sequence[Mapping[str, Any]], digest: Mapping[str, Any], seconds: float | None = None, before: int = 0
-) -> str:
-    """Counts and the best so far from the rows of trials.csv; with the seconds so far, the rate and the time left.
+def search_line(rows: Sequence[Mapping[str, Any]], spec: Spec, seconds: float | None = None, before: int = 0) -> str:
+    """Counts and the best so far from the rows of a study; with the seconds so far, the rate and the time left.
 
     `before` is how many of the trials had ended before these seconds began.
     """
-    metric, trials = digest["metric"], digest["trials"]
-    sign = 1 if digest["direction"] == "minimize" else -1
+    metric, trials = spec.trial_objective.metric, spec.budget.trials
     states = Counter(row["state"] for row in rows)
-    ended = sum(states[state] for state in OUTCOMES)
+    ended = sum(states[state] for state in ENDED)
     scored = [row for row in rows if metric in row and row["state"] != "failed"]
-    best = min(scored, key=lambda row: sign * row[metric], default=None)
+    best = min(scored, key=spec.trial_objective.cost, default=None)
     parts = [f"{ended}/{trials} trials"]
-    parts.append(", ".join(f"{states[state]} {state}" for state in ("running", *OUTCOMES) if states[state]))
+    parts.append(", ".join(f"{states[state]} {state}" for state in ("running", *ENDED) if states[state]))
     if best is not None:
         gap = f", gap closed {best['gap_closed']:.3f}" if "gap_closed" in best else ""
         parts.append(f"best {metric} {best[metric]:.4g} (trial {best['trial']}{gap})")
@@ -110,62 +111,59 @@ def search_line(
     return " | ".join(part for part in parts if part)
 
 
-def promotion_table(promotion: Sequence[Mapping[str, Any]], metric: str) -> Table:
-    """The candidates in the order they came out, under both extractors."""
-    table = Table(title=f"Promotion: {metric} under fresh noise, and gap closed", title_justify="left")
-    for column in (
-        "trial",
-        "epoch",
-        "in the search",
-        "search extractor",
-        "gap closed",
-        "second extractor",
-        "gap closed",
-    ):
-        table.add_column(column, justify="right")
+def promotion_table(promotion: Sequence[Promoted], metric: str) -> Table:
+    """The trials in the order they came out, under each extractor."""
+    shown = Table(title=f"Promotion: {metric} under fresh noise, and gap closed", title_justify="left")
+    extractors = [column for name in promotion[0].again for column in (f"{name} extractor", "gap closed")]
+    for column in ("trial", "epoch", "in the search", *extractors):
+        shown.add_column(column, justify="right")
     for entry in promotion:
-        values = [entry["searched"], entry[f"search_{metric}"], entry["search_gap_closed"]]
-        values += [entry[f"second_{metric}"], entry["second_gap_closed"]]
-        table.add_row(str(entry["trial"]), f"{entry['epoch']:g}", *(f"{value:.4g}" for value in values))
-    return table
+        values = [entry.searched]
+        values += [number for name, value in entry.again.items() for number in (value, entry.gap_closed[name])]
+        shown.add_row(str(entry.trial), f"{entry.epoch:g}", *(f"{value:.4g}" for value in values))
+    return shown
 
 
-def result_rows(summary: Mapping[str, Any]) -> list[list[str]]:
+def result_rows(summary: Summary) -> list[list[str]]:
     """Real images, classic settings, best trial and retrained: distance and gap closed on validation and on test."""
-    best, test = summary["best"], summary.get("test", {})
-    floor = {"frechet_distance": test["best"]["floor"], "gap_closed": 1.0} if test else {}
-    parts: list[tuple[str, Mapping[str, Any], Mapping[str, Any]]] = [
-        ("real images", {"frechet_distance": summary["floor"], "gap_closed": 1.0}, floor),
-        ("classic settings", {"frechet_distance": summary["baseline"], "gap_closed": 0.0}, test.get("baseline", {})),
-        (f"best trial ({best['trial']})", best, test.get("best", {})),
+    best, test = summary.best, summary.test
+    assert best
+    Pair = tuple[float, float] | None  # distance and gap closed, where they are known
+
+    def pair(scores: Scores | None) -> Pair:
+        return (scores.frechet_distance, scores.gap_closed) if scores else None
+
+    parts: list[tuple[str, Pair, Pair]] = [
+        ("real images", (best.floor, 1.0), (test.floor, 1.0) if test else None),
+        ("classic settings", (best.baseline, 0.0), pair(test.baseline if test else None)),
+        (f"best trial ({best.trial})", pair(best.scores), pair(test.best if test else None)),
     ]
-    if "retrain" in summary:
-        more = f"after {summary['retrain']['epochs']} more epochs"
-        parts.append((more, summary["retrain"], test.get("retrained", {})))
-    keys = ("frechet_distance", "gap_closed")
+    if summary.retrain:
+        more = f"after {summary.retrain.epochs} more epochs"
+        parts.append((more, pair(summary.retrain.scores), pair(test.retrained if test else None)))
     rows = [["", "validation", "gap closed", "test", "gap closed"]]
     for name, validation, tested in parts:
-        rows.append(
-            [name, *(f"{part[key]:.4g}" if key in part else "" for part in (validation, tested) for key in keys)]
-        )
+        cells = [f"{number:.4g}" for pair in (validation, tested) for number in pair or ()]
+        rows.append([name, *cells, *[""] * (4 - len(cells))])
     return rows
 
 
-def result_table(summary: Mapping[str, Any]) -> Table:
+def result_table(summary: Summary) -> Table:
     """`result_rows` for a terminal."""
     header, *rows = result_rows(summary)
-    table = Table(title="Frechet distance, and the share of the gap to real data that is closed", title_justify="left")
+    shown = Table(title="Frechet distance, and the share of the gap to real data that is closed", title_justify="left")
     for column in header:
-        table.add_column(column, justify="right" if column else "left")
+        shown.add_column(column, justify="right" if column else "left")
     for row in rows:
-        table.add_row(*row)
-    return table
+        shown.add_row(*row)
+    return shown
 
 
-def final_words(run: RunFiles) -> list[Table | str]:
+def final_words(run: RunFiles, spec: Spec) -> list[Table | str]:
     """The closing table of a finished run, the winner's searched parameters and the paths to look at."""
     summary = run.summary()
-    winner = [f"{name} {summary['best']['params'][name]:.3g}" for name in ("latent_dim", "learning_rate", "kl_weight")]
+    assert summary.best
+    winner = [f"{name} {_text(summary.best.parameters[name])}" for name in spec.space]
     return [
         result_table(summary),
         f"winner   {', '.join(winner)}",
@@ -177,23 +175,30 @@ def final_words(run: RunFiles) -> list[Table | str]:
 
 
 def status_words(run: RunFiles) -> list[Table | str]:
-    """How a run stands, from its files: the stages done with their seconds, the trials, and the result so far."""
-    summary, rows = run.summary(), run.read_trials()
-    done = [f"{name} {duration(seconds)}" for name, seconds in summary.get("seconds", {}).items()]
+    """How a run stands: the stages done with their seconds, the trials of its journal, and the result so far.
+
+    Raises ValueError where a file is damaged.
+    """
+    spec, summary, study = specs.load(run.spec), run.summary(), read_study(run.journal)
+    done = [f"{name} {duration(seconds)}" for name, seconds in summary.seconds.items()]
     words: list[Table | str] = [f"stages   {', '.join(done) or 'none done'}"]
+    rows = table(study, spec) if study else []
     if rows:
-        words += [f"search   {search_line(rows, summary['spec'])}", trials_table(rows, summary["spec"])]
-    return words + (final_words(run) if "best" in summary else [])
+        words += [f"search   {search_line(rows, spec)}", trials_table(rows, spec)]
+    return words + (final_words(run, spec) if summary.best else [])
 
 
-def trials_table(rows: Sequence[Mapping[str, Any]], digest: Mapping[str, Any]) -> Table:
+def trials_table(rows: Sequence[Mapping[str, Any]], spec: Spec) -> Table:
     """A line a trial: state, epochs, objective, gap closed, searched parameters and the reason it ended."""
-    metric, searched = digest["metric"], digest["searched"]
-    table = Table()
-    for column in ("trial", "state", "epochs", metric, "gap closed", *searched, "reason"):
-        table.add_column(column, justify="left" if column in ("state", "reason") else "right")
+    metric = spec.trial_objective.metric
+    shown = Table()
+    for column in ("trial", "state", "epochs", metric, "gap closed", *spec.space, "reason"):
+        shown.add_column(column, justify="left" if column in ("state", "reason") else "right")
     for row in rows:
-        numbers = [row.get(name, "") for name in ("epochs_trained", metric, "gap_closed", *searched)]
-        cells = [f"{value:.4g}" if isinstance(value, float | int) else value for value in numbers]
-        table.add_row(str(row["trial"]), row["state"], *cells, row["reason"])
-    return table
+        cells = [_text(row.get(name, "")) for name in ("epochs_trained", metric, "gap_closed", *spec.space)]
+        shown.add_row(str(row["trial"]), row["state"], *cells, row["reason"])
+    return shown
+
+
+def _text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,31 +1,28 @@
-"""The part of the job that runs on Ray: the extractors and the trials."""
+"""The part of the job that runs on Ray: the trials."""
 
-import math
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import optuna
 import ray
 from ray import tune
 from ray.autoscaler import sdk as autoscaler
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from tuner.cluster import alive, dead_processes, require_ray, slots
-from tuner.exits import fatal
+from tuner.callbacks import KeepCheckpoints, KeepExtractors, KeepTable, ShowTrials
+from tuner.cluster import alive, dead_processes, slots
 from tuner.extractors import FeatureExtractors
 from tuner.fusion import Fusion, fusion
-from tuner.promote import contenders
-from tuner.run import OUTCOMES, Refused, RunFiles, write_atomic
+from tuner.run import RunFiles
 from tuner.searcher import StudySearcher, SuccessiveHalving
 from tuner.spec import Resources, Spec
-from tuner.study import BASELINE, open_study, table
+from tuner.study import ENDED, Study, open_study
 from tuner.tensorboard import TensorBoard
-from tuner.terminal import Progress, search_line, stage
-from tuner.trainable import Files, Shared, TrialTrainable, search_scorer
+from tuner.terminal import stage
+from tuner.trainable import FileServer, Shared, TrialTrainable
 from tuner.vae.data import Data
 from tuner.vae.process import settle
 from tuner.workspace import EXTRACTORS
@@ -37,38 +34,29 @@ def search_stage(
     """Run the trials that are left -> the rows of trials.csv; the extractors are trained and kept on the way."""
     settle()  # the floor is measured here
     study = open_study(run.journal, spec)
-    require_whole(run, study)
     reference = ray.put(data)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     lasting = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)
-    files = lasting(Files).remote(run)
+    files = lasting(FileServer).remote(run)
     fused = fusion(spec, reference, concurrency)
     shared = Shared(spec, files, reference, fused.arrays)
     with stage(run, "search") as progress, closing(TensorBoard(run.tensorboard, spec)) as board:
         board.start_search()
-        driver = Driver(run, spec, study, extractors, progress, board)
+        table = KeepTable(run, spec, study)
+        shown = ShowTrials(spec, table, board, progress)
+        callbacks = [table, KeepCheckpoints(run, spec, table), KeepExtractors(spec, study, extractors), shown]
         trainable = tune.with_parameters(TrialTrainable, shared=shared)
-        run_trials(study, spec, trainable, run.ray.absolute(), concurrency, [driver], fused, extractors.in_training)
-        driver.keep_table()
-        progress.done(driver.line())
+        run_trials(study, spec, trainable, run.ray.absolute(), concurrency, callbacks, fused, extractors.in_training)
+        table.write()
+        progress.done(shown.line())
     with stage(run, "extractor") as progress:
         for name in EXTRACTORS:
             extractors.keep(name)
-        described = run.summary()["extractors"]
-        progress.done(", ".join(f"{name} extractor {described[name]['accuracy']:.1%} right" for name in EXTRACTORS))
-    states = Counter(row["state"] for row in driver.rows)
-    run.update_summary(trials={state: states[state] for state in OUTCOMES})
-    return driver.rows
-
-
-def require_whole(run: RunFiles, study: optuna.Study) -> None:
-    """Raises Refused where the journal knows less than trials.csv, which is written after it."""
-    finished = sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
-    listed = sum(row["state"] in OUTCOMES for row in run.read_trials())
-    if finished < listed:
-        raise Refused(
-            f"{run.name_of(run.journal)}: has {finished} finished trials where {run.trials.name} has {listed}"
-        )
+        right = (f"{name} extractor {info.accuracy:.1%} right" for name, info in run.summary().extractors.items())
+        progress.done(", ".join(right))
+    states = Counter(row["state"] for row in table.rows)
+    run.update_summary(trials={state: states[state] for state in ENDED})
+    return table.rows
 
 
 def _bundle(wanted: Resources) -> dict[str, float]:
@@ -76,12 +64,12 @@ def _bundle(wanted: Resources) -> dict[str, float]:
 
 
 def run_trials(
-    study: optuna.Study,
+    study: Study,
     spec: Spec,
     trainable: type[tune.Trainable],
     storage: Path,
     concurrency: int | None,
-    callbacks: list[tune.Callback],
+    callbacks: Sequence[tune.Callback],
     fused: Fusion | None = None,
     others: Callable[[], int] = lambda: 0,
 ) -> None:
@@ -116,7 +104,7 @@ def run_trials(
                 storage_path=str(storage),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the driver keeps them
                 verbose=0,
-                callbacks=callbacks,
+                callbacks=list(callbacks),
             ),
         )
         autoscaler.request_resources(bundles=[_bundle(wanted)] * min(left, concurrency or left))
@@ -132,77 +120,3 @@ def run_trials(
         finally:
             if not dead_processes():
                 autoscaler.request_resources(bundles=[])
-
-
-class Driver(tune.Callback):
-    """The driver's end of a report: it alone writes checkpoints, trials.csv and TensorBoard's files."""
-
-    def __init__(
-        self,
-        run: RunFiles,
-        spec: Spec,
-        study: optuna.Study,
-        extractors: FeatureExtractors,
-        progress: Progress,
-        board: TensorBoard,
-    ):
-        self.run, self.spec, self.study, self.extractors = run, spec, study, extractors
-        self.progress, self.board = progress, board
-        self.floor = math.nan
-        self.keep_extractors()
-        self.keep_table()
-        self.before = sum(row["state"] in OUTCOMES for row in self.rows)
-
-    def keep_extractors(self) -> None:
-        """Trials wait for the first; the floor is known as soon as it is, which is before the first report."""
-        self.extractors.keep_done()
-        if math.isnan(self.floor) and "search" in self.extractors.kept:
-            self.floor = search_scorer(self.spec, self.extractors.data, self.extractors.kept["search"]).floor
-
-    def __reduce__(self) -> tuple[type[tune.Callback], tuple[()]]:
-        """Ray pickles callbacks for a restore of its own, which the journal replaces."""
-        return tune.Callback, ()
-
-    @fatal
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        number = trial.config["trial"]
-        self.board.start_trial(number, trial.config["parameters"])
-        if 4 * (number + 1) >= 3 * self.spec.budget.trials:
-            self.extractors.begin("second")  # begun with the last trial, the promotion would wait for it
-        self.keep_table()
-
-    @fatal
-    def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
-    ) -> None:
-        checkpoint, image_grids = result.pop("checkpoint", None), result.pop("image_grids", {})
-        if checkpoint is not None:
-            write_atomic(self.run.checkpoint(result["trial"]), checkpoint)
-        if image_grids:  # a repeated report has none
-            self.board.report_trial(result["trial"], result, image_grids)
-
-    @fatal
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.keep_table()
-        row = self.rows[trial.config["trial"]]
-        if row["state"] != "running":  # else its worker was lost, and it is put back
-            self.board.end_trial(row["trial"], row["state"], row["reason"])
-
-    on_trial_error = on_trial_complete
-
-    @fatal
-    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        require_ray()
-        self.keep_extractors()
-        self.progress.show(self.line())
-
-    def keep_table(self) -> None:
-        self.rows = table(self.study, self.spec, self.floor)
-        self.run.write_trials(self.rows)
-        kept = {row["trial"] for row in contenders(self.rows, self.spec)} | {BASELINE}
-        for row in self.rows:
-            if row["state"] in OUTCOMES and row["trial"] not in kept:
-                self.run.checkpoint(row["trial"]).unlink(missing_ok=True)
-
-    def line(self) -> str:
-        return search_line(self.rows, self.spec.digest(), self.progress.seconds, self.before)

@@ -1,4 +1,4 @@
-"""Several networks of one shape trained as one array, with their gradients written out; one network is an array of one.
+"""Several networks of the built-in family trained as one array, with their gradients written out.
 
 The plain network of `model.py` says what is computed, and its weights are what comes in and goes out. In here they
 lie stacked, channels last, in one row a network, and no autograd stands between the products: for networks this small
@@ -8,6 +8,7 @@ Axes: M networks, B images of each, Z latents of the widest, P weights of the wi
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -15,99 +16,105 @@ from torch import Tensor, nn
 from torch.optim.adam import adam
 
 from tuner.vae.convolution import fold, patches, to_pixels
-from tuner.vae.model import VAE
-from tuner.vae.parameters import Parameters
+from tuner.vae.model import HIDDEN, VAE
 
-HIDDEN = 128
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # Kingma & Ba 2015
 mask_ = torch.ops.aten.threshold_backward.grad_input  # the backward pass of a ReLU; in place it stays in the cache
 convolution_backward = torch.ops.aten.convolution_backward
 
 
+@dataclass(frozen=True)
+class ArrayShape:
+    """What networks must share to lie in one array; `latent_dim` is that of the widest."""
+
+    variational: bool
+    width: int
+    latent_dim: int
+    likelihood: str
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of all networks: views (M, ...) of their weights and gradients."""
+
+    weight: Tensor
+    bias: Tensor
+    weight_gradient: Tensor
+    bias_gradient: Tensor
+
+
 class Array:
-    """`slots` networks of the shape that `parameters` give, of up to `parameters.latent_dim` latents each.
+    """`slots` networks of one shape, of up to `shape.latent_dim` latents each.
 
     A network with fewer latents is padded with zeros, whose gradients are zero: it computes what it computes alone.
     """
 
-    def __init__(self, parameters: Parameters, slots: int = 1, device: torch.device | str = "cpu"):
-        self.parameters, self.slots, self.latent_dim = parameters, slots, parameters.latent_dim
-        self.variational = parameters.model == "vae"
-        width, heads = parameters.width, parameters.latent_dim * (2 if self.variational else 1)
-        shapes = [
-            (width, 3, 3, 1),
-            (width,),
-            (2 * width, 3, 3, width),
-            (2 * width,),
-            (HIDDEN, 98 * width),
-            (HIDDEN,),
-            (heads, HIDDEN),
-            (heads,),
-            (98 * width, parameters.latent_dim),
-            (98 * width,),
-            (2 * width, 3, 3, width),
-            (width,),
-            (width, 3, 3, 1),
-            (1,),
-        ]
-        sizes = [math.prod(shape) for shape in shapes]
-        self.flat = torch.zeros(4, slots, sum(sizes), device=device)  # weights, gradients, Adam's two moments
-        self.weights, self.gradients = (
-            [part.view(slots, *shape) for part, shape in zip(rows.split(sizes, 1), shapes, strict=True)]
-            for rows in self.flat[:2]
-        )
+    def __init__(self, shape: ArrayShape, slots: int = 1, device: torch.device | str = "cpu"):
+        self.shape, self.slots = shape, slots
+        width, heads = shape.width, shape.latent_dim * (2 if shape.variational else 1)
+        shapes = {  # of each layer's weight and bias, in the order in which they lie in a row
+            "down.0": ((width, 3, 3, 1), (width,)),
+            "down.1": ((2 * width, 3, 3, width), (2 * width,)),
+            "hidden": ((HIDDEN, 98 * width), (HIDDEN,)),
+            "heads": ((heads, HIDDEN), (heads,)),
+            "start": ((98 * width, shape.latent_dim), (98 * width,)),
+            "up.0": ((2 * width, 3, 3, width), (width,)),
+            "up.1": ((width, 3, 3, 1), (1,)),
+        }
+        sizes = [math.prod(part) for pair in shapes.values() for part in pair]
+        self.flat = torch.zeros(4, slots, sum(sizes), device=device)  # weights, gradients, Adam's two averages
+        weights, gradients = (iter(rows.split(sizes, 1)) for rows in self.flat[:2])
+        layers = {
+            name: Layer(*(next(parts).view(slots, *shape) for parts in (weights, gradients) for shape in pair))
+            for name, pair in shapes.items()
+        }
+        self.down, self.up = [layers["down.0"], layers["down.1"]], [layers["up.0"], layers["up.1"]]
+        self.hidden, self.heads, self.start = layers["hidden"], layers["heads"], layers["start"]
 
-    def load(self, slot: int, model: VAE, moments: Tensor) -> None:
-        """Put a network and its moments (2, P of its own) into a slot."""
+    def load(self, slot: int, model: VAE, averages: Tensor) -> None:
+        """Put a network and Adam's averages (2, P of its own) into a slot."""
         index = self._index(model)
-        plain = torch.stack([nn.utils.parameters_to_vector(model.parameters()).detach(), *moments])
+        plain = torch.stack([nn.utils.parameters_to_vector(model.parameters()).detach(), *averages])
         padded = F.pad(plain, (0, 1)).to(self.flat.device)
         self.flat[[0, 2, 3], slot] = padded[:, index]
 
     @torch.no_grad()
-    def store(self, slot: int, model: VAE, moments: Tensor) -> None:
+    def store(self, slot: int, model: VAE, averages: Tensor) -> None:
         """The inverse of `load`, into a network of the size that was loaded."""
         index = self._index(model)
-        plain = torch.empty(3, moments.shape[1] + 1)
+        plain = torch.empty(3, averages.shape[1] + 1)
         plain[:, index] = self.flat[[0, 2, 3], slot].cpu()
         nn.utils.vector_to_parameters(plain[0, :-1].clone(), model.parameters())
-        moments.copy_(plain[1:, :-1])
+        averages.copy_(plain[1:, :-1])
 
     def _index(self, model: VAE) -> Tensor:
         """Where in the plain network's weights, end to end and then a zero, each of a row's weights is."""
-        weights = list(model.parameters())
-        numbers = torch.arange(sum(weight.numel() for weight in weights))
+        sizes = [weight.numel() for weight in model.parameters()]
+        zero = sum(sizes)
         plain = {
             name: part.view(weight.shape)
-            for (name, weight), part in zip(
-                model.named_parameters(), numbers.split([weight.numel() for weight in weights]), strict=True
-            )
+            for (name, weight), part in zip(model.named_parameters(), torch.arange(zero).split(sizes), strict=True)
         }
-        zero, wide = len(numbers), 2 * self.parameters.width
-        spare = self.latent_dim - model.latent_dim
-        heads = ["mean", "log_variance"][: 1 + self.variational]
+        places, spare = math.prod(model.map[1:]), self.shape.latent_dim - model.latent_dim
+        heads = ["mean", "log_variance"][: 1 + self.shape.variational]
 
         def pad(part: Tensor, *room: int) -> Tensor:
             return F.pad(part, room, value=zero)
 
-        def channels_last(part: Tensor) -> Tensor:
-            return part.permute(0, 2, 3, 1)
+        def channels_last(layer: str) -> list[Tensor]:
+            return [plain[f"{layer}.weight"].permute(0, 2, 3, 1), plain[f"{layer}.bias"]]
 
         row = [
-            channels_last(plain["encoder.0.weight"]),
-            plain["encoder.0.bias"],
-            channels_last(plain["encoder.2.weight"]),
-            plain["encoder.2.bias"],
-            plain["encoder.5.weight"].view(HIDDEN, wide, 49).transpose(1, 2),
-            plain["encoder.5.bias"],
+            *channels_last("down.0"),
+            *channels_last("down.1"),
+            plain["hidden.weight"].view(HIDDEN, -1, places).transpose(1, 2),
+            plain["hidden.bias"],
             *(pad(plain[f"{head}.weight"], 0, 0, 0, spare) for head in heads),
             *(pad(plain[f"{head}.bias"], 0, spare) for head in heads),
-            pad(plain["decoder.0.weight"].view(wide, 49, -1).transpose(0, 1), 0, spare),
-            plain["decoder.0.bias"].view(wide, 49).t(),
-            channels_last(plain["decoder.3.weight"]),
-            plain["decoder.3.bias"],
-            channels_last(plain["decoder.5.weight"]),
-            plain["decoder.5.bias"],
+            pad(plain["start.weight"].view(-1, places, model.latent_dim).transpose(0, 1), 0, spare),
+            plain["start.bias"].view(-1, places).t(),
+            *channels_last("up.0"),
+            *channels_last("up.1"),
         ]
         return torch.cat([part.reshape(-1) for part in row])
 
@@ -119,50 +126,45 @@ class Array:
         (M, B, Z), zero beyond a network's own latents; kl_factor (M,).
         """
         m, b = share.shape
-        weight = self.weights
-        pixels = images.view(m * b, 28, 28, 1)
-        first = self._down(pixels, 0).relu_()
-        second = self._down(first, 2).relu_().view(m, b, -1)
-        hidden = torch.baddbmm(weight[5].unsqueeze(1), second, weight[4].mT).relu_()
-        heads = torch.baddbmm(weight[7].unsqueeze(1), hidden, weight[6].mT)
+        given = images.view(m * b, 28, 28, 1)
+        first = _convolve(given, self.down[0]).relu_()
+        second = _convolve(first, self.down[1]).relu_().view(m, b, -1)
+        hidden = _dense(second, self.hidden).relu_()
+        heads = _dense(hidden, self.heads)
         mean, log_variance = heads, heads
         latents = mean
-        if self.variational:
-            mean, log_variance = heads.split(self.latent_dim, 2)
+        if self.shape.variational:
+            mean, log_variance = heads.split(self.shape.latent_dim, 2)
             noise = noise * torch.exp(0.5 * log_variance)
             latents = mean + noise
-        start = torch.baddbmm(weight[9].unsqueeze(1), latents, weight[8].mT).relu_()
-        grown = self._up(start.view(m * b, 7, 7, -1), 10).relu_()
-        logits = self._up(grown, 12).view(m, b, 784)
+        start = _dense(latents, self.start).relu_()
+        grown = _transpose_convolve(start.view(m * b, 7, 7, -1), self.up[0]).relu_()
+        logits = _transpose_convolve(grown, self.up[1]).view(m, b, 784)
 
         drawn = torch.sigmoid(logits)
         target = images.view(m, b, 784)
         error = drawn - target
-        if self.parameters.likelihood == "gaussian":
+        if self.shape.likelihood == "gaussian":
             reconstruction = error.square().sum(2)
             error.mul_(drawn).mul_(drawn.neg_().add_(1)).mul_(2 * share.unsqueeze(2))
         else:
             reconstruction = (F.softplus(logits) - logits * target).sum(2)
             error.mul_(share.unsqueeze(2))
-        g = self._up_backward(error.view(m * b, 28, 28, 1), grown, 12)
-        g = self._up_backward(mask_(g, grown, 0, grad_input=g), start.view(m * b, 7, 7, -1), 10).view(m, b, -1)
-        g = mask_(g, start, 0, grad_input=g)
-        self._dense_backward(g, latents, 8)
-        g = g @ weight[8]
+        g = _transpose_convolve_backward(error.view(m * b, 28, 28, 1), grown, self.up[1])
+        g = mask_(g, grown, 0, grad_input=g)
+        g = _transpose_convolve_backward(g, start.view(m * b, 7, 7, -1), self.up[0]).view(m, b, -1)
+        g = _dense_backward(mask_(g, start, 0, grad_input=g), latents, self.start)
         kl = torch.zeros_like(share)
-        if self.variational:
+        if self.shape.variational:
             excess = torch.expm1(log_variance)
             kl = 0.5 * (mean.square() + excess - log_variance).sum(2)
             factor = (share * kl_factor.unsqueeze(1)).unsqueeze(2)
             g = torch.cat([g + factor * mean, 0.5 * (g * noise + factor * excess)], 2)
-        self._dense_backward(g, hidden, 6)
-        g = g @ weight[6]
-        g = mask_(g, hidden, 0, grad_input=g)
-        self._dense_backward(g, second, 4)
-        g = g @ weight[4]
+        g = _dense_backward(g, hidden, self.heads)
+        g = _dense_backward(mask_(g, hidden, 0, grad_input=g), second, self.hidden)
         g = mask_(g, second, 0, grad_input=g)
-        g = self._down_backward(g.view(m * b, 7, 7, -1), first, 2)
-        self._down_backward(mask_(g, first, 0, grad_input=g), pixels, 0)
+        g = _convolve_backward(g.view(m * b, 7, 7, -1), first, self.down[1])
+        _convolve_backward(mask_(g, first, 0, grad_input=g), given, self.down[0], of_images=False)
         means = (torch.stack([reconstruction, kl], 2) * share.unsqueeze(2)).sum(1)
         return torch.cat([means[:, :1] + kl_factor.unsqueeze(1) * means[:, 1:], means], 1)
 
@@ -197,59 +199,70 @@ class Array:
         root = second.sqrt().div_((1 - BETAS[1] ** count).sqrt().float()).add_(EPSILON)
         weights.sub_(root.reciprocal_().mul_(first).mul_(rate.float()))
 
-    def _down(self, images: Tensor, layer: int) -> Tensor:
-        """Convolution `layer` of (M B, H, W, C) with its bias -> (M B, H/2, W/2, K)."""
-        weight, bias = self.weights[layer], self.weights[layer + 1]
-        if self.slots == 1:
-            return _last(F.conv2d(_first(images), _first(weight[0]), bias[0], 2, 1))
-        rows = patches(images).view(self.slots, -1, weight[0, 0].numel())
-        out = torch.baddbmm(bias.unsqueeze(1), rows, weight.flatten(2).mT)
-        return out.view(len(images), images.shape[1] // 2, images.shape[2] // 2, -1)
 
-    def _down_backward(self, g: Tensor, images: Tensor, layer: int) -> Tensor:
-        """Gradients of convolution `layer` -> that of its images (nothing of use for the first layer's)."""
-        weight, kernels = self.weights[layer], g.shape[3]
-        torch.sum(g.view(self.slots, -1, kernels), 1, out=self.gradients[layer + 1])
-        if self.slots == 1:
-            mask = (layer > 0, True, False)
-            arguments = (None, [2, 2], [1, 1], [1, 1], False, [0, 0], 1, mask)
-            of_images, of_weight, _ = convolution_backward(_first(g), _first(images), _first(weight[0]), *arguments)
-            self.gradients[layer][0] = _last(of_weight)
-            return _last(of_images) if layer else g
-        rows, g = patches(images).view(self.slots, -1, weight[0, 0].numel()), g.view(self.slots, -1, kernels)
-        self.gradients[layer].copy_((g.mT @ rows).view(weight.shape))
-        return fold((g @ weight.flatten(2)).view(-1, rows.shape[2]), *images.shape[:3]) if layer else g
+def _dense(inputs: Tensor, layer: Layer) -> Tensor:
+    """(M, B, I) -> (M, B, O)."""
+    return torch.baddbmm(layer.bias.unsqueeze(1), inputs, layer.weight.mT)
 
-    def _up(self, images: Tensor, layer: int) -> Tensor:
-        """Transposed convolution `layer` of (M B, H/2, W/2, C) with its bias -> (M B, H, W, K)."""
-        weight, bias = self.weights[layer], self.weights[layer + 1]
-        count, height, width, channels = images.shape
-        if self.slots == 1 and weight.shape[4] == 1:
-            return to_pixels(images, weight.view(channels, 9), bias)
-        if self.slots == 1:
-            return _last(F.conv_transpose2d(_first(images), _first(weight[0]), bias[0], 2, 1, 1))
-        taps = images.view(self.slots, -1, channels) @ weight.flatten(2)
-        out = fold(taps.view(-1, taps.shape[2]), count, 2 * height, 2 * width)
-        out.view(self.slots, -1, weight.shape[4]).add_(bias.unsqueeze(1))
-        return out
 
-    def _up_backward(self, g: Tensor, images: Tensor, layer: int) -> Tensor:
-        """Gradients of transposed convolution `layer` -> that of its images."""
-        weight, kernels = self.weights[layer], g.shape[3]
-        torch.sum(g.view(self.slots, -1, kernels), 1, out=self.gradients[layer + 1])
-        if self.slots == 1:
-            arguments = (None, [2, 2], [1, 1], [1, 1], True, [1, 1], 1, (True, True, False))
-            of_images, of_weight, _ = convolution_backward(_first(g), _first(images), _first(weight[0]), *arguments)
-            self.gradients[layer][0] = _last(of_weight)
-            return _last(of_images)
-        rows = patches(g).view(self.slots, -1, 9 * kernels)
-        self.gradients[layer].copy_((images.view(self.slots, -1, weight.shape[1]).mT @ rows).view(weight.shape))
-        gradient: Tensor = rows @ weight.flatten(2).mT
-        return gradient.view(images.shape)
+def _dense_backward(g: Tensor, inputs: Tensor, layer: Layer) -> Tensor:
+    """Gradients of a dense layer -> that of its inputs."""
+    torch.bmm(g.mT, inputs, out=layer.weight_gradient)
+    torch.sum(g, 1, out=layer.bias_gradient)
+    return g @ layer.weight
 
-    def _dense_backward(self, g: Tensor, inputs: Tensor, layer: int) -> None:
-        torch.bmm(g.mT, inputs, out=self.gradients[layer])
-        torch.sum(g, 1, out=self.gradients[layer + 1])
+
+def _convolve(images: Tensor, layer: Layer) -> Tensor:
+    """A convolution of (M B, H, W, C) with its bias -> (M B, H/2, W/2, K)."""
+    slots, kernels = layer.bias.shape
+    if slots == 1:
+        return _last(F.conv2d(_first(images), _first(layer.weight[0]), layer.bias[0], 2, 1))
+    rows = patches(images).view(slots, -1, layer.weight[0, 0].numel())
+    out = torch.baddbmm(layer.bias.unsqueeze(1), rows, layer.weight.flatten(2).mT)
+    return out.view(len(images), images.shape[1] // 2, images.shape[2] // 2, kernels)
+
+
+def _convolve_backward(g: Tensor, images: Tensor, layer: Layer, of_images: bool = True) -> Tensor:
+    """Gradients of a convolution -> that of its images, or `g` where nobody needs it."""
+    slots, kernels = layer.bias.shape
+    torch.sum(g.view(slots, -1, kernels), 1, out=layer.bias_gradient)
+    if slots == 1:
+        arguments = (None, [2, 2], [1, 1], [1, 1], False, [0, 0], 1, (of_images, True, False))
+        for_images, for_weight, _ = convolution_backward(_first(g), _first(images), _first(layer.weight[0]), *arguments)
+        layer.weight_gradient[0] = _last(for_weight)
+        return _last(for_images) if of_images else g
+    rows, g = patches(images).view(slots, -1, layer.weight[0, 0].numel()), g.view(slots, -1, kernels)
+    layer.weight_gradient.copy_((g.mT @ rows).view(layer.weight.shape))
+    return fold((g @ layer.weight.flatten(2)).view(-1, rows.shape[2]), *images.shape[:3]) if of_images else g
+
+
+def _transpose_convolve(images: Tensor, layer: Layer) -> Tensor:
+    """A transposed convolution of (M B, H/2, W/2, C) with its bias -> (M B, H, W, K)."""
+    slots, kernels = layer.bias.shape
+    count, height, width, channels = images.shape
+    if slots == 1 and kernels == 1:
+        return to_pixels(images, layer.weight.view(channels, 9), layer.bias)
+    if slots == 1:
+        return _last(F.conv_transpose2d(_first(images), _first(layer.weight[0]), layer.bias[0], 2, 1, 1))
+    taps = images.view(slots, -1, channels) @ layer.weight.flatten(2)
+    out = fold(taps.view(-1, taps.shape[2]), count, 2 * height, 2 * width)
+    out.view(slots, -1, kernels).add_(layer.bias.unsqueeze(1))
+    return out
+
+
+def _transpose_convolve_backward(g: Tensor, images: Tensor, layer: Layer) -> Tensor:
+    """Gradients of a transposed convolution -> that of its images."""
+    slots, kernels = layer.bias.shape
+    torch.sum(g.view(slots, -1, kernels), 1, out=layer.bias_gradient)
+    if slots == 1:
+        arguments = (None, [2, 2], [1, 1], [1, 1], True, [1, 1], 1, (True, True, False))
+        for_images, for_weight, _ = convolution_backward(_first(g), _first(images), _first(layer.weight[0]), *arguments)
+        layer.weight_gradient[0] = _last(for_weight)
+        return _last(for_images)
+    rows = patches(g).view(slots, -1, 9 * kernels)
+    layer.weight_gradient.copy_((images.view(slots, -1, layer.weight.shape[1]).mT @ rows).view(layer.weight.shape))
+    gradient: Tensor = rows @ layer.weight.flatten(2).mT
+    return gradient.view(images.shape)
 
 
 def _first(images: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-NAMES = ("digits", "mnist")
 IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 MNIST_VALIDATION = 10_000
 DIGITS_VALIDATION = DIGITS_TEST = 400
@@ -45,7 +44,7 @@ class Data:
     validation: Split
 
 
-def pixels(images: Tensor) -> Tensor:
+def as_floats(images: Tensor) -> Tensor:
     """uint8 (B, 1, 28, 28) -> float32 in [0, 1]."""
     return images.float().div_(255)
 
@@ -60,7 +59,7 @@ def binarize(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def load(name: str, directory: Path, download: bool = True) -> Data:
-    """The training and validation splits of a data set in `NAMES`.
+    """The training and validation splits of the data set `name`.
 
     Raises ValueError, naming the folder and the files, when MNIST is neither there nor can be downloaded,
     or when one of its files is damaged.

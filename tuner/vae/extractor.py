@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from tuner.vae.data import Data, pixels
+from tuner.vae.data import Data, as_floats
 
 FEATURES = 64
 BATCH = 100
@@ -68,7 +68,7 @@ def fit(extractor: FeatureExtractor, data: Data) -> FeatureExtractor:
         if len(order) < BATCH:
             order = torch.cat([order, torch.randperm(len(data.train))])
         index, order = order[:BATCH], order[BATCH:]
-        logits = extractor.classes(extractor.trunk(pixels(data.train.images[index])))
+        logits = extractor.classes(extractor.trunk(as_floats(data.train.images[index])))
         optimizer.zero_grad(set_to_none=True)
         F.cross_entropy(logits, data.train.labels[index]).backward()
         optimizer.step()

@@ -11,14 +11,18 @@ import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tuner.vae.array import Array
-from tuner.vae.data import pixels
+from tuner.vae.array import Array, ArrayShape
+from tuner.vae.data import as_floats
+from tuner.vae.losses import Diverged
+from tuner.vae.model import VAE
 from tuner.vae.parameters import Parameters
-from tuner.vae.train import Diverged, Record, State, StepInputs, steps_per_epoch, stops
+from tuner.vae.step import State
+from tuner.vae.train import Record, StepInputs, steps_per_epoch, stops
 
 DRAWING_THREADS = 4
 WARM_UP_STEPS = 3  # before a CUDA graph is captured, libraries must have chosen their kernels
@@ -40,7 +44,7 @@ class Job:
 @dataclass
 class _Slot:
     job: Job
-    feed: StepInputs
+    inputs: StepInputs
     first_step: int
     last_step: int
     started: float
@@ -48,10 +52,17 @@ class _Slot:
     upcoming: "Future[tuple[Tensor, Tensor]] | None" = None  # those of the epoch after it
 
 
-def shape_of(parameters: Parameters, widest: int) -> Parameters:
-    """What trials must share to be trained as one array of up to `widest` latents; the rest is at its default."""
-    shared = {name: getattr(parameters, name) for name in ("model", "width", "likelihood", "batch_size")}
-    return Parameters(**shared, latent_dim=widest)
+class FusedShape(NamedTuple):
+    """What trials must share to be trained as one array: networks of one shape, and batches of one size."""
+
+    networks: ArrayShape
+    batch_size: int
+
+    @classmethod
+    def of(cls, parameters: Parameters, widest: int) -> "FusedShape":
+        """The array that a trial belongs in, with room for up to `widest` latents."""
+        variational = parameters.model == "vae"
+        return cls(ArrayShape(variational, parameters.width, widest, parameters.likelihood), parameters.batch_size)
 
 
 class Fused:
@@ -61,7 +72,7 @@ class Fused:
     fit alone gets the error as its record.
     """
 
-    def __init__(self, shape: Parameters, slots: int, images: Tensor):
+    def __init__(self, shape: FusedShape, slots: int, images: Tensor):
         self.shape, self.images = shape, images
         self.per_epoch = steps_per_epoch(len(images), shape.batch_size)
         self.waiting: deque[Job] = deque()
@@ -83,9 +94,9 @@ class Fused:
     def _try_to_allocate(self, slots: int) -> None:
         device, count = self.images.device, len(self.images)
         self.slots: list[_Slot | None] = [None] * slots
-        self.array = Array(self.shape, slots, device)
+        self.array = Array(self.shape.networks, slots, device)
         self.order = torch.zeros(slots, count, dtype=torch.long, device=device)
-        self.noise = torch.zeros(slots, count, self.shape.latent_dim, device=device)
+        self.noise = torch.zeros(slots, count, self.shape.networks.latent_dim, device=device)
         self.schedule = torch.zeros(2, slots, 1, device=device)  # learning rate and KL factor at each step
         self.step = torch.zeros(slots, dtype=torch.long, device=device)
         self.active = torch.zeros(slots, dtype=torch.bool, device=device)
@@ -136,23 +147,21 @@ class Fused:
                 slot = self.slots[number]
             if slot and slot.job.state.step // self.per_epoch != slot.epoch:
                 slot.epoch = slot.job.state.step // self.per_epoch
-                order, noise = slot.upcoming.result() if slot.upcoming else slot.feed.draw(slot.epoch)
+                order, noise = slot.upcoming.result() if slot.upcoming else slot.inputs.draw(slot.epoch)
                 self.order[number] = order.to(self.order.device)
                 self.noise[number, :, : slot.job.parameters.latent_dim] = noise.to(self.noise.device)
                 more = (slot.epoch + 1) * self.per_epoch < slot.last_step
-                slot.upcoming = self.pool.submit(slot.feed.draw, slot.epoch + 1) if more else None
+                slot.upcoming = self.pool.submit(slot.inputs.draw, slot.epoch + 1) if more else None
 
     def _load(self, number: int, job: Job) -> None:
-        feed = StepInputs(
-            job.parameters, len(self.images), seed=job.seed, trial=job.trial, total_epochs=job.total_epochs
-        )
-        (last_step,) = stops(job.parameters, len(self.images), [job.epoch])
-        slot = self.slots[number] = _Slot(job, feed, job.state.step, last_step, time.perf_counter())
-        self.array.load(number, job.state.model, job.state.moments)
-        steps = range(last_step)
-        schedule = torch.tensor([[feed.learning_rate(s) for s in steps], [feed.kl_factor(s) for s in steps]])
+        count, total, latent_dim = len(self.images), job.total_epochs, job.state.model.latent_dim
+        inputs = StepInputs(job.parameters, count, latent_dim, seed=job.seed, trial=job.trial, total_epochs=total)
+        (last_step,) = stops(job.parameters, count, [job.epoch])
+        slot = self.slots[number] = _Slot(job, inputs, job.state.step, last_step, time.perf_counter())
+        self.array.load(number, _network(job), job.state.averages)
+        schedule = torch.tensor([inputs.factors(step) for step in range(last_step)]).T
         if last_step > self.schedule.shape[2]:
-            longer = torch.zeros(2, len(self.slots), max(last_step, feed.total_steps), device=self.schedule.device)
+            longer = torch.zeros(2, len(self.slots), max(last_step, inputs.total_steps), device=self.schedule.device)
             longer[:, :, : self.schedule.shape[2]] = self.schedule
             self.schedule, self.graph = longer, None
         self.schedule[:, number, :last_step] = schedule.to(self.schedule.device)
@@ -183,8 +192,8 @@ class Fused:
         place = (self.step % self.per_epoch * size).unsqueeze(1) + torch.arange(size, device=self.step.device)
         there = (place < count) & self.active.unsqueeze(1)
         place = place.clamp(max=count - 1)
-        batch = pixels(self.images[self.order.gather(1, place), 0])
-        noise = self.noise.gather(1, place.unsqueeze(2).expand(-1, -1, self.shape.latent_dim))
+        batch = as_floats(self.images[self.order.gather(1, place), 0])
+        noise = self.noise.gather(1, place.unsqueeze(2).expand(-1, -1, self.shape.networks.latent_dim))
         images = there.sum(1, keepdim=True)
         at = self.step.clamp(max=self.schedule.shape[2] - 1).expand(2, 1, -1).mT
         learning_rate, kl_factor = self.schedule.gather(2, at).squeeze(2)
@@ -205,7 +214,7 @@ class Fused:
             if not finite[number]:
                 job.record = Diverged(f"training loss not finite at epoch {job.state.step / self.per_epoch:.3g}")
             elif job.state.step == slot.last_step:
-                self.array.store(number, job.state.model, job.state.moments)
+                self.array.store(number, _network(job), job.state.averages)
                 seen = self._images_at(slot.last_step) - self._images_at(slot.first_step)
                 loss, reconstruction, kl = (self.sums[number] / seen).tolist()
                 seconds = time.perf_counter() - slot.started
@@ -233,3 +242,8 @@ class Fused:
         if self.images.device.type == "cuda":
             torch.cuda.empty_cache()
         self._allocate(slots)
+
+
+def _network(job: Job) -> VAE:
+    assert isinstance(job.state.model, VAE)  # of no other family are there arrays
+    return job.state.model

@@ -1,14 +1,15 @@
 """What a model draws, as grey pictures: every model gets the same noise and the same held-out digits."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from tuner.vae.model import VAE
-from tuner.vae.prior import Prior, standard_normal
+from tuner.vae.fitted import FittedModel, encode
+from tuner.vae.prior import standard_normal
 
 GAP = 2  # pixels between images
 PAPER = 255
@@ -44,38 +45,40 @@ def fixed_noise(count: int) -> tuple[Tensor, Tensor]:
     return torch.randn(count, LARGEST_LATENT, generator=generator), uniform[:count]
 
 
-@torch.no_grad()
-def samples(model: VAE, prior: Prior, count: int) -> Tensor:
-    """`count` images (count, 1, 28, 28) from `prior` at the fixed noise."""
-    model.eval()
-    return model.draw(prior.place(*fixed_noise(count)))
+def samples(fitted: FittedModel, count: int) -> Tensor:
+    """`count` images (count, C, H, W) from the fitted prior at the fixed noise."""
+    return fitted.draw(fitted.prior.place(*fixed_noise(count)))
 
 
 @torch.no_grad()
-def image_grids(model: VAE, prior: Prior, held_out: Tensor) -> dict[str, np.ndarray]:
+def image_grids(fitted: FittedModel, held_out: Tensor) -> dict[str, np.ndarray]:
     """Pictures (H, W) uint8 by name: samples from the prior and from N(0, I), reconstructions, traversal, manifold.
 
-    `held_out` is (N, 1, 28, 28) in [0, 1]; each of its rows is followed by the row of its reconstructions.
+    `held_out` is (N, C, H, W) in [0, 1]; each of its rows is followed by the row of its reconstructions.
     """
-    model.eval()
-    means, _ = model.encode(held_out)
-    rows = zip(held_out.split(COLUMNS), model.draw(means).split(COLUMNS), strict=True)
+    means, _ = encode(fitted.model, held_out)
+    latent_dim = fitted.model.latent_dim
     pictures = {
-        "samples/fitted_prior": grid(samples(model, prior, 64), COLUMNS),
-        "samples/standard_normal": grid(samples(model, standard_normal(model.latent_dim), 64), COLUMNS),
-        "reconstructions/above_and_below": grid(torch.cat([image for pair in rows for image in pair]), COLUMNS),
-        "latent/traversal": grid(traversal(model, means), columns=9),
+        "samples/fitted_prior": grid(samples(fitted, 64), COLUMNS),
+        "samples/standard_normal": grid(samples(replace(fitted, prior=standard_normal(latent_dim)), 64), COLUMNS),
+        "reconstructions/above_and_below": grid(interleaved(held_out, fitted.draw(means), COLUMNS), COLUMNS),
+        "latent/traversal": grid(traversal(fitted, means), columns=9),
     }
-    if model.latent_dim == 2:
-        pictures["latent/manifold"] = grid(manifold(model, means), columns=MANIFOLD)
+    if latent_dim == 2:
+        pictures["latent/manifold"] = grid(manifold(fitted, means), columns=MANIFOLD)
     return pictures
 
 
-@torch.no_grad()
-def traversal(model: VAE, means: Tensor) -> Tensor:
+def interleaved(above: Tensor, below: Tensor, columns: int) -> Tensor:
+    """Two sets of images (N, C, H, W), a row of `columns` of the one followed by a row of the other."""
+    rows = zip(above.split(columns), below.split(columns), strict=True)
+    return torch.cat([image for pair in rows for image in pair])
+
+
+def traversal(fitted: FittedModel, means: Tensor) -> Tensor:
     """One row for each of the latents that vary most: the first image moved from -3 to +3 standard deviations.
 
-    `means` are encoded images (N, Z); returns (rows * 9, 1, 28, 28).
+    `means` are encoded images (N, Z); returns (rows * 9, C, H, W).
     """
     spread = means.std(0)
     latents = []
@@ -83,12 +86,11 @@ def traversal(model: VAE, means: Tensor) -> Tensor:
         moved = means[:1].repeat(9, 1)
         moved[:, unit] = means[:, unit].mean() + torch.linspace(-3, 3, 9) * spread[unit]
         latents.append(moved)
-    return model.draw(torch.cat(latents))
+    return fitted.draw(torch.cat(latents))
 
 
-@torch.no_grad()
-def manifold(model: VAE, means: Tensor) -> Tensor:
+def manifold(fitted: FittedModel, means: Tensor) -> Tensor:
     """A 2-dimensional latent space as a square of images, 2 standard deviations of `means` (N, 2) to each side."""
     steps = torch.linspace(-2, 2, MANIFOLD)
     axes = [means[:, unit].mean() + steps * means[:, unit].std() for unit in range(2)]
-    return model.draw(torch.cartesian_prod(axes[1].flip(0), axes[0]).flip(1))
+    return fitted.draw(torch.cartesian_prod(axes[1].flip(0), axes[0]).flip(1))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tuner.vae.losses import bernoulli_nll
-from tuner.vae.model import VAE
+from tuner.vae.model import Model
 from tuner.vae.prior import Prior
 
 BATCH = 250  # decoded at a time
@@ -14,9 +14,9 @@ BATCH = 250  # decoded at a time
 
 @torch.no_grad()
 def importance_weighted_bound(
-    model: VAE, prior: Prior, images: Tensor, samples: int, generator: torch.Generator
+    model: Model, prior: Prior, images: Tensor, samples: int, generator: torch.Generator
 ) -> Tensor:
-    """A lower bound on log p(x) in nats for each image: (N, 1, 28, 28) -> (N,). Burda et al. 2016, eq. 8.
+    """A lower bound on log p(x) in nats for each image: (N, C, H, W) -> (N,). Burda et al. 2016, eq. 8.
 
     log of the mean over `samples` draws z from q(z|x) of p(x|z) p(z) / q(z|x), with p(z) the given prior's density.
     It rises with `samples` to log p(x); at one draw its mean is the ELBO.

@@ -1,4 +1,4 @@
-"""Reconstruction and KL terms, written once: training and evaluation call these.
+"""Reconstruction and KL terms, written once: training and scores call these.
 
 Axes: B batch, C channels, H/W pixels, Z latent.
 """
@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PIXELS = 28 * 28
+
+class Diverged(ValueError):
+    """The loss or a score of a trial is not finite."""
 
 
 def squared_error(logits: Tensor, images: Tensor) -> Tensor:
-    """Squared error summed over pixels: logits and images (B, 1, H, W) -> (B,).
+    """Squared error summed over pixels: logits and images (B, C, H, W) -> (B,).
 
     The prediction is sigmoid(logits). Up to constants this is twice the negative log-likelihood of a
     Gaussian decoder with unit variance.
@@ -22,7 +24,7 @@ def squared_error(logits: Tensor, images: Tensor) -> Tensor:
 
 
 def bernoulli_nll(logits: Tensor, images: Tensor) -> Tensor:
-    """Binary cross-entropy in nats, summed over pixels: logits and images (B, 1, H, W) -> (B,)."""
+    """Binary cross-entropy in nats, summed over pixels: logits and images (B, C, H, W) -> (B,)."""
     return F.binary_cross_entropy_with_logits(logits, images, reduction="none").flatten(1).sum(1)
 
 
@@ -37,9 +39,10 @@ def kl_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
     return 0.5 * (mean.square() + torch.expm1(log_variance) - log_variance).sum(1)
 
 
-def calibrated_distortion(mse: float) -> float:
+def calibrated_distortion(mse: float, pixels: int) -> float:
     """-log p(x|z) in nats per image of a Gaussian decoder whose shared variance is fitted: sigma^2 = mse.
 
-    `mse` is the mean squared error per pixel. Rybkin et al. 2021, eq. 6 with the optimal sigma put in.
+    `mse` is the mean squared error per pixel, `pixels` the numbers in an image. Rybkin et al. 2021, eq. 6 with the
+    optimal sigma put in.
     """
-    return PIXELS / 2 * (1 + math.log(2 * math.pi * mse)) if mse > 0 else -math.inf
+    return pixels / 2 * (1 + math.log(2 * math.pi * mse)) if mse > 0 else -math.inf

@@ -1,66 +1,82 @@
-"""The convolutional VAE of the classic MNIST tutorials, and the plain autoencoder it is taught against.
+"""What the tuner asks of a model, and the built-in one: the convolutional VAE of the classic MNIST tutorials.
 
 Axes: B batch, C channels, H/W pixels, Z latent. Images are (B, 1, 28, 28) floats in [0, 1].
 """
 
+from abc import abstractmethod
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tuner.vae.convolution import to_pixels
-from tuner.vae.parameters import Parameters
+from tuner.vae.parameters import ModelParameters
+
+HIDDEN = 128
 
 
-class VAE(nn.Module):
+class Model(nn.Module):
+    """The model protocol: a module with these three is trained, scored, fitted and exported like the built-in one."""
+
+    latent_dim: int
+
+    @abstractmethod
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(B, C, H, W) in [0, 1] -> mean (B, Z) and log-variance (B, Z), None for a plain autoencoder."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """(B, Z) -> logits (B, C, H, W); their sigmoid is what is learned to be the image."""
+
+    def features(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) in [0, 1] -> (B, D), where alike images are near: the means, unless a model knows better."""
+        return self.encode(images)[0]
+
+
+class VAE(Model):
     """Encoder: conv 1 -> width -> 2 width (3x3, stride 2), fully connected 128, two heads. Decoder: its mirror.
 
-    With `variational=False` it is a plain autoencoder: one head, the latent is the mean.
-
-    `contrast` is what logits are multiplied by where images are drawn; it has no part in training or likelihoods.
+    With `variational=False` it is the plain autoencoder that it is taught against: one head, the latent is the mean.
     """
-
-    contrast: Tensor
 
     def __init__(self, latent_dim: int, width: int = 32, variational: bool = True):
         super().__init__()
-        self.latent_dim = latent_dim
-        self.variational = variational
-        self.encoder = nn.Sequential(
-            nn.Conv2d(1, width, 3, stride=2, padding=1),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
-            nn.ReLU(inplace=True),
-            nn.Flatten(),
-            nn.Linear(2 * width * 7 * 7, 128),
-            nn.ReLU(inplace=True),
+        self.latent_dim, self.width, self.variational = latent_dim, width, variational
+        self.map = (2 * width, 7, 7)
+        flat = 2 * width * 7 * 7
+        self.down = nn.ModuleList(
+            [nn.Conv2d(1, width, 3, stride=2, padding=1), nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)]
         )
-        self.mean = nn.Linear(128, latent_dim)
-        self.log_variance = nn.Linear(128, latent_dim) if variational else None
-        self.decoder = nn.Sequential(
-            nn.Linear(latent_dim, 2 * width * 7 * 7),
-            nn.ReLU(inplace=True),
-            nn.Unflatten(1, (2 * width, 7, 7)),
-            nn.ConvTranspose2d(2 * width, width, 3, stride=2, padding=1, output_padding=1),
-            nn.ReLU(inplace=True),
-            ToPixels(width, 1, 3, stride=2, padding=1, output_padding=1),
+        self.hidden = nn.Linear(flat, HIDDEN)
+        self.mean = nn.Linear(HIDDEN, latent_dim)
+        self.log_variance = nn.Linear(HIDDEN, latent_dim) if variational else None
+        self.start = nn.Linear(latent_dim, flat)
+        self.up = nn.ModuleList(
+            [
+                nn.ConvTranspose2d(2 * width, width, 3, stride=2, padding=1, output_padding=1),
+                ToPixels(width, 1, 3, stride=2, padding=1, output_padding=1),
+            ]
         )
-        self.register_buffer("contrast", torch.ones(()))
+
+    def features(self, images: Tensor) -> Tensor:
+        """The 128 numbers that both heads read."""
+        for convolution in self.down:
+            images = F.relu(convolution(images), inplace=True)
+        return F.relu(self.hidden(images.flatten(1)), inplace=True)
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(B, 1, 28, 28) -> mean (B, Z) and log-variance (B, Z), None for the plain autoencoder."""
-        hidden = self.encoder(images)
+        hidden = self.features(images)
         return self.mean(hidden), None if self.log_variance is None else self.log_variance(hidden)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """(B, Z) -> logits (B, 1, 28, 28); their sigmoid is what is learned to be the image."""
-        logits: Tensor = self.decoder(latents)
+        images = F.relu(self.start(latents), inplace=True).unflatten(1, self.map)
+        for convolution in self.up[:-1]:
+            images = F.relu(convolution(images), inplace=True)
+        logits: Tensor = self.up[-1](images)
         return logits
 
-    def draw(self, latents: Tensor) -> Tensor:
-        """(B, Z) -> images (B, 1, 28, 28) in [0, 1]."""
-        return torch.sigmoid(self.contrast * self.decode(latents))
 
-
-def build(parameters: Parameters, seed: int) -> VAE:
+def build(parameters: ModelParameters, seed: int) -> Model:
     """The untrained network of a trial; the same `seed` gives the same weights, whatever ran before."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

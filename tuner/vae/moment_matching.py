@@ -5,27 +5,35 @@ counts directions alike that the decoder hardly sees. So images are compared, in
 see what matters in them, as generative moment matching networks do (Li, Swersky & Zemel 2015, section 4).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tuner.vae.distance import Moments, frechet_distance, moments
-from tuner.vae.model import VAE
-from tuner.vae.prior import Prior, Sampler, floor, quasi_random_noise
+from tuner.vae.prior import Prior, Sampler, least_covariance, quasi_random_noise
+
+Observer = Callable[[Tensor], Tensor]  # images (B, C, H, W) in [0, 1] -> features (B, D)
 
 STEPS, RATE = 80, 0.012  # samples twice as many come no closer
 BATCH = 500  # images at a time: their activations stay in the cache
 
 
-def match(prior: Prior, model: VAE, images: Tensor, observers: Sequence[nn.Module], count: int, seed: int) -> Prior:
-    """Move means and covariances of a mixture until its samples look like `images` (N, 1, 28, 28) -> the moved one.
+def match(
+    prior: Prior,
+    draw: Callable[[Tensor], Tensor],
+    images: Tensor,
+    observers: Sequence[Observer],
+    count: int,
+    seed: int,
+) -> Prior:
+    """Move means and covariances of a mixture until its samples look like `images` (N, C, H, W) -> the moved one.
 
-    Each of the `observers` makes features (B, D) of images (B, 1, 28, 28). Adam lowers the Frechet distance between
-    their features of `count` samples, fresh and even at each step, and those of the images, summed over the observers,
-    each in units of where it begins. A component is moved and bent in units of its own covariance, so that it stays a
-    Gaussian; its weight stays.
+    `draw` makes images of latents (B, Z), and can be differentiated as the observers can. Adam lowers the Frechet
+    distance between their features of `count` samples, fresh and even at each step, and those of the images, summed
+    over the observers, each in units of where it begins. A component is moved and bent in units of its own covariance,
+    so that it stays a Gaussian; its weight stays.
     """
     with torch.no_grad():
         goals = _seen(images.split(BATCH), observers)
@@ -40,7 +48,7 @@ def match(prior: Prior, model: VAE, images: Tensor, observers: Sequence[nn.Modul
         component = start.component(uniform)
         means, factors = _moved(start, shifts, bends)
         drawn = means[component] + (factors[component] @ noise.unsqueeze(2)).squeeze(2)
-        seen = _seen(map(model.draw, drawn.split(BATCH)), observers)
+        seen = _seen(map(draw, drawn.split(BATCH)), observers)
         distances = torch.stack([frechet_distance(goal, now) for goal, now in zip(goals, seen, strict=True)])
         units = distances.detach() if units is None else units
         shifts.grad, bends.grad = torch.autograd.grad((distances / units).sum(), [shifts, bends])  # and no network's
@@ -48,7 +56,7 @@ def match(prior: Prior, model: VAE, images: Tensor, observers: Sequence[nn.Modul
         schedule.step()
     with torch.no_grad():
         means, factors = _moved(start, shifts, bends)
-        covariances = (factors.double() @ factors.mT.double() + floor(drawn)).float()
+        covariances = (factors.double() @ factors.mT.double() + least_covariance(drawn)).float()
         return replace(prior, means=means, covariances=covariances)
 
 
@@ -58,7 +66,7 @@ def _moved(start: Sampler, shifts: Tensor, bends: Tensor) -> tuple[Tensor, Tenso
     return means, start.factors @ (torch.eye(means.shape[1]) + bends.tril())
 
 
-def _seen(batches: Iterable[Tensor], observers: Sequence[nn.Module]) -> list[Moments]:
+def _seen(batches: Iterable[Tensor], observers: Sequence[Observer]) -> list[Moments]:
     """The moments of what each observer makes of batches of images."""
     parts = [[observer(batch) for observer in observers] for batch in batches]
     return [moments(torch.cat(features)) for features in zip(*parts, strict=True)]

@@ -131,7 +131,7 @@ def fit_mixture(latents: Tensor, components: int, seed: int) -> Prior:
     components = max(1, min(components, len(points) // (points.shape[1] + 1)))
     centre = points.mean(0)
     points = points - centre  # second moments about the centre lose no digits
-    least = floor(points)
+    least = least_covariance(points)
     start = Prior(
         torch.full((components,), 1 / components, dtype=torch.float64),
         points[_spread_out(points, components, torch.Generator().manual_seed(seed))],
@@ -146,17 +146,17 @@ def fit_mixture(latents: Tensor, components: int, seed: int) -> Prior:
     return Prior(fitted.weights.float(), (fitted.means + centre).float(), fitted.covariances.float())
 
 
-def floor(latents: Tensor) -> Tensor:
+def least_covariance(latents: Tensor) -> Tensor:
     """The least covariance (Z, Z) of a component, float64: a millionth of the largest variance of latents (N, Z)."""
     spread = latents.double().std(0, correction=0).max().item()
     return (1e-6 * spread**2 + 1e-12) * torch.eye(latents.shape[1], dtype=torch.float64)
 
 
-def expectation_maximization(points: Tensor, mixture: Prior, floor: Tensor) -> tuple[Prior, float]:
+def expectation_maximization(points: Tensor, mixture: Prior, least: Tensor) -> tuple[Prior, float]:
     """One round of EM on points (N, Z), float64 -> the new mixture, and the mean log-likelihood under the old one.
 
     Both halves are one matrix product each: a Gaussian's log-density is linear in the point's products (N, Z^2), the
-    point and 1, and the new mixture's moments are sums of these, weighted by responsibilities. `floor` (Z, Z) is added
+    point and 1, and the new mixture's moments are sums of these, weighted by responsibilities. `least` (Z, Z) is added
     to every covariance.
     """
     size = points.shape[1]
@@ -177,7 +177,7 @@ def expectation_maximization(points: Tensor, mixture: Prior, floor: Tensor) -> t
     counts = sums[:, -1:] + 10 * torch.finfo(sums.dtype).eps  # of a component that has lost all its points, too
     means = sums[:, -1 - size : -1] / counts
     second = (sums[:, : size * size] / counts).unflatten(1, (size, size))
-    covariances = second - means.unsqueeze(2) * means.unsqueeze(1) + floor
+    covariances = second - means.unsqueeze(2) * means.unsqueeze(1) + least
     return Prior(counts[:, 0] / counts.sum(), means, covariances), likelihood / len(points)
 
 

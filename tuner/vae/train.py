@@ -1,76 +1,20 @@
-"""State in, one record per evaluation out: the trial, the retrain and the tests consume the same generator.
-
-Every random number is a function of (study seed, trial number, what it is for, epoch or step), never of
-what ran before. So a trial gives the same numbers alone, beside others, on one worker or eight, and a
-checkpoint needs no generator state to go on exactly where it stopped.
-"""
+"""State in, one record per evaluation out: the trial, the retrain and the tests consume the same generator."""
 
 import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from tuner.vae.array import Array
-from tuner.vae.data import binarize, pixels
-from tuner.vae.model import VAE, build
-from tuner.vae.parameters import Parameters
+from tuner.vae.data import as_floats, binarize
+from tuner.vae.losses import Diverged
+from tuner.vae.parameters import TrainingParameters
+from tuner.vae.seeds import Stream, generator
+from tuner.vae.step import Factors, State, make_step
 
 FINITE_CHECK_STEPS = 50  # reading a loss waits for a GPU, so not every step
-
-
-class Stream(IntEnum):
-    """What a random number is for: streams never share numbers."""
-
-    INITIALISATION = 0
-    ORDER = 1
-    NOISE = 2
-    SCORE = 3
-    EXTRACTOR = 4
-    PROPOSAL = 5
-    RETRAIN = 6
-    PROMOTE = 7
-    PIXELS = 8
-
-
-def derive_seed(seed: int, *path: int) -> int:
-    """A well-mixed 63-bit seed for (seed, *path), all non-negative; the path starts with a Stream."""
-    return int(np.random.SeedSequence(seed, spawn_key=path).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-class Diverged(ValueError):
-    """The loss or a score of a trial is not finite."""
-
-
-@dataclass
-class State:
-    """All that training needs to go on: with the trial's parameters and seeds it determines every later number.
-
-    `moments` (2, P) are Adam's, of the model's weights end to end.
-    """
-
-    model: VAE
-    moments: Tensor
-    step: int = 0
-
-    @classmethod
-    def fresh(cls, parameters: Parameters, seed: int, trial: int) -> "State":
-        model = build(parameters, derive_seed(seed, Stream.INITIALISATION, trial))
-        return cls(model, torch.zeros(2, sum(weight.numel() for weight in model.parameters())))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors, numbers and plain containers only: `torch.load(weights_only=True)` reads it back."""
-        return {"model": self.model.state_dict(), "moments": self.moments, "step": self.step}
-
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
-        self.model.load_state_dict(saved["model"])
-        self.moments.copy_(saved["moments"])
-        self.step = saved["step"]
 
 
 @dataclass(frozen=True)
@@ -91,7 +35,7 @@ def steps_per_epoch(images: int, batch_size: int) -> int:
     return math.ceil(images / batch_size)
 
 
-def stops(parameters: Parameters, images: int, epochs: Sequence[float], behind: int = 0) -> dict[int, float]:
+def stops(parameters: TrainingParameters, images: int, epochs: Sequence[float], behind: int = 0) -> dict[int, float]:
     """The steps after `behind` at which `epochs` end, and which they are.
 
     Whole steps, one at least; of epochs that share a step the last counts.
@@ -101,7 +45,7 @@ def stops(parameters: Parameters, images: int, epochs: Sequence[float], behind: 
     return {step: epoch for step, epoch in ends.items() if step > behind}
 
 
-def learning_rate_factor(parameters: Parameters, step: int, total_steps: int) -> float:
+def learning_rate_factor(parameters: TrainingParameters, step: int, total_steps: int) -> float:
     """What `learning_rate` is multiplied by at `step`: a linear warm-up times the schedule, in [0, 1].
 
     Cosine: (1 + cos(pi * step / total_steps)) / 2, Loshchilov & Hutter 2017, eq. 5 without restarts.
@@ -113,10 +57,20 @@ def learning_rate_factor(parameters: Parameters, step: int, total_steps: int) ->
 
 
 class StepInputs:
-    """What a trial's training is fed at each step: a function of (seed, trial, step) and the parameters alone."""
+    """What a trial's steps are fed: a function of (seed, trial, step) and the parameters alone."""
 
-    def __init__(self, parameters: Parameters, images: int, *, seed: int, trial: int, total_epochs: float):
-        self.parameters, self.images, self.seed, self.trial = parameters, images, seed, trial
+    def __init__(
+        self,
+        parameters: TrainingParameters,
+        images: int,
+        latent_dim: int,
+        *,
+        seed: int,
+        trial: int,
+        total_epochs: float,
+    ):
+        self.parameters, self.images, self.latent_dim = parameters, images, latent_dim
+        self.seed, self.trial = seed, trial
         self.per_epoch = steps_per_epoch(images, parameters.batch_size)
         self.total_steps = max(1, round(total_epochs * self.per_epoch))
         self.epoch = -1
@@ -124,9 +78,9 @@ class StepInputs:
 
     def draw(self, epoch: int) -> tuple[Tensor, Tensor]:
         """The order (N,) of the images and the noise (N, Z) of an epoch."""
-        order = torch.randperm(self.images, generator=_generator(self.seed, Stream.ORDER, self.trial, epoch))
-        generator = _generator(self.seed, Stream.NOISE, self.trial, epoch)
-        return order, torch.randn(self.images, self.parameters.latent_dim, generator=generator)
+        order = torch.randperm(self.images, generator=generator(self.seed, Stream.ORDER, self.trial, epoch))
+        noise = generator(self.seed, Stream.NOISE, self.trial, epoch)
+        return order, torch.randn(self.images, self.latent_dim, generator=noise)
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """The images' indices (B,) and the noise (B, Z) of a step; an epoch's last batch may be short."""
@@ -137,17 +91,15 @@ class StepInputs:
         part = slice(first, first + self.parameters.batch_size)
         return self.order[part], self.noise[part]
 
-    def learning_rate(self, step: int) -> float:
-        return self.parameters.learning_rate * learning_rate_factor(self.parameters, step, self.total_steps)
-
-    def kl_factor(self, step: int) -> float:
+    def factors(self, step: int) -> Factors:
         warmup = self.parameters.kl_warmup_epochs * self.per_epoch
-        return self.parameters.kl_weight * (min(1.0, step / warmup) if warmup else 1.0)
+        learning_rate = self.parameters.learning_rate * learning_rate_factor(self.parameters, step, self.total_steps)
+        return Factors(learning_rate, self.parameters.kl_weight * (min(1.0, step / warmup) if warmup else 1.0))
 
 
 def train(
     state: State,
-    parameters: Parameters,
+    parameters: TrainingParameters,
     images: Tensor,
     epochs: Sequence[float],
     *,
@@ -160,38 +112,26 @@ def train(
     An epoch is rounded to whole steps, one at least; of epochs that share a step the last is yielded. In between,
     `state` is as it was at the last record.
 
-    `images` is (N, 1, 28, 28) uint8, on the device to train on; `state` stays on the CPU. The cosine schedule ends
+    `images` is (N, C, H, W) uint8, on the device to train on; `state` stays on the CPU. The cosine schedule ends
     at `total_epochs`. Raises Diverged as soon as a loss is seen not to be finite.
     """
-    feed = StepInputs(parameters, len(images), seed=seed, trial=trial, total_epochs=total_epochs)
-    device = images.device
-    array = Array(parameters, device=device)
-    array.load(0, state.model, state.moments)
+    latent_dim, device = state.model.latent_dim, images.device
+    inputs = StepInputs(parameters, len(images), latent_dim, seed=seed, trial=trial, total_epochs=total_epochs)
+    take_step = make_step(state, parameters.likelihood, device)
     for last_step, epoch in stops(parameters, len(images), epochs, state.step).items():
         started = time.perf_counter()
         sums = torch.zeros(3, device=device)  # loss, reconstruction, KL
         seen = 0
         for step in range(state.step, last_step):
-            order, noise = feed.batch(step)
-            count = len(order)
-            drawn = images[order.to(device)]
+            order, noise = inputs.batch(step)
+            batch = images[order.to(device)]
             if parameters.pixels == "binary":
-                drawn = binarize(drawn, _generator(seed, Stream.PIXELS, trial, step))
-            batch = pixels(drawn).view(1, count, 28, 28)
-            share = torch.full((1, count), 1 / count, device=device)
-            factor = torch.tensor([feed.kl_factor(step)], device=device)
-            means = array.backward(batch, share, noise.unsqueeze(0).to(device), factor)
-            array.update(0, feed.learning_rate(step), step)
-            sums += means[0] * count
-            seen += count
+                batch = binarize(batch, generator(seed, Stream.PIXELS, trial, step))
+            sums += take_step(as_floats(batch), noise.to(device), inputs.factors(step)) * len(order)
+            seen += len(order)
             check = (step + 1) % FINITE_CHECK_STEPS == 0 or step + 1 == last_step
             if check and not bool(torch.isfinite(sums).all()):
-                raise Diverged(f"training loss not finite at epoch {(step + 1) / feed.per_epoch:.3g}")
-        array.store(0, state.model, state.moments)
-        state.step = last_step
+                raise Diverged(f"training loss not finite at epoch {(step + 1) / inputs.per_epoch:.3g}")
+        take_step.store()
         loss, reconstruction, kl = (sums / seen).tolist()
         yield Record(epoch, last_step, loss, reconstruction, kl, seen, time.perf_counter() - started)
-
-
-def _generator(seed: int, *path: int) -> torch.Generator:
-    return torch.Generator().manual_seed(derive_seed(seed, *path))

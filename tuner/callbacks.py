@@ -1,0 +1,141 @@
+"""What the driver does as results come in, one thing a class: it alone writes a run's files.
+
+Tune calls these from its loop. What goes wrong in them ends the command, not a trial.
+"""
+
+import math
+from typing import Any
+
+from ray import tune
+
+from tuner.cluster import require_ray
+from tuner.exits import fatal
+from tuner.extractors import FeatureExtractors
+from tuner.promote import contenders
+from tuner.run import RunFiles, write_atomic
+from tuner.spec import Spec
+from tuner.study import BASELINE, ENDED, Study, table
+from tuner.tensorboard import TensorBoard
+from tuner.terminal import Progress, search_line
+from tuner.trainable import search_scorer
+
+
+class SearchCallback(tune.Callback):
+    """Base of the callbacks of a search."""
+
+    def __reduce__(self) -> tuple[type[tune.Callback], tuple[()]]:
+        """Ray pickles callbacks for a restore of its own, which the journal replaces."""
+        return tune.Callback, ()
+
+
+class KeepTable(SearchCallback):
+    """Keeps `trials.csv` up to date; its rows serve the callbacks after it."""
+
+    def __init__(self, run: RunFiles, spec: Spec, study: Study):
+        self.run, self.spec, self.study = run, spec, study
+        self.write()
+
+    @fatal
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.write()
+
+    @fatal
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.write()
+
+    on_trial_error = on_trial_complete
+
+    def write(self) -> None:
+        self.rows = table(self.study, self.spec)
+        self.run.write_trials(self.rows)
+
+
+class KeepCheckpoints(SearchCallback):
+    """Writes each checkpoint and traceback that comes in, and removes the checkpoints of trials that are out of it."""
+
+    def __init__(self, run: RunFiles, spec: Spec, table: KeepTable):
+        self.run, self.spec, self.table = run, spec, table
+        self.clean()
+
+    @fatal
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        checkpoint, text = result.pop("checkpoint", None), result.pop("traceback", None)
+        if checkpoint is not None:
+            write_atomic(self.run.checkpoint(result["trial"]), checkpoint)
+        if text is not None:
+            write_atomic(self.run.error(result["trial"]), text)
+
+    @fatal
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.clean()
+
+    on_trial_error = on_trial_complete
+
+    def clean(self) -> None:
+        """Only the baseline, the promotion's contenders and trials that go on keep theirs."""
+        kept = {row["trial"] for row in contenders(self.table.rows, self.spec)} | {BASELINE}
+        for row in self.table.rows:
+            if row["state"] in ENDED and row["trial"] not in kept:
+                self.run.checkpoint(row["trial"]).unlink(missing_ok=True)
+
+
+class KeepExtractors(SearchCallback):
+    """Writes the extractors as they come out of their training; the first tells the floor."""
+
+    def __init__(self, spec: Spec, study: Study, extractors: FeatureExtractors):
+        self.spec, self.study, self.extractors = spec, study, extractors
+        self.keep()
+
+    @fatal
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        if 4 * (trial.config["trial"] + 1) >= 3 * self.spec.budget.trials:
+            self.extractors.begin("second")  # begun with the last trial, the promotion would wait for it
+
+    @fatal
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        self.keep()
+
+    def keep(self) -> None:
+        """Trials wait for the first; the floor is known as soon as it is, which is before the first result."""
+        self.extractors.keep_done()
+        if math.isnan(self.study.floor) and "search" in self.extractors.kept:
+            scorer = search_scorer(self.spec, self.extractors.data, self.extractors.kept["search"])
+            self.study.keep_floor(scorer.floor)
+
+
+class ShowTrials(SearchCallback):
+    """TensorBoard's files, the line on the terminal; and where Ray has died, the end."""
+
+    def __init__(self, spec: Spec, table: KeepTable, board: TensorBoard, progress: Progress):
+        self.spec, self.table, self.board, self.progress = spec, table, board, progress
+        self.before = sum(row["state"] in ENDED for row in table.rows)
+
+    @fatal
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.board.start_trial(trial.config["trial"], trial.config["parameters"])
+
+    @fatal
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        pictures = result.pop("pictures", {})
+        if pictures:  # a repeated result has none
+            self.board.add_trial(result["trial"], result, pictures)
+
+    @fatal
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        row = self.table.rows[trial.config["trial"]]
+        if row["state"] in ENDED:  # else its worker was lost, and it is put back
+            self.board.end_trial(row["trial"], row["state"], row["reason"])
+
+    on_trial_error = on_trial_complete
+
+    @fatal
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        require_ray()
+        self.progress.show(self.line())
+
+    def line(self) -> str:
+        return search_line(self.table.rows, self.spec, self.progress.seconds, self.before)

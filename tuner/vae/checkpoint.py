@@ -1,0 +1,60 @@
+"""The one checkpoint format: where a training stands, the best it has been, and what it last reported."""
+
+import io
+import zipfile
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from tuner.vae.fitted import FittedModel
+from tuner.vae.model import build
+from tuner.vae.parameters import Parameters
+from tuner.vae.step import State
+
+
+@dataclass
+class Checkpoint:
+    """All that a trial or the retrain goes on from, and all that later stages read of it."""
+
+    parameters: Parameters
+    state: State
+    best: FittedModel | None = None
+    evaluation: dict[str, Any] = field(default_factory=dict)  # the last: scores, epoch, loss, times
+
+    def to_bytes(self) -> bytes:
+        """Tensors, numbers and plain containers in PyTorch's format."""
+        buffer = io.BytesIO()
+        saved = {
+            "parameters": self.parameters.model_dump(),
+            "state": self.state.state_dict(),
+            "best": None if self.best is None else self.best.state_dict(),
+            "evaluation": self.evaluation,
+        }
+        torch.save(saved, buffer)
+        return buffer.getvalue()
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> "Checkpoint":
+        """What `to_bytes` wrote; nothing in it is run. Raises ValueError, one line, on anything else."""
+        saved = _load(content)
+        try:
+            parameters = Parameters.model_validate(saved["parameters"])
+            state = State.of(build(parameters, seed=0))
+            state.load_state_dict(saved["state"])
+            best = None if saved["best"] is None else FittedModel.from_state_dict(saved["best"])
+            evaluation = dict(saved["evaluation"])
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise ValueError(f"it holds something else: {' '.join(str(error).split())[:200]}") from error
+        return cls(parameters, state, best, evaluation)
+
+
+def _load(content: bytes) -> Any:
+    try:
+        damaged = zipfile.ZipFile(io.BytesIO(content)).testzip()  # torch takes no notice of checksums
+        loaded = None if damaged else torch.load(io.BytesIO(content), weights_only=True)
+    except Exception as error:  # PyTorch and zipfile raise whatever the damage provokes
+        raise ValueError(f"not PyTorch's format: {' '.join(str(error).split())[:200]}") from error
+    if damaged:
+        raise ValueError("a checksum differs")
+    return loaded

@@ -1,0 +1,133 @@
+"""One optimiser step behind one interface: the reference for any model, and the fast one for the built-in family.
+
+A step takes a batch, noise and two factors, moves the state's weights by Adam, and gives the losses. `AutogradStep` is
+the definition; `WrittenOutStep` computes the same to rounding and is held to that by tests.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from tuner.vae.array import BETAS, EPSILON, Array, ArrayShape
+from tuner.vae.losses import RECONSTRUCTION, kl_divergence
+from tuner.vae.model import VAE, Model, build
+from tuner.vae.parameters import ModelParameters
+from tuner.vae.seeds import Stream, derive_seed
+
+
+@dataclass
+class State:
+    """All that training needs to go on: with the trial's parameters and seeds it determines every later number.
+
+    `averages` (2, P) are Adam's running means of the gradients and of their squares, of the weights end to end.
+    """
+
+    model: Model
+    averages: Tensor
+    step: int = 0
+
+    @classmethod
+    def fresh(cls, parameters: ModelParameters, seed: int, trial: int) -> "State":
+        return cls.of(build(parameters, derive_seed(seed, Stream.INITIALISATION, trial)))
+
+    @classmethod
+    def of(cls, model: Model) -> "State":
+        """A model before its first step."""
+        return cls(model, torch.zeros(2, sum(weight.numel() for weight in model.parameters())))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, numbers and plain containers only: `torch.load(weights_only=True)` reads it back."""
+        return {"model": self.model.state_dict(), "averages": self.averages, "step": self.step}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        self.model.load_state_dict(saved["model"])
+        self.averages.copy_(saved["averages"])
+        self.step = saved["step"]
+
+
+class Factors(NamedTuple):
+    """What changes from step to step beside the images."""
+
+    learning_rate: float
+    kl: float  # on the KL term against the summed reconstruction error
+
+
+class Step(Protocol):
+    """Trains a copy of a state's model on its own device; the state learns of it at `store`."""
+
+    def __call__(self, images: Tensor, noise: Tensor, factors: Factors) -> Tensor:
+        """One step on images (B, C, H, W) in [0, 1] with noise (B, Z) -> (3,): means of loss, reconstruction and KL."""
+
+    def store(self) -> None:
+        """Write weights, averages and the number of steps back into the state."""
+
+
+def make_step(state: State, likelihood: str, device: torch.device) -> Step:
+    """The written-out step for the built-in family, the reference for any other model."""
+    return (WrittenOutStep if isinstance(state.model, VAE) else AutogradStep)(state, likelihood, device)
+
+
+class AutogradStep:
+    """The reference: the losses of `losses.py`, autograd and PyTorch's fused Adam."""
+
+    def __init__(self, state: State, likelihood: str, device: torch.device):
+        self.state, self.reconstruction = state, RECONSTRUCTION[likelihood]
+        self.model = copy.deepcopy(state.model).to(device).train()
+        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.optimizer = torch.optim.Adam(self.model.parameters(), betas=BETAS, eps=EPSILON, fused=True)
+        weights = list(self.model.parameters())
+        rows = state.averages.split([weight.numel() for weight in weights], 1)
+        for weight, row in zip(weights, rows, strict=True):
+            mean, square = (torch.empty_like(weight).copy_(part.view(weight.shape)).detach() for part in row)
+            step = torch.tensor(float(state.step), device=device)
+            self.optimizer.state[weight] = {"step": step, "exp_avg": mean, "exp_avg_sq": square}
+        self.steps = state.step
+
+    def __call__(self, images: Tensor, noise: Tensor, factors: Factors) -> Tensor:
+        mean, log_variance = self.model.encode(images)
+        latents = mean if log_variance is None else mean + torch.exp(0.5 * log_variance) * noise
+        reconstruction = self.reconstruction(self.model.decode(latents), images).mean()
+        kl = mean.new_zeros(()) if log_variance is None else kl_divergence(mean, log_variance).mean()
+        loss = reconstruction + factors.kl * kl
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.param_groups[0]["lr"] = factors.learning_rate
+        self.optimizer.step()
+        self.steps += 1
+        return torch.stack([loss, reconstruction, kl]).detach()
+
+    @torch.no_grad()
+    def store(self) -> None:
+        self.state.model.load_state_dict(self.model.state_dict())
+        kept = [self.optimizer.state[weight] for weight in self.model.parameters()]
+        for row, name in zip(self.state.averages, ("exp_avg", "exp_avg_sq"), strict=True):
+            row.copy_(torch.cat([of_weight[name].flatten() for of_weight in kept]))
+        self.state.step = self.steps
+
+
+class WrittenOutStep:
+    """An array of one."""
+
+    def __init__(self, state: State, likelihood: str, device: torch.device):
+        model = state.model
+        assert isinstance(model, VAE)
+        self.state, self.model, self.steps = state, model, state.step
+        shape = ArrayShape(model.variational, model.width, model.latent_dim, likelihood)
+        self.array = Array(shape, device=device)
+        self.array.load(0, model, state.averages)
+
+    def __call__(self, images: Tensor, noise: Tensor, factors: Factors) -> Tensor:
+        count, _, height, width = images.shape
+        share = torch.full((1, count), 1 / count, device=images.device)
+        kl_factor = torch.tensor([factors.kl], device=images.device)
+        means = self.array.backward(images.view(1, count, height, width), share, noise.unsqueeze(0), kl_factor)
+        self.array.update(0, factors.learning_rate, self.steps)
+        self.steps += 1
+        return means[0]
+
+    def store(self) -> None:
+        self.array.store(0, self.model, self.state.averages)
+        self.state.step = self.steps
