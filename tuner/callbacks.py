@@ -21,11 +21,20 @@ from tuner.trainable import search_scorer
 
 
 class SearchCallback(tune.Callback):
-    """Base of the callbacks of a search."""
+    """Base of the callbacks of a search: one method for every way in which a trial leaves its worker."""
 
     def __reduce__(self) -> tuple[type[tune.Callback], tuple[()]]:
         """Ray pickles callbacks for a restore of its own, which the journal replaces."""
         return tune.Callback, ()
+
+    @fatal
+    def on_trial_complete(self, trial: Any, **info: Any) -> None:
+        self.on_trial_left(trial.config["trial"])
+
+    on_trial_error = on_trial_complete
+
+    def on_trial_left(self, number: int) -> None:
+        """The trial has ended, or lost its worker."""
 
 
 class KeepTable(SearchCallback):
@@ -36,14 +45,11 @@ class KeepTable(SearchCallback):
         self.write()
 
     @fatal
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def on_trial_start(self, **info: Any) -> None:
         self.write()
 
-    @fatal
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def on_trial_left(self, number: int) -> None:
         self.write()
-
-    on_trial_error = on_trial_complete
 
     def write(self) -> None:
         self.rows = table(self.study, self.spec)
@@ -55,25 +61,16 @@ class KeepCheckpoints(SearchCallback):
 
     def __init__(self, run: RunFiles, spec: Spec, table: KeepTable):
         self.run, self.spec, self.table = run, spec, table
-        self.clean()
+        self.on_trial_left(BASELINE)
 
     @fatal
-    def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
-    ) -> None:
-        checkpoint, text = result.pop("checkpoint", None), result.pop("traceback", None)
-        if checkpoint is not None:
-            write_atomic(self.run.checkpoint(result["trial"]), checkpoint)
-        if text is not None:
-            write_atomic(self.run.error(result["trial"]), text)
+    def on_trial_result(self, result: dict[str, Any], **info: Any) -> None:
+        for key, path in (("checkpoint", self.run.checkpoint), ("traceback", self.run.error)):
+            content = result.pop(key, None)
+            if content is not None:
+                write_atomic(path(result["trial"]), content)
 
-    @fatal
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.clean()
-
-    on_trial_error = on_trial_complete
-
-    def clean(self) -> None:
+    def on_trial_left(self, number: int) -> None:
         """Only the baseline, the promotion's contenders and trials that go on keep theirs."""
         kept = {row["trial"] for row in contenders(self.table.rows, self.spec)} | {BASELINE}
         for row in self.table.rows:
@@ -86,23 +83,20 @@ class KeepExtractors(SearchCallback):
 
     def __init__(self, spec: Spec, study: Study, extractors: FeatureExtractors):
         self.spec, self.study, self.extractors = spec, study, extractors
-        self.keep()
+        self.on_step_end()
 
     @fatal
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def on_trial_start(self, trial: Any, **info: Any) -> None:
         if 4 * (trial.config["trial"] + 1) >= 3 * self.spec.budget.trials:
             self.extractors.begin("second")  # begun with the last trial, the promotion would wait for it
 
     @fatal
-    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        self.keep()
-
-    def keep(self) -> None:
+    def on_step_end(self, **info: Any) -> None:
         """Trials wait for the first; the floor is known as soon as it is, which is before the first result."""
         self.extractors.keep_done()
         if math.isnan(self.study.floor) and "search" in self.extractors.kept:
             scorer = search_scorer(self.spec, self.extractors.data, self.extractors.kept["search"])
-            self.study.keep_floor(scorer.floor)
+            self.study.set_user_attr("floor", scorer.floor)
 
 
 class ShowTrials(SearchCallback):
@@ -113,27 +107,22 @@ class ShowTrials(SearchCallback):
         self.before = sum(row["state"] in ENDED for row in table.rows)
 
     @fatal
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def on_trial_start(self, trial: Any, **info: Any) -> None:
         self.board.start_trial(trial.config["trial"], trial.config["parameters"])
 
     @fatal
-    def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
-    ) -> None:
+    def on_trial_result(self, result: dict[str, Any], **info: Any) -> None:
         pictures = result.pop("pictures", {})
         if pictures:  # a repeated result has none
             self.board.add_trial(result["trial"], result, pictures)
 
-    @fatal
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        row = self.table.rows[trial.config["trial"]]
+    def on_trial_left(self, number: int) -> None:
+        row = self.table.rows[number]
         if row["state"] in ENDED:  # else its worker was lost, and it is put back
-            self.board.end_trial(row["trial"], row["state"], row["reason"])
-
-    on_trial_error = on_trial_complete
+            self.board.end_trial(number, row["state"], row["reason"])
 
     @fatal
-    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+    def on_step_end(self, **info: Any) -> None:
         require_ray()
         self.progress.show(self.line())
 

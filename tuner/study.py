@@ -64,10 +64,6 @@ class Study(optuna.Study):
         """The Frechet distance of real training images; NaN until an extractor is there to measure it."""
         return float(self.user_attrs.get("floor", math.nan))
 
-    def keep_floor(self, floor: float) -> None:
-        if floor != self.floor:
-            self.set_user_attr("floor", floor)
-
     @property
     def baseline(self) -> float:
         """The classic settings' last distance under N(0, I); NaN until that trial ended."""
