@@ -177,28 +177,19 @@ def write_files(fitted: FittedModel, info: dict[str, Any], directory: Path, imag
 
 def _write_program(module: nn.Module, inputs: dict[str, Tensor], outputs: list[str], stem: Path) -> None:
     """One network as `stem`.pt2 and `stem`.onnx, the batch size free, with the weights that it uses and no others."""
-    module = _trimmed(module, tuple(inputs.values()))
+    given = tuple(inputs.values())
     shapes = tuple({0: torch.export.Dim("batch", min=1)} for _ in inputs)
+    names: dict[str, Any] = {"input_names": list(inputs), "output_names": outputs}
+    buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporters warn of their own deprecations
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-        program, buffer = (
-            torch.export.export(module.eval(), tuple(inputs.values()), dynamic_shapes=shapes),
-            io.BytesIO(),
-        )
+        program = torch.export.export(_trimmed(module, given), given, dynamic_shapes=shapes)
         torch.export.save(program, buffer)
-        write_atomic(stem.with_suffix(".pt2"), buffer.getvalue())
-        onnx_program = torch.onnx.export(
-            module,
-            tuple(inputs.values()),
-            dynamo=True,
-            input_names=list(inputs),
-            output_names=outputs,
-            dynamic_shapes=shapes,
-            verbose=False,
-        )
-    assert onnx_program is not None
-    write_atomic(stem.with_suffix(".onnx"), onnx_program.model_proto.SerializeToString())
+        as_onnx = torch.onnx.export(program, dynamo=True, dynamic_shapes=shapes, verbose=False, **names)
+    assert as_onnx is not None
+    write_atomic(stem.with_suffix(".pt2"), buffer.getvalue())
+    write_atomic(stem.with_suffix(".onnx"), as_onnx.model_proto.SerializeToString())
 
 
 def _trimmed(module: nn.Module, inputs: tuple[Tensor, ...]) -> nn.Module:
@@ -218,42 +209,47 @@ def _trimmed(module: nn.Module, inputs: tuple[Tensor, ...]) -> nn.Module:
 @torch.no_grad()
 def check_files(fitted: FittedModel, images: Tensor, directory: Path) -> None:
     """Compare every file with the checkpoint on batches of 1 and of all `images`. Raises RuntimeError."""
+    loaded = codec.load(directory)
+    own: dict[str, Callable[..., Tensor]] = {
+        "encoder": loaded.encode,
+        "decoder": loaded.decode,
+        "prior": loaded.fitted.prior.place,
+    }
+    for stem, of_weights in own.items():
+        program = torch.export.load(directory / f"{stem}.pt2").module()
+        readers: dict[str, Callable[..., Any]] = {
+            "safetensors": of_weights,
+            "pt2": program,
+            "onnx": _onnx(directory / f"{stem}.onnx"),
+        }
+        for batch in (images[:1], images):
+            latents = fitted.model.encode(batch)[0]
+            normal, uniform = fixed_noise(len(batch))
+            noise = normal[:, : fitted.model.latent_dim].contiguous()
+            given, expected = {
+                "encoder": ((batch,), latents),
+                "decoder": ((latents,), fitted.draw(latents)),
+                "prior": ((noise, uniform), fitted.prior.place(noise, uniform)),
+            }[stem]
+            for kind, read in readers.items():
+                found: Any = read(*given)
+                error = ((found[0] if isinstance(found, tuple) else found) - expected).abs().max().item()
+                if not error <= TOLERANCE * max(1.0, expected.abs().max().item()):
+                    raise RuntimeError(f"{stem} as {kind} differs from the checkpoint by {error:.2g}")
+
+
+def _onnx(path: Path) -> Callable[..., Tensor]:
+    """The first output of an ONNX file as a function of its inputs."""
     import onnxruntime
 
-    model, prior = fitted.model.eval(), fitted.prior
-    loaded = codec.load(directory)
-    stems = ("encoder", "decoder", "prior")
-    sessions = {
-        stem: onnxruntime.InferenceSession(directory / f"{stem}.onnx", providers=["CPUExecutionProvider"])
-        for stem in stems
-    }
-    programs = {stem: torch.export.load(directory / f"{stem}.pt2").module() for stem in stems}
-    files: dict[str, Callable[..., Tensor]] = {
-        "encoder": loaded.encode, "decoder": loaded.decode, "prior": loaded.fitted.prior.place
-    }  # fmt: skip
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = [entry.name for entry in session.get_inputs()]
 
-    def by_onnx(stem: str, *given: Tensor) -> Tensor:
-        names = [entry.name for entry in sessions[stem].get_inputs()]
-        return torch.from_numpy(sessions[stem].run(None, dict(zip(names, [x.numpy() for x in given], strict=True)))[0])
+    def run(*given: Tensor) -> Tensor:
+        inputs = {name: tensor.numpy() for name, tensor in zip(names, given, strict=True)}
+        return torch.from_numpy(session.run(None, inputs)[0])
 
-    readers: dict[str, Callable[..., Tensor]] = {
-        "safetensors": lambda stem, *given: files[stem](*given),
-        "onnx": by_onnx,
-        "pt2": lambda stem, *given: _first(programs[stem](*given)),
-    }
-    for batch in (images[:1], images):
-        latents, noise = model.encode(batch)[0], fixed_noise(len(batch))
-        noise = (noise[0][:, : model.latent_dim].contiguous(), noise[1])
-        for stem, given, expected in (
-            ("encoder", (batch,), latents),
-            ("decoder", (latents,), fitted.draw(latents)),
-            ("prior", noise, prior.place(*noise)),
-        ):
-            for kind, read in readers.items():
-                error = (read(stem, *given) - expected).abs().max().item()
-                allowed = TOLERANCE * max(1.0, expected.abs().max().item())
-                if not error <= allowed:
-                    raise RuntimeError(f"{stem} as {kind} differs from the checkpoint by {error:.2g}")
+    return run
 
 
 def export_stage(workspace: Workspace) -> None:
@@ -265,11 +261,6 @@ def export_stage(workspace: Workspace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     return run_alone("tuner.export", "Score a run on the test split and write its model for use.", export_stage, argv)
-
-
-def _first(output: Any) -> Tensor:
-    tensor: Tensor = output[0] if isinstance(output, tuple) else output
-    return tensor
 
 
 if __name__ == "__main__":

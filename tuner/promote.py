@@ -6,7 +6,7 @@ from typing import Any
 from tuner.spec import Spec
 from tuner.study import ranked
 from tuner.summary import Best, Promoted, Scores, Summary
-from tuner.terminal import console, promotion_table, stage
+from tuner.terminal import as_table, console, promotion_rows, stage
 from tuner.vae.metrics import gap_closed
 from tuner.workspace import Workspace, baseline_of, best_of
 
@@ -64,4 +64,5 @@ def promote_stage(workspace: Workspace, rows: Sequence[Mapping[str, Any]]) -> No
         summary = promote(workspace, rows)
         winner = summary.promotion[0].trial
         progress.done(f"trial {winner} won among {len(summary.promotion)} under two extractors")
-    console().print(promotion_table(summary.promotion, workspace.spec.selection_objective.metric))
+    rows_shown = promotion_rows(summary.promotion, workspace.spec.selection_objective.metric)
+    console().print(as_table(rows_shown, "Promotion, under fresh noise"))

@@ -9,7 +9,7 @@ import html
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
@@ -27,7 +27,7 @@ from tuner.spec import Objective, Spec
 from tuner.storage import opened
 from tuner.study import BASELINE, Study, evaluations, front, read_study, table
 from tuner.summary import Summary
-from tuner.terminal import duration, result_rows, stage
+from tuner.terminal import duration, promotion_rows, result_rows, stage, text
 from tuner.vae.fitted import FittedModel
 from tuner.vae.image_grid import grid, png, samples
 from tuner.vae.metrics import FINAL_METRICS, METRICS
@@ -130,7 +130,7 @@ def headline(page: Page, material: Material) -> None:
     else:
         split, final = "validation", summary.retrain.scores if summary.retrain else best.scores
         baseline, floor = best.baseline, best.floor
-    searched = ", ".join(f"{name} {_text(best.parameters[name])}" for name in material.spec.space)
+    searched = ", ".join(f"{name} {text(best.parameters[name])}" for name in material.spec.space)
     page.parts.append(
         f"<p class='big'>Trial {best.trial} won ({searched}). Its samples close <b>{final.gap_closed:.1%}</b> of "
         f"the gap between the classic settings ({baseline:.4g}) and real images ({floor:.4g}): "
@@ -167,34 +167,22 @@ def pictures(page: Page, material: Material) -> None:
 def failures(page: Page, material: Material) -> None:
     failed = [row for row in material.rows if row["state"] == "failed"]
     if failed:
-        header = ["trial", "why", *material.spec.space]
-        rows = [
-            [str(row["trial"]), row["reason"], *(_text(row[name]) for name in material.spec.space)] for row in failed
-        ]
-        page.section(
-            "Trials that failed",
-            "Each failed for the reason given, with these parameters; the search avoided their like.",
-            _table([header, *rows]),
-        )
+        keys = ["trial", "reason", *material.spec.space]
+        see = "Each failed for the reason given, with these parameters; the search avoided their like."
+        page.section("Trials that failed", see, _table([keys, *([text(row[key]) for key in keys] for row in failed)]))
 
 
 def gap(page: Page, material: Material) -> None:
     rows = [row for row in material.rows if "gap_closed" in row]
     if rows:
-        bars = go.Bar(
-            x=[str(row["trial"]) for row in rows],
-            y=[row["gap_closed"] for row in rows],
-            marker_color=[COLOURS[row["state"]] for row in rows],
-            hovertext=[f"{row['state']} {row['reason']}" for row in rows],
-        )
+        closed, colours = [row["gap_closed"] for row in rows], [COLOURS[row["state"]] for row in rows]
+        said = [f"{row['state']} {row['reason']}" for row in rows]
+        bars = go.Bar(x=[str(row["trial"]) for row in rows], y=closed, marker_color=colours, hovertext=said)
         figure = go.Figure(bars, {"xaxis_title": "trial", "yaxis_title": "gap closed"})
         figure.update_xaxes(type="category")
-        figure.update_yaxes(range=[max(-1.0, min(0.0, *(row["gap_closed"] for row in rows))), 1.05])
-        page.figure(
-            "Gap closed, trial by trial",
-            "Blue bars were trained to the end, grey ones were stopped early; 1 is as good as real images.",
-            figure,
-        )
+        figure.update_yaxes(range=[max(-1.0, min(0.0, *closed)), 1.05])
+        see = "Blue bars were trained to the end, grey ones were stopped early; 1 is as good as real images."
+        page.figure("Gap closed, trial by trial", see, figure)
 
 
 def curves(page: Page, material: Material) -> None:
@@ -226,25 +214,16 @@ def importances(page: Page, material: Material) -> None:
     finished = [trial for trial in material.trials if trial.state == TrialState.COMPLETE and trial.params]
     if len(finished) < IMPORTANCE_TRIALS or len(material.spec.objective) > 1 or len(material.spec.space) < 2:
         return
+    study, metric = material.study, material.metric
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the method is experimental, and says where few trials make it coarse
-        study = material.study
-        page.figure(
-            "Which parameters matter",
-            f"Optuna's fANOVA: the share of the differences in {material.metric} that each parameter explains.",
-            visualization.plot_param_importances(study),
-        )
-        page.figure(
-            "One parameter at a time",
-            f"Each dot is a trial; look for where {material.metric} is low.",
-            visualization.plot_slice(study),
-        )
+        see = f"Optuna's fANOVA: the share of the differences in {metric} that each parameter explains."
+        page.figure("Which parameters matter", see, visualization.plot_param_importances(study))
+        see = f"Each dot is a trial; look for where {metric} is low."
+        page.figure("One parameter at a time", see, visualization.plot_slice(study))
+        see = f"The colour is {metric} between the trials (dots): darker is lower."
         for pair in combinations(material.spec.space, 2):
-            page.figure(
-                f"{pair[0]} against {pair[1]}",
-                f"The colour is {material.metric} between the trials (dots): darker is lower.",
-                visualization.plot_contour(study, params=list(pair)),
-            )
+            page.figure(f"{pair[0]} against {pair[1]}", see, visualization.plot_contour(study, params=list(pair)))
 
 
 def plane(page: Page, material: Material) -> None:
@@ -252,40 +231,36 @@ def plane(page: Page, material: Material) -> None:
     two = material.spec.objective if len(material.spec.objective) == 2 else RATE_AND_DISTORTION
     x, y = (objective.metric for objective in two)
     rows = [row for row in material.rows if x in row and y in row]
-    if not rows:
-        return
-    figure = go.Figure(
-        layout={f"{axis}axis_title": f"{key}, {METRICS[key].unit}" for axis, key in (("x", x), ("y", y))}
-    )
-    for state in COLOURS:
-        part = [row for row in rows if row["state"] == state]
-        if part:
-            figure.add_scatter(
-                x=[row[x] for row in part], y=[row[y] for row in part], mode="markers", name=state,
-                marker={"color": COLOURS[state], "size": 10}, text=[f"trial {row['trial']}" for row in part],
-            )  # fmt: skip
-    best = sorted(front(rows, two), key=lambda row: row[x])
-    figure.add_scatter(
-        x=[row[x] for row in best], y=[row[y] for row in best], mode="lines", name="front",
-        line={"color": "#222", "dash": "dot"},
-    )  # fmt: skip
-    text = "" if two is not RATE_AND_DISTORTION else "Left costs fewer nats to encode, lower reconstructs better. "
-    page.figure(f"{x} and {y}".capitalize(), f"{text}No trial beats those on the dotted front in both.", figure)
+    if rows:
+        figure = _dots(rows, x, y)
+        figure.update_layout(xaxis_title=f"{x}, {METRICS[x].unit}", yaxis_title=f"{y}, {METRICS[y].unit}")
+        best = sorted(front(rows, two), key=lambda row: row[x])
+        line = {"x": [row[x] for row in best], "y": [row[y] for row in best], "line": {"color": "#222", "dash": "dot"}}
+        figure.add_scatter(mode="lines", name="front", **line)
+        see = "No trial beats those on the dotted front in both."
+        if two is RATE_AND_DISTORTION:
+            see = f"Left costs fewer nats to encode, lower reconstructs better. {see}"
+        page.figure(f"{x} and {y}".capitalize(), see, figure)
 
 
 def units(page: Page, material: Material) -> None:
     rows = [row for row in material.rows if "active_units" in row]
     if rows:
-        scatter = go.Scatter(
-            x=[row["latent_dim"] for row in rows], y=[row["active_units"] for row in rows], mode="markers",
-            marker={"color": [COLOURS[row["state"]] for row in rows], "size": 10},
-            text=[f"trial {row['trial']}" for row in rows],
-        )  # fmt: skip
-        page.figure(
-            "Latents in use",
-            "Trials on the diagonal use every latent they have; those below it left some idle.",
-            go.Figure(scatter, {"xaxis_title": "latent_dim", "yaxis_title": "active units"}),
-        )
+        see = "Trials on the diagonal use every latent they have; those below it left some idle."
+        page.figure("Latents in use", see, _dots(rows, "latent_dim", "active_units"))
+
+
+def _dots(rows: Sequence[Mapping[str, Any]], x: str, y: str) -> go.Figure:
+    """A dot a trial, coloured by its state."""
+    figure = go.Figure(layout={"xaxis_title": x, "yaxis_title": y.replace("_", " ")})
+    for state, colour in COLOURS.items():
+        part = [row for row in rows if row["state"] == state]
+        if part:
+            figure.add_scatter(
+                x=[row[x] for row in part], y=[row[y] for row in part], mode="markers", name=state,
+                marker={"color": colour, "size": 10}, text=[f"trial {row['trial']}" for row in part],
+            )  # fmt: skip
+    return figure
 
 
 def timeline(page: Page, material: Material) -> None:
@@ -323,18 +298,12 @@ def timeline(page: Page, material: Material) -> None:
 def promotion(page: Page, material: Material) -> None:
     entries, described = material.summary.promotion, material.summary.extractors
     if entries:
-        metric = material.spec.selection_objective.metric.replace("_", " ")
-        columns = [column for name in entries[0].again for column in (f"{name} {metric}", f"{name} gap closed")]
-        rows = [["trial", "epoch", "searched", *columns]]
-        for entry in entries:
-            again = [number for name, value in entry.again.items() for number in (value, entry.gap_closed[name])]
-            rows.append([_text(number) for number in (entry.trial, entry.epoch, entry.searched, *again)])
         right = ", ".join(f"{name} extractor {info.accuracy:.1%}" for name, info in described.items())
         page.section(
             "Promotion",
             "The best of the search, scored again with fresh noise and with an extractor the search never saw; the top "
             f"row won. Right on validation: {right}.",
-            _table(rows),
+            _table(promotion_rows(entries, material.spec.selection_objective.metric)),
         )
 
 
@@ -348,7 +317,7 @@ def test_split(page: Page, material: Material) -> None:
             if any(name in scores for scores in found.values()):
                 known = described.get(name)
                 words = [known.unit, known.meaning] if known else ["", "1 is as good as real images"]
-                rows.append([name, *(_text(scores.get(name)) for scores in found.values()), *words])
+                rows.append([name, *(text(scores.get(name)) for scores in found.values()), *words])
         page.section("The test split", "Read once, after every choice was made.", _table(rows))
     neighbours = material.run.export / "neighbours.png"
     if neighbours.exists():
@@ -396,12 +365,6 @@ def _table(rows: Iterable[list[str]]) -> str:
 def _cell(text: str) -> str:
     numeric = text[-1:].isdigit()
     return f"<td{'' if numeric else ' class=text'}>{html.escape(text)}</td>"
-
-
-def _text(value: Any) -> str:
-    if value is None or value == "":
-        return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def report_stage(run: RunFiles) -> None:

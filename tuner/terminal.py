@@ -111,17 +111,14 @@ def search_line(rows: Sequence[Mapping[str, Any]], spec: Spec, seconds: float | 
     return " | ".join(part for part in parts if part)
 
 
-def promotion_table(promotion: Sequence[Promoted], metric: str) -> Table:
-    """The trials in the order they came out, under each extractor."""
-    shown = Table(title=f"Promotion: {metric} under fresh noise, and gap closed", title_justify="left")
-    extractors = [column for name in promotion[0].again for column in (f"{name} extractor", "gap closed")]
-    for column in ("trial", "epoch", "in the search", *extractors):
-        shown.add_column(column, justify="right")
+def promotion_rows(promotion: Sequence[Promoted], metric: str) -> list[list[str]]:
+    """The trials in the order they came out, under each extractor; the first row names the columns."""
+    columns = [column for name in promotion[0].again for column in (f"{metric}, {name} extractor", "gap closed")]
+    rows = [["trial", "epoch", "in the search", *columns]]
     for entry in promotion:
-        values = [entry.searched]
-        values += [number for name, value in entry.again.items() for number in (value, entry.gap_closed[name])]
-        shown.add_row(str(entry.trial), f"{entry.epoch:g}", *(f"{value:.4g}" for value in values))
-    return shown
+        again = [number for name, value in entry.again.items() for number in (value, entry.gap_closed[name])]
+        rows.append([text(number) for number in (entry.trial, entry.epoch, entry.searched, *again)])
+    return rows
 
 
 def result_rows(summary: Summary) -> list[list[str]]:
@@ -148,24 +145,13 @@ def result_rows(summary: Summary) -> list[list[str]]:
     return rows
 
 
-def result_table(summary: Summary) -> Table:
-    """`result_rows` for a terminal."""
-    header, *rows = result_rows(summary)
-    shown = Table(title="Frechet distance, and the share of the gap to real data that is closed", title_justify="left")
-    for column in header:
-        shown.add_column(column, justify="right" if column else "left")
-    for row in rows:
-        shown.add_row(*row)
-    return shown
-
-
 def final_words(run: RunFiles, spec: Spec) -> list[Table | str]:
     """The closing table of a finished run, the winner's searched parameters and the paths to look at."""
     summary = run.summary()
     assert summary.best
-    winner = [f"{name} {_text(summary.best.parameters[name])}" for name in spec.space]
+    winner = [f"{name} {text(summary.best.parameters[name])}" for name in spec.space]
     return [
-        result_table(summary),
+        as_table(result_rows(summary), "Frechet distance, and the share of the gap to real images that is closed"),
         f"winner   {', '.join(winner)}",
         f"model    {run.name_of(run.export)}: samples.png, model.json, encoder and decoder as .onnx and .pt2",
         f"report   {run.name_of(run.report)}",
@@ -184,21 +170,32 @@ def status_words(run: RunFiles) -> list[Table | str]:
     words: list[Table | str] = [f"stages   {', '.join(done) or 'none done'}"]
     rows = table(study, spec) if study else []
     if rows:
-        words += [f"search   {search_line(rows, spec)}", trials_table(rows, spec)]
+        words += [f"search   {search_line(rows, spec)}", as_table(trials_rows(rows, spec))]
     return words + (final_words(run, spec) if summary.best else [])
 
 
-def trials_table(rows: Sequence[Mapping[str, Any]], spec: Spec) -> Table:
+def trials_rows(rows: Sequence[Mapping[str, Any]], spec: Spec) -> list[list[str]]:
     """A line a trial: state, epochs, objective, gap closed, searched parameters and the reason it ended."""
     metric = spec.trial_objective.metric
-    shown = Table()
-    for column in ("trial", "state", "epochs", metric, "gap closed", *spec.space, "reason"):
-        shown.add_column(column, justify="left" if column in ("state", "reason") else "right")
-    for row in rows:
-        cells = [_text(row.get(name, "")) for name in ("epochs_trained", metric, "gap_closed", *spec.space)]
-        shown.add_row(str(row["trial"]), row["state"], *cells, row["reason"])
+    keys = ("trial", "epochs_trained", metric, "gap_closed", *spec.space, "state", "reason")
+    header = ["trial", "epochs", metric, "gap closed", *spec.space, "state", "reason"]
+    return [header, *([text(row.get(key, "")) for key in keys] for row in rows)]
+
+
+def as_table(rows: Sequence[Sequence[str]], title: str | None = None) -> Table:
+    """Rows for a terminal; the first names the columns. Numbers stand to the right."""
+    header, *body = rows
+    shown = Table(title=title, title_justify="left")
+    for index, column in enumerate(header):
+        numbers = any(row[index][-1:].isdigit() for row in body)
+        shown.add_column(column, justify="right" if numbers else "left")
+    for row in body:
+        shown.add_row(*row)
     return shown
 
 
-def _text(value: Any) -> str:
+def text(value: Any) -> str:
+    """Four digits of a number; nothing of what is not known."""
+    if value is None:
+        return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)

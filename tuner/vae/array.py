@@ -9,6 +9,7 @@ Axes: M networks, B images of each, Z latents of the widest, P weights of the wi
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,8 @@ from tuner.vae.convolution import fold, patches, to_pixels
 from tuner.vae.model import HIDDEN, VAE
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # Kingma & Ba 2015
+ADAM: dict[str, Any] = {"beta1": BETAS[0], "beta2": BETAS[1], "eps": EPSILON, "weight_decay": 0.0}
+ADAM |= {"fused": True, "amsgrad": False, "maximize": False}
 mask_ = torch.ops.aten.threshold_backward.grad_input  # the backward pass of a ReLU; in place it stays in the cache
 convolution_backward = torch.ops.aten.convolution_backward
 
@@ -91,10 +94,8 @@ class Array:
         """Where in the plain network's weights, end to end and then a zero, each of a row's weights is."""
         sizes = [weight.numel() for weight in model.parameters()]
         zero = sum(sizes)
-        plain = {
-            name: part.view(weight.shape)
-            for (name, weight), part in zip(model.named_parameters(), torch.arange(zero).split(sizes), strict=True)
-        }
+        numbers = iter(torch.arange(zero).split(sizes))
+        plain = {name: next(numbers).view(weight.shape) for name, weight in model.named_parameters()}
         places, spare = math.prod(model.map[1:]), self.shape.latent_dim - model.latent_dim
         heads = ["mean", "log_variance"][: 1 + self.shape.variational]
 
@@ -170,23 +171,9 @@ class Array:
 
     def update(self, slot: int, learning_rate: float, step: int) -> None:
         """Adam's step number `step` (the first is 0) on one network, from the gradients of the last `backward`."""
-        weights, gradients, first, second = self.flat[:, slot]
-        adam(
-            [weights],
-            [gradients],
-            [first],
-            [second],
-            [],
-            [torch.tensor(float(step), device=weights.device)],
-            fused=True,
-            amsgrad=False,
-            beta1=BETAS[0],
-            beta2=BETAS[1],
-            lr=learning_rate,
-            weight_decay=0.0,
-            eps=EPSILON,
-            maximize=False,
-        )
+        weights, gradients, first, second = ([row] for row in self.flat[:, slot])
+        count = [torch.tensor(float(step), device=self.flat.device)]
+        adam(weights, gradients, first, second, [], count, lr=learning_rate, **ADAM)
 
     def update_all(self, learning_rate: Tensor, step: Tensor, active: Tensor) -> None:
         """Adam on all networks where `active` (M,), each with its own learning_rate (M,) at its own step (M,)."""
