@@ -119,6 +119,8 @@ class ShowTrials(SearchCallback):
     def on_trial_left(self, number: int) -> None:
         row = self.table.rows[number]
         if row["state"] in ENDED:  # else its worker was lost, and it is put back
+            if number not in self.board.names:  # the time limit came before its start
+                self.board.start_trial(number, row)
             self.board.end_trial(number, row["state"], row["reason"])
 
     @fatal

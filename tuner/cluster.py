@@ -10,9 +10,9 @@ from typing import Any
 
 import grpc
 import ray
-from ray._private import ray_constants
-from ray._private.services import resolve_ip_for_localhost
-from ray._private.utils import get_num_cpus
+from ray._private import ray_constants  # whether a cluster of its own listens beyond loopback has no public switch
+from ray._private.services import resolve_ip_for_localhost  # what Ray itself makes of an address, before it waits
+from ray._private.utils import get_num_cpus  # the cores of a container, as Ray counts them
 from ray.autoscaler.v2.sdk import get_cluster_status
 
 from tuner.exits import CutOff
@@ -98,7 +98,7 @@ def alive() -> list[dict[str, Any]]:
 
 def dead_processes() -> list[str]:
     """Which of the processes that a cluster of our own can't do without have died."""
-    node = ray._private.worker._global_node
+    node = ray._private.worker._global_node  # Ray tells nobody else that its own processes are gone
     return sorted({"raylet", "gcs_server"} & {kind for kind, _ in node.dead_processes()}) if node else []
 
 

@@ -99,13 +99,17 @@ def _load(journal: Path, spec: Spec | None) -> Study:
             directions = [objective.direction for objective in spec.objective]
             optuna.create_study(storage=storage, study_name=NAME, directions=directions, load_if_exists=True)
         study = Study(storage)
-        for trial in study.known():
-            _check(trial)
-        return study
+        trials = study.known()
     except Exception as error:  # Optuna raises whatever the damage provokes; a full disk is another matter
         if isinstance(error, OSError) and not isinstance(error, IsADirectoryError):
             raise
         raise Refused(f"{journal}: not readable as an Optuna journal: {one_line(error)}") from error
+    try:
+        for trial in trials:
+            _check(trial)
+    except (KeyError, TypeError, ValueError) as error:
+        raise Refused(f"{journal}: not the journal of a search: {one_line(error)}") from error
+    return study
 
 
 def _check(trial: FrozenTrial) -> None:
