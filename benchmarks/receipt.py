@@ -1,18 +1,20 @@
-"""Keep the evidence of a finished run: `python benchmarks/receipt.py RUN LOG DEST`.
+"""Keep the evidence of a finished run.
 
-Copies spec, trials.csv, summary.json, what of the export it takes to score it again (`tuner.vae.codec.load`), the
-pictures, the report without the library that draws its figures, and the log of the command (its first line is the
-command). Adds the commit, hardware and versions, and a picture of the classic settings' samples beside the run's, at
-the same noise.
+    python benchmarks/receipt.py RUN LOG benchmarks/results/DATE-NAME [--export]
+
+Copies spec, trials.csv, summary.json, the export's model.json, and the log of the command (its first line is the
+command) without its lines of progress. Adds the commit, hardware and versions, and a picture of the classic settings'
+samples beside the run's, at the same noise. With --export what it takes to score the export again
+(`tuner.vae.codec.load`), 1 to 3 MB, and its pictures.
 """
 
+import argparse
 import json
 import os
 import platform
 import re
 import shutil
 import subprocess
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,20 +26,19 @@ from tuner.vae.image_grid import grid, png, samples
 from tuner.workspace import best_of, last_of, retrained
 
 SHOWN, COLUMNS, MARGIN = 80, 10, 24  # images and images a row on either side, pixels between the sides
-EXPORTED = ("model.json", "weights.safetensors", "prior.npz", "samples.png", "neighbours.png")
+EXPORTED = ("weights.safetensors", "prior.npz", "samples.png", "neighbours.png")
+PROGRESS = re.compile(r"([a-z]+) +(\d+h)?(\d+m)?(\d+s)?  ")  # a stage, its time so far, two spaces
 PACKAGES = ("torch", "torchvision", "ray", "optuna", "numpy", "scikit-learn", "onnxruntime")
 
 
-def keep(run: RunFiles, log: Path, destination: Path) -> None:
+def keep(run: RunFiles, log: Path, destination: Path, export: bool) -> None:
     destination.mkdir(parents=True)
     for path in (run.spec, run.trials, run.summary_file):
         shutil.copy(path, destination)
     (destination / "export").mkdir()
-    for name in EXPORTED:
+    for name in ("model.json", *(EXPORTED if export else ())):
         shutil.copy(run.export / name, destination / "export")
-    library = re.compile(r"<script>.*?</script>", re.DOTALL)
-    (destination / "report.html").write_text(library.sub("", run.report.read_text(), count=1))
-    shutil.copy(log, destination / "log.txt")
+    (destination / "log.txt").write_text(without_progress(log.read_text()))
     environment = {
         "commit": subprocess.run(
             ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True
@@ -50,6 +51,19 @@ def keep(run: RunFiles, log: Path, destination: Path) -> None:
     }
     (destination / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
     (destination / "same_noise.png").write_bytes(png(side_by_side(run)))
+
+
+def without_progress(log: str) -> str:
+    """Of a stage's consecutive lines only the last, which says how it ended."""
+    kept: list[str] = []
+    stage = None
+    for line in log.splitlines(keepends=True):
+        found = PROGRESS.match(line)
+        if found and found[1] == stage:
+            kept.pop()
+        stage = found and found[1]
+        kept.append(line)
+    return "".join(kept)
 
 
 def side_by_side(run: RunFiles) -> np.ndarray:
@@ -67,5 +81,15 @@ def _processor() -> str:
     return platform.processor()
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, metavar="RUN")
+    parser.add_argument("log", type=Path, metavar="LOG")
+    parser.add_argument("destination", type=Path, metavar="DEST")
+    parser.add_argument("--export", action="store_true", help="keep weights, prior and pictures of the export too")
+    arguments = parser.parse_args()
+    keep(RunFiles(arguments.run), arguments.log, arguments.destination, arguments.export)
+
+
 if __name__ == "__main__":
-    keep(RunFiles(Path(sys.argv[1])), Path(sys.argv[2]), Path(sys.argv[3]))
+    main()
