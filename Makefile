@@ -32,7 +32,7 @@ chaos: install
 	$(BIN)/python tests/chaos/chaos.py --rounds 30 --seed 0
 
 bench-step bench-search bench-fused: bench-%: install
-	$(BIN)/python benchmarks/$*.py $(if $(QUICK),--quick) $(if $(DATA),--data-dir $(DATA))
+	$(BIN)/python -m benchmarks.$* $(if $(QUICK),--quick) $(if $(DATA),--data-dir $(DATA))
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,21 +1,18 @@
 """Is the front of a search with two objectives as good as a sweep of kl_weight at the default learning rate?
 
-    python benchmarks/front.py RUN [--data-dir data]
+    python -m benchmarks.front RUN [--data-dir data]
 
 The sweep: the classic network of 16 latents at the run's epochs and batch size, learning rate 1e-3, nine kl_weights.
 For each of its points: the lowest distortion among the search's trials of no higher rate, and how much lower it is; and
 the same where two trials may share the images between them, so that rate and distortion are averages of theirs.
 """
 
-import argparse
-import json
 from itertools import product
 from pathlib import Path
 
+from benchmarks.setting import MNIST, parser, say, scores_of, trained
 from tuner.run import RunFiles
 from tuner.trainable import search_scorer
-from tuner.vae.process import settle
-from tuner.vae.train import State, train
 from tuner.workspace import open_workspace
 
 WEIGHTS = (0.01, 0.03, 0.1, 0.3, 0.5, 1, 2, 4, 10)
@@ -31,11 +28,9 @@ def lowest(found: list[tuple[float, float]], rate: float) -> dict[str, float | N
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, metavar="RUN")
-    parser.add_argument("--data-dir", type=Path, default=Path("data"))
-    arguments = parser.parse_args()
-    settle()
+    options = parser(__doc__, MNIST)
+    options.add_argument("run", type=Path, metavar="RUN")
+    arguments = options.parse_args()
     run = RunFiles(arguments.run)
     workspace = open_workspace(run, arguments.data_dir)
     spec, data = workspace.spec, workspace.data
@@ -44,20 +39,12 @@ def main() -> None:
     better = {"front": 0, "shared": 0}
     for number, weight in enumerate(WEIGHTS):
         parameters = spec.baseline.model_copy(update={"kl_weight": weight})
-        state, epochs = State.fresh(parameters, spec.seed, number), spec.budget.max_epochs
-        images = data.train.images
-        for _ in train(state, parameters, images, [epochs], seed=spec.seed, trial=number, total_epochs=epochs):
-            scores = scorer(state.model, parameters, scorer.fit(state.model, parameters))
-        line: dict[str, float | None] = {
-            "kl_weight": weight,
-            "rate": scores["rate"],
-            "distortion": scores["distortion"],
-        }
-        line |= lowest(found, scores["rate"])
-        for kind in better:
-            better[kind] += line[kind] is not None and line[kind] <= scores["distortion"]
-        line = {name: value if value is None else round(value, 2) for name, value in line.items()}
-        print(json.dumps(line), flush=True)
+        model = trained(parameters, data.train.images, spec.budget.max_epochs, seed=spec.seed, trial=number)
+        scores = scores_of(model, parameters, scorer)
+        best = lowest(found, scores["rate"])
+        for kind, distortion in best.items():
+            better[kind] += distortion is not None and distortion <= scores["distortion"]
+        say({"kl_weight": weight, "rate": scores["rate"], "distortion": scores["distortion"], **best}, 2)
     for kind, count in better.items():
         print(f"{kind}: as good or better at {count} of {len(WEIGHTS)} points")
 

@@ -1,28 +1,25 @@
 """Many trials as one array against one after the other and side by side in processes, on a GPU where there is one.
 
-    python benchmarks/fused.py [--data-dir data] [--quick]
+    python -m benchmarks.fused [--data-dir data] [--quick]
 
 Trials of different latent sizes, learning rates and KL weights, in trial-epochs a second: serial is the trial's own
 training generator; processes run it side by side; fused is `tuner/vae/fused.py`. No scores are taken here. On a GPU
 then 64 trials of 20 epochs, and a whole search by `python -m tuner.search` to 0.9 of the gap, fused and in processes.
 """
 
-import argparse
-import json
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
 import torch.multiprocessing as multiprocessing
-from search import SPECS, load_spec, reached, watch, yardstick
 from torch import Tensor
 
+from benchmarks.setting import load_data, load_spec, parser, reached, say, search_command, trained, watch, yardstick
 from tuner.vae.fused import Fused, Job, shape_of
 from tuner.vae.parameters import Parameters
 from tuner.vae.process import settle
-from tuner.vae.train import State, train
+from tuner.vae.train import State
 
 WIDEST = 32
 
@@ -41,9 +38,7 @@ def serial(images: Tensor, epochs: int, first: int = 0, trials: int = 2) -> floa
     """Trial-epochs a second, one trial after the other."""
     started = time.perf_counter()
     for trial in range(first, first + trials):
-        state, parameters = State.fresh(parameters_of(trial), 0, trial), parameters_of(trial)
-        for _ in train(state, parameters, images, [epochs], seed=0, trial=trial, total_epochs=epochs):
-            pass
+        trained(parameters_of(trial), images, epochs, seed=0, trial=trial)
     return trials * epochs / (time.perf_counter() - started)
 
 
@@ -93,41 +88,37 @@ def searches(data_dir: Path | None, seconds: float) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for execution in ("fused", "process"):
             run = Path(folder) / execution
-            name = SPECS / ("mnist.yaml" if data_dir else "digits.yaml")
-            command = [sys.executable, "-m", "tuner.search", str(name), "--run", str(run), "--no-retrain"]
-            command += ["--set", "points_to_evaluate=[]", "--set", f"execution={execution}"]
-            command += ["--data-dir", str(data_dir.resolve())] if data_dir else []
+            options = ("--set", "points_to_evaluate=[]", "--set", f"execution={execution}")
+            command = search_command(data_dir, run, *options)
             found = watch(command, run / "checkpoints", Path(folder) / f"kept-{execution}", seconds)
-            print(json.dumps({"search": execution, **reached(found, scorer, baseline)}), flush=True)
+            say({"search": execution, **reached(found, scorer, baseline)})
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path, help="where MNIST lies; without, the embedded digits")
-    parser.add_argument("--quick", action="store_true", help="small sizes, no searches")
-    arguments = parser.parse_args()
+    options = parser(__doc__, None)
+    options.add_argument("--quick", action="store_true", help="small sizes, no searches")
+    arguments = options.parse_args()
     settle()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         torch.set_float32_matmul_precision("high")  # as the array's host sets it
-    _, data = load_spec(arguments.data_dir)
-    images = data.train.images
+    images = load_data(arguments.data_dir).train.images
     epochs = 2
     processes, sizes = ((2,), (2, 4)) if arguments.quick or device == "cpu" else ((8, 16), (8, 16, 32, 64, 128))
 
     serial(images[:640].to(device), 1, trials=1)  # warms up
     one = serial(images.to(device), epochs)
-    print(json.dumps({"device": device, "serial": round(one, 3)}), flush=True)
+    say({"device": device, "serial": one}, 3)
     for count in processes:
         rate = side_by_side(images, device, epochs, count)
-        print(json.dumps({"processes": count, "trial_epochs_a_second": round(rate, 3)}), flush=True)
+        say({"processes": count, "trial_epochs_a_second": rate}, 3)
     best = 0.0
     for slots in sizes:
         rate = fused(images.to(device), epochs, slots)
         best = max(best, rate)
-        print(json.dumps({"fused": slots, "trial_epochs_a_second": round(rate, 3)}), flush=True)
+        say({"fused": slots, "trial_epochs_a_second": rate}, 3)
     if device == "cuda" and not arguments.quick:
-        print(json.dumps({"64 trials of 20 epochs, seconds": round(64 * 20 / fused(images.to(device), 20, 64), 1)}))
+        say({"64 trials of 20 epochs, seconds": 64 * 20 / fused(images.to(device), 20, 64)}, 1)
         searches(arguments.data_dir, 300)
     print(f"ratio {best / one:.2f}")
 

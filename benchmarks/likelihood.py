@@ -1,6 +1,6 @@
 """The importance-weighted bound of a finished run on the binarized test split, and its standard error.
 
-    python benchmarks/likelihood.py RUN [--data-dir data] [--subset 500] [--samples 5000]
+    python -m benchmarks.likelihood RUN [--data-dir data] [--subset 500] [--samples 5000]
 
 The protocol: each of the 10,000 test images is binarized once, pixel by pixel, white with the probability of its grey
 value. Every image gets the bound of Burda et al. 2016 (eq. 8) with 64 draws; the first --subset images, which are in
@@ -9,13 +9,12 @@ the subset: an unbiased estimate of the mean over all with --samples draws. Its 
 both means. Twice: under N(0, I), as Burda et al. have it, and under the prior that was fitted on training codes alone.
 """
 
-import argparse
-import json
 import math
 from pathlib import Path
 
 import torch
 
+from benchmarks.setting import MNIST, parser, say
 from tuner.run import RunFiles
 from tuner.vae import codec
 from tuner.vae.data import binarize, load_test, pixels
@@ -27,12 +26,11 @@ FEW = 64
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, metavar="RUN")
-    parser.add_argument("--data-dir", type=Path, default=Path("data"))
-    parser.add_argument("--subset", type=int, default=500)
-    parser.add_argument("--samples", type=int, default=5_000)
-    arguments = parser.parse_args()
+    options = parser(__doc__, MNIST)
+    options.add_argument("run", type=Path, metavar="RUN")
+    options.add_argument("--subset", type=int, default=500)
+    options.add_argument("--samples", type=int, default=5_000)
+    arguments = options.parse_args()
     settle()
     export = codec.load(RunFiles(arguments.run).export)
     test = load_test("mnist", arguments.data_dir, download=False)
@@ -53,7 +51,7 @@ def main() -> None:
             "standard error": error,
             "of the difference alone": math.sqrt(gain.var().item() / len(gain)),
         }
-        print(json.dumps({key: round(v, 3) if isinstance(v, float) else v for key, v in line.items()}), flush=True)
+        say(line, 3)
 
 
 if __name__ == "__main__":

@@ -1,36 +1,34 @@
 """Does the order at a rung hold to the end? Random trials of a spec, none of them stopped, scored at every rung.
 
-    python benchmarks/trial_objective.py [SPEC.yaml] [--data-dir data] [--trials 30]
+    python -m benchmarks.ranking [SPEC.yaml] [--data-dir data] [--trials 30]
 
 Prints each trial's objective at each rung and, for each rung that may stop a trial, Spearman's rank correlation with
 the objective at the end, over all trials and over the better half by the final score, where the order matters most.
 """
 
-import argparse
-import json
 from pathlib import Path
 
 import optuna
 from scipy.stats import spearmanr
 
+from benchmarks.setting import MNIST, models_at, parser, say, scores_of
 from tuner import spec as specs
 from tuner.search import DEFAULT_SPEC
 from tuner.trainable import search_scorer
 from tuner.vae import data as datasets
 from tuner.vae.extractor import train_extractor
 from tuner.vae.process import settle
-from tuner.vae.train import State, Stream, derive_seed, train
+from tuner.vae.train import Stream, derive_seed
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("spec", nargs="?", type=Path, default=DEFAULT_SPEC)
-    parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--trials", type=int, default=30)
-    arguments = parser.parse_args()
+    options = parser(__doc__, MNIST)
+    options.add_argument("spec", nargs="?", type=Path, default=DEFAULT_SPEC)
+    options.add_argument("--trials", type=int, default=30)
+    arguments = options.parse_args()
     settle()
     spec = specs.load(arguments.spec)
-    data = datasets.load(spec.data.name, arguments.data_dir or spec.data.directory, download=False)
+    data = datasets.load(spec.data.name, arguments.data_dir, download=False)
     scorer = search_scorer(spec, data, train_extractor(data, derive_seed(spec.seed, Stream.EXTRACTOR, 0)))
     objective, rungs = spec.objective[0], spec.budget.rungs
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -39,14 +37,11 @@ def main() -> None:
     for number in range(arguments.trials):
         searched = study.ask(fixed_distributions=spec.distributions).params
         parameters = spec.parameters(searched)
-        state = State.fresh(parameters, spec.seed, number)
-        images, epochs = data.train.images, spec.budget.max_epochs
         line = []
-        for _ in train(state, parameters, images, rungs, seed=spec.seed, trial=number, total_epochs=epochs):
-            prior = scorer.fit(state.model, parameters)
-            line.append(round(objective.sign * scorer(state.model, parameters, prior)[objective.metric], 3))
+        for _, model in models_at(parameters, data.train.images, rungs, seed=spec.seed, trial=number):
+            line.append(round(objective.sign * scores_of(model, parameters, scorer)[objective.metric], 3))
         scores.append(line)
-        print(json.dumps({"trial": number, **searched, "scores": line}), flush=True)
+        say({"trial": number, **searched, "scores": line}, None)
     better = sorted(scores, key=lambda line: line[-1])[: len(scores) // 2]
     for index, epoch in enumerate(rungs[:-1]):
         everything, half = (

@@ -1,6 +1,6 @@
 """Keep the evidence of a finished run.
 
-    python benchmarks/receipt.py RUN LOG benchmarks/results/DATE-NAME [--export]
+    python -m benchmarks.receipt RUN LOG benchmarks/results/DATE-NAME [--export]
 
 Copies spec, trials.csv, summary.json, the export's model.json, and the log of the command (its first line is the
 command) without its lines of progress. Adds the commit, hardware and versions, and a picture of the classic settings'

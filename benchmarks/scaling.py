@@ -1,6 +1,6 @@
 """Trials per minute on 1, 2, 4 and 8 workers, with a trial that sleeps instead of computing.
 
-    python benchmarks/scaling.py [--seconds 5] [--rounds 6]
+    python -m benchmarks.scaling [--seconds 5] [--rounds 6]
 
 Ideal is one trial every `seconds` on each worker. Counted for each worker is the time from the end of its first trial
 to the end of its last, so that neither the start of processes nor the last trials' wait for each other is in it.
@@ -75,7 +75,7 @@ def main() -> None:
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     for workers in arguments.workers:
         result = measure(workers, arguments.seconds, arguments.rounds)
-        print(json.dumps(result))
+        print(json.dumps(result), flush=True)
     print(f"ratio {result['share_of_ideal']:.2f}")
 
 

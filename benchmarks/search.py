@@ -1,6 +1,6 @@
 """How long until a search holds a checkpoint that closes 0.8, 0.9 and 0.95 of the gap, against two peers.
 
-    python benchmarks/search.py [--data-dir data] [--seconds 240] [--seed 0] [--quick]
+    python -m benchmarks.search [--data-dir data] [--seconds 240] [--seed 0] [--quick]
 
 The peers: Ray Tune as in its own MNIST example, a function trainable with OptunaSearch and ASHA; and Optuna alone, two
 processes on one journal, with its own pruner. Each once with our training step, so that only the search differs, and
@@ -12,58 +12,49 @@ Each runs as one command for --seconds; whatever checkpoint it writes is kept wi
 scored afterwards with noise and an extractor that nobody searched with. Baseline and floor are those of that extractor.
 """
 
-import argparse
-import json
 import os
-import shutil
-import signal
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from step import Pictures, plain
 from torch.utils.data import DataLoader
 
-from tuner import spec as specs
+from benchmarks.setting import (
+    Pictures,
+    command_of,
+    load_spec,
+    models_at,
+    parser,
+    plain,
+    reached,
+    say,
+    search_command,
+    tutorial_loss,
+    watch,
+    yardstick,
+)
 from tuner.spec import Spec
-from tuner.vae import data as datasets
 from tuner.vae.data import Data
 from tuner.vae.extractor import FeatureExtractor, train_extractor
 from tuner.vae.model import VAE
-from tuner.vae.parameters import CLASSIC, Parameters
-from tuner.vae.prior import standard_normal
+from tuner.vae.parameters import Parameters
 from tuner.vae.process import settle
-from tuner.vae.score import Scorer, gap_closed
-from tuner.vae.train import State, train
-from tuner.workspace import FittedModel, load_tensors
+from tuner.vae.score import Scorer
+from tuner.workspace import FittedModel
 
 OURS = ("ours", "ours, told nothing")
 PEERS = ("tune", "optuna")
 LOOPS = ("ours", "tutorial")
-GOALS = (0.5, 0.8, 0.9, 0.95)
-SPECS = Path(__file__).parents[1] / "search_spaces"
-
-
-def load_spec(data_dir: Path | None) -> tuple[Spec, Data]:
-    overrides: list[tuple[str, Any]] = [("points_to_evaluate", [])]
-    spec = specs.load(SPECS / ("mnist.yaml" if data_dir else "digits.yaml"), overrides)
-    return spec, datasets.load(spec.data.name, data_dir or Path(), download=False)
-
 
 # The training loops: a candidate an epoch
 
 
 def our_loop(parameters: Parameters, spec: Spec, data: Data, seed: int) -> Iterator[tuple[float, VAE]]:
     settle()
-    state = State.fresh(parameters, spec.seed, seed)
-    epochs, most = range(1, int(spec.budget.max_epochs) + 1), spec.budget.max_epochs
-    for record in train(state, parameters, data.train.images, epochs, seed=spec.seed, trial=seed, total_epochs=most):
-        yield record.epoch, state.model
+    epochs = range(1, int(spec.budget.max_epochs) + 1)
+    yield from models_at(parameters, data.train.images, epochs, seed=spec.seed, trial=seed)
 
 
 def tutorial_loop(parameters: Parameters, spec: Spec, data: Data, seed: int) -> Iterator[tuple[float, VAE]]:
@@ -75,12 +66,7 @@ def tutorial_loop(parameters: Parameters, spec: Spec, data: Data, seed: int) -> 
     for epoch in range(1, int(spec.budget.max_epochs) + 1):
         model.train()
         for images, _ in loader:
-            mean, log_variance = model.encode(images)
-            drawn = torch.sigmoid(model.decode(mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)))
-            kl = -0.5 * torch.sum(1 + log_variance - mean.pow(2) - log_variance.exp())
-            loss = (torch.nn.functional.mse_loss(drawn, images, reduction="sum") + parameters.kl_weight * kl) / len(
-                images
-            )
+            loss = tutorial_loss(model, images, parameters.kl_weight) / len(images)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -183,76 +169,13 @@ def run_optuna(loop: str, data_dir: Path | None, extractor_file: Path, folder: P
         os.waitpid(child, 0)
 
 
-# The clock and the yardstick
-
-
-def watch(command: list[str], folder: Path, kept: Path, seconds: float) -> list[tuple[float, Path]]:
-    """Run a command for `seconds`; copy each checkpoint that appears in `folder` -> (its time, its copy)."""
-    kept.mkdir(parents=True)
-    found: list[tuple[float, Path]] = []
-    seen: set[tuple[str, int]] = set()
-    started = time.monotonic()
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=(kept / "stderr.txt").open("w"), start_new_session=True
-    )
-    while time.monotonic() - started < seconds and process.poll() is None:
-        for file in sorted(folder.glob("*.pt")):
-            try:
-                stamp = (file.name, file.stat().st_mtime_ns)
-                if stamp not in seen:
-                    copy = kept / f"{len(found):04d}.pt"
-                    shutil.copy(file, copy)
-                    seen.add(stamp)
-                    found.append((time.monotonic() - started, copy))
-            except FileNotFoundError:
-                continue  # no longer among the best
-        time.sleep(0.1)
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGINT)
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    return found
-
-
-def reached(found: list[tuple[float, Path]], scorer: Scorer, baseline: float) -> dict[str, Any]:
-    """When each goal was reached, in seconds since the command; None where it was not."""
-    result: dict[str, Any] = {str(goal): None for goal in GOALS}
-    best = -float("inf")
-    for seconds, file in found:
-        candidate = FittedModel.from_state_dict(load_tensors(file.read_bytes())["best"])
-        distance = scorer.distance(scorer.samples(candidate.model, candidate.prior, scorer.count))
-        best = max(best, gap_closed(distance, scorer.floor, baseline))
-        for goal in GOALS:
-            if result[str(goal)] is None and best >= goal:
-                result[str(goal)] = round(seconds, 1)
-        if best >= GOALS[-1]:
-            break
-    return result | {
-        "checkpoints": len(found),
-        "first_checkpoint": round(found[0][0], 1) if found else None,
-        "best": round(best, 4),
-    }
-
-
-def yardstick(spec: Spec, data: Data) -> tuple[Scorer, float]:
-    """A scorer with noise and an extractor that nobody searched with, and the classic settings' distance under it."""
-    scorer = Scorer(train_extractor(data, 22), data.train, data.validation, seed=33, count=5_000, prior_count=5_000)
-    classic = CLASSIC.model_copy(update={"batch_size": spec.baseline.batch_size})
-    *_, (_, model) = our_loop(classic, spec, data, 0)
-    return scorer, scorer.distance(scorer.samples(model, standard_normal(classic.latent_dim), scorer.count))
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path, help="where MNIST lies; without, the embedded digits")
-    parser.add_argument("--seconds", type=float, default=240, help="for each search")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="digits and one peer, 20 seconds each")
-    parser.add_argument("--peer", nargs=4, metavar=("PEER", "LOOP", "EXTRACTOR", "FOLDER"), help="be a peer")
-    arguments = parser.parse_args()
+    options = parser(__doc__, None)
+    options.add_argument("--seconds", type=float, default=240, help="for each search")
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--quick", action="store_true", help="digits and one peer, 20 seconds each")
+    options.add_argument("--peer", nargs=4, metavar=("PEER", "LOOP", "EXTRACTOR", "FOLDER"), help="be a peer")
+    arguments = options.parse_args()
     data_dir = arguments.data_dir and arguments.data_dir.resolve()
     if arguments.peer:
         peer, loop, extractor_file, folder = arguments.peer
@@ -265,30 +188,29 @@ def main() -> None:
     spec, data = load_spec(data_dir)
     given = train_extractor(data, 11)
     scorer, baseline = yardstick(spec, data)
-    print(json.dumps({"floor": round(scorer.floor, 3), "baseline": round(baseline, 2)}), flush=True)
+    say({"floor": scorer.floor, "baseline": baseline}, 3)
 
     results = {}
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
         torch.save(given.state_dict(), place / "extractor.pt")
         where = ["--data-dir", str(data_dir)] if data_dir else []
-        name = SPECS / ("mnist.yaml" if data_dir else "digits.yaml")
         for told in OURS if not arguments.quick else OURS[:1]:
             run = place / told
-            command = [sys.executable, "-m", "tuner.search", str(name), *where, "--run", str(run), "--no-retrain"]
-            command += ["--seed", str(arguments.seed)] + ([] if told == OURS[0] else ["--set", "points_to_evaluate=[]"])
+            blind = [] if told == OURS[0] else ["--set", "points_to_evaluate=[]"]
+            command = search_command(data_dir, run, "--seed", arguments.seed, *blind)
             found = watch(command, run / "checkpoints", place / f"kept-{told}", seconds)
             results[told] = reached(found, scorer, baseline)
-            print(json.dumps({"search": told, **results[told]}), flush=True)
+            say({"search": told, **results[told]})
         for peer in peers:
             for loop in loops:
                 folder = place / f"{peer}-{loop}"
                 folder.mkdir()
-                me = [sys.executable, __file__, *where, "--seed", str(arguments.seed)]
-                command = [*me, "--peer", peer, loop, str(place / "extractor.pt"), str(folder)]
+                who = ("--peer", peer, loop, place / "extractor.pt", folder)
+                command = command_of("benchmarks.search", *where, "--seed", arguments.seed, *who)
                 found = watch(command, folder, place / f"kept-{peer}-{loop}", seconds)
                 results[f"{peer}, {loop}"] = reached(found, scorer, baseline)
-                print(json.dumps({"search": f"{peer}, training of {loop}", **results[f"{peer}, {loop}"]}), flush=True)
+                say({"search": f"{peer}, training of {loop}", **results[f"{peer}, {loop}"]})
     goal = next((str(goal) for goal in (0.9, 0.8, 0.5) if results[OURS[0]][str(goal)]), None)
     if goal is None:
         print("ours came nowhere\nratio 0.00")

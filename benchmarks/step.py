@@ -1,6 +1,6 @@
 """One training step on one core: ours against the tutorial loop, end to end with evaluation.
 
-    python benchmarks/step.py [--data-dir data] [--quick]
+    python -m benchmarks.step [--data-dir data] [--quick]
 
 The tutorial loop is what the MNIST tutorials show: torchvision's ToTensor, a DataLoader, the plain network, Adam, the
 loss on held-out images after each epoch. Ours is the trial's: the training generator, then the prior fitted and every
@@ -18,15 +18,11 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from PIL import Image
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from tuner.vae import data as datasets
-from tuner.vae.data import Data, Split
+from benchmarks.setting import Pictures, command_of, load_data, plain, repeated, tutorial_loss
+from tuner.vae.data import Data
 from tuner.vae.extractor import FeatureExtractor
-from tuner.vae.model import VAE
 from tuner.vae.parameters import Parameters
 from tuner.vae.process import settle
 from tuner.vae.score import Scorer
@@ -38,44 +34,12 @@ EPOCHS = 2
 VARIANTS = ("tutorial", "tutorial, settled", "ours, not settled", "ours")
 
 
-def plain(latent_dim: int, width: int = 32) -> VAE:
-    """The network in PyTorch's own layers."""
-    model = VAE(latent_dim, width)
-    pixels = nn.ConvTranspose2d(width, 1, 3, stride=2, padding=1, output_padding=1)
-    pixels.load_state_dict(model.decoder[-1].state_dict())
-    model.decoder[-1] = pixels
-    return model
-
-
-class Pictures(Dataset[tuple[Tensor, int]]):
-    """As torchvision's MNIST hands them out."""
-
-    def __init__(self, split: Split):
-        datasets._torchvision_datasets()  # torchvision beside a CPU build of torch
-        from torchvision.transforms import ToTensor
-
-        self.split, self.transform = split, ToTensor()
-
-    def __len__(self) -> int:
-        return len(self.split)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        picture = Image.fromarray(self.split.images[index, 0].numpy())
-        return self.transform(picture), int(self.split.labels[index])
-
-
 def tutorial(data: Data) -> tuple[float, float]:
     """Seconds of training and of evaluation."""
     model = plain(16)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     training = DataLoader(Pictures(data.train), batch_size=BATCH, shuffle=True)
     held_out = DataLoader(Pictures(data.validation), batch_size=BATCH)
-
-    def loss_of(images: Tensor) -> Tensor:
-        mean, log_variance = model.encode(images)
-        latents = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
-        error = F.mse_loss(torch.sigmoid(model.decode(latents)), images, reduction="sum")
-        return error - 0.5 * torch.sum(1 + log_variance - mean.pow(2) - log_variance.exp())
 
     seconds = [0.0, 0.0]
     total = 0.0
@@ -84,7 +48,7 @@ def tutorial(data: Data) -> tuple[float, float]:
         model.train()
         for images, _ in training:
             optimizer.zero_grad()
-            loss = loss_of(images)
+            loss = tutorial_loss(model, images)
             loss.backward()
             total += loss.item()
             optimizer.step()
@@ -92,7 +56,7 @@ def tutorial(data: Data) -> tuple[float, float]:
         model.eval()
         with torch.no_grad():
             for images, _ in held_out:
-                total += loss_of(images).item()
+                total += tutorial_loss(model, images).item()
         seconds[0] += trained - started
         seconds[1] += time.perf_counter() - trained
     return seconds[0], seconds[1]
@@ -127,16 +91,6 @@ def matrix_product() -> float:
     return 2 * 1024**3 / statistics.median(seconds) / 1e9
 
 
-def load(directory: Path | None, images: int) -> Data:
-    data = datasets.load("mnist" if directory else "digits", directory or Path(), download=False)
-
-    def sized(split: Split, count: int) -> Split:
-        index = torch.arange(count) % len(split)
-        return Split(split.images[index], split.labels[index])
-
-    return Data(sized(data.train, images), sized(data.validation, images // 5))
-
-
 def measure(variant: str, directory: Path | None, images: int) -> None:
     """Train and evaluate as `variant` does, after a short time that warms up."""
     torch.set_num_threads(1)
@@ -144,8 +98,9 @@ def measure(variant: str, directory: Path | None, images: int) -> None:
         settle()
     torch.manual_seed(0)
     run = tutorial if variant.startswith("tutorial") else ours
-    run(load(directory, 10 * BATCH))
-    training, evaluation = run(load(directory, images))
+    data = load_data(directory)
+    run(repeated(data, 10 * BATCH))
+    training, evaluation = run(repeated(data, images))
     rate = EPOCHS * images / training
     result = {
         "variant": variant,
@@ -169,7 +124,7 @@ def main() -> None:
     found: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     for _ in range(rounds):
         for variant in VARIANTS:
-            command = [sys.executable, __file__, *sys.argv[1:], "--variant", variant]
+            command = command_of("benchmarks.step", *sys.argv[1:], "--variant", variant)
             line = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             print(line, end="", flush=True)
             found[variant].append(json.loads(line)["images_per_second"])

@@ -1,6 +1,6 @@
 """What would pay inside the training step on MNIST that the tuner does not have: one change at a time.
 
-    python benchmarks/training.py [--data-dir data] [--epochs 5] [--seed 0]
+    python -m benchmarks.training [--data-dir data] [--epochs 5] [--seed 0]
 
 The point and the scores of `ablation.py`, trained by a plain PyTorch loop that sees the same images in the same order,
 with the same noise and the same initial weights as the product's, so that the loop can do what the product can't.
@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from ablation import SHOWN, begin
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from benchmarks.setting import SHOWN, shipped_point
 from tuner.vae.data import pixels
 from tuner.vae.losses import PIXELS, kl_divergence, squared_error
 from tuner.vae.model import VAE
@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    base, data, scorer = begin(arguments.data_dir)
+    base, data, scorer = shipped_point(arguments.data_dir)
     for name, change in CHANGES.items():
         model = trained(base, data.train.images, arguments.epochs, arguments.seed, **change)
         scores = scorer(model, base, scorer.fit(model, base))

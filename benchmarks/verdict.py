@@ -1,6 +1,6 @@
 """Score finished runs on the test split under extractors that no search ever saw, beside the classic settings.
 
-    python benchmarks/verdict.py RUN [RUN ...] [--data-dir data] [--classic-epochs 59]
+    python -m benchmarks.verdict RUN [RUN ...] [--data-dir data] [--classic-epochs 59]
 
 Runs are those of one search: the first as it ended, others with its winner retrained and exported under other seeds.
 The classic settings are the first run's baseline, and the same trained for --classic-epochs: what the winner had in
@@ -10,8 +10,6 @@ matched mixture. A line for each: floor, the classic distances, and mean and spr
 ratio to the floor, and the gap closed against either classic.
 """
 
-import argparse
-import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -20,17 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.setting import MNIST, parser, say, trained
 from tuner.run import RunFiles
 from tuner.study import BASELINE
 from tuner.vae import codec
-from tuner.vae import data as datasets
 from tuner.vae.data import Data, load_test
 from tuner.vae.extractor import FEATURES, FeatureExtractor, fit
 from tuner.vae.model import VAE
 from tuner.vae.prior import Prior, standard_normal
-from tuner.vae.process import settle
 from tuner.vae.score import Scorer, gap_closed
-from tuner.vae.train import State, train
 from tuner.workspace import FINAL_SAMPLES, last_of, load_extractors, open_workspace
 
 
@@ -89,23 +85,20 @@ def drawn(model: VAE, prior: Prior, seed: int = 77) -> Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
-    parser.add_argument("--data-dir", type=Path, default=Path("data"))
-    parser.add_argument("--classic-epochs", type=int, default=59)
-    arguments = parser.parse_args()
-    settle()
+    options = parser(__doc__, MNIST)
+    options.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    options.add_argument("--classic-epochs", type=int, default=59)
+    arguments = options.parse_args()
     runs = [RunFiles(path) for path in arguments.runs]
-    spec = open_workspace(runs[0], arguments.data_dir).spec
-    data = datasets.load(spec.data.name, arguments.data_dir, download=False)
+    workspace = open_workspace(runs[0], arguments.data_dir)
+    spec, data = workspace.spec, workspace.data
     test = load_test(spec.data.name, arguments.data_dir, download=False)
 
     baseline = last_of(runs[0], BASELINE)
     pictures = {"classic": drawn(baseline.model, baseline.prior)}
     epochs = arguments.classic_epochs
-    state = State.fresh(spec.baseline, spec.seed, BASELINE)
-    for _ in train(state, spec.baseline, data.train.images, [epochs], seed=spec.seed, trial=0, total_epochs=epochs):
-        pictures["classic, as long"] = drawn(state.model, standard_normal(state.model.latent_dim))
+    longer = trained(spec.baseline, data.train.images, epochs, seed=spec.seed, trial=BASELINE)
+    pictures["classic, as long"] = drawn(longer, standard_normal(longer.latent_dim))
     for run in runs:
         export = codec.load(run.export)
         pictures[run.name] = drawn(export.model, export.prior)
@@ -115,15 +108,15 @@ def main() -> None:
             free += sum(weight.numel() for weight in export.prior.flow.parameters())
         count = {"weights": export.info["weights"], "free numbers of the prior": free}
         shown = ("frechet_distance", "floor", "gap_closed", "recall", "coverage", "sharpness", "copied")
-        scores = {name: round(export.info["test"][name], 4) for name in (*shown, "knn_accuracy")}
-        print(json.dumps({"run": run.name, **count, "prior": export.info["parameters"]["prior"], **scores}), flush=True)
+        scores = {name: export.info["test"][name] for name in (*shown, "knn_accuracy")}
+        say({"run": run.name, **count, "prior": export.info["parameters"]["prior"], **scores})
     classic = sum(weight.numel() for weight in baseline.model.parameters())
-    print(json.dumps({"classic weights": classic}), flush=True)
+    say({"classic weights": classic})
 
     for name, extractor in extractors(runs[0], data).items():
         scorer = Scorer(extractor, data.train, test, seed=88, count=FINAL_SAMPLES, prior_count=10)
         distances = {who: scorer.distance(images) for who, images in pictures.items()}
-        line: dict[str, Any] = {"extractor": name, "right": round(extractor.accuracy(scorer.images, test.labels), 4)}
+        line: dict[str, Any] = {"extractor": name, "right": extractor.accuracy(scorer.images, test.labels)}
         line |= {"floor": scorer.floor} | {who: distances[who] for who in ("classic", "classic, as long")}
         ours = [distances[run.name] for run in runs]
         for key, values in {
@@ -134,7 +127,7 @@ def main() -> None:
         }.items():
             line[key] = statistics.mean(values)
             line[f"{key}, spread"] = max(values) - min(values)
-        print(json.dumps({key: round(v, 4) if isinstance(v, float) else v for key, v in line.items()}), flush=True)
+        say(line)
 
 
 if __name__ == "__main__":
