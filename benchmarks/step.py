@@ -1,12 +1,13 @@
-"""One training step on one core: ours against the tutorial loop, end to end with evaluation.
+"""One training step on one core: ours, both of them, against the tutorial loop, end to end with evaluation.
 
     python -m benchmarks.step [--data-dir data] [--quick]
 
 The tutorial loop is what the MNIST tutorials show: torchvision's ToTensor, a DataLoader, the plain network, Adam, the
 loss on held-out images after each epoch. Ours is the trial's: the training generator, then the prior fitted and every
-score. Same network, batch, images, one thread, two epochs: denormal numbers only come up in the second. Each runs in a
-process of its own, turn by turn, and both also with and without the settings of `tuner/vae/process.py`. Without
---data-dir the embedded digits are repeated to MNIST's number.
+score; once with the written-out step, and once with the autograd step that trains any other model. Same network, batch,
+images, one thread, two epochs: denormal numbers only come up in the second. Each runs in a process of its own, turn by
+turn; all but one under the settings of `tuner/vae/process.py`, the tutorial loop also without. Without --data-dir the
+embedded digits are repeated to MNIST's number.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,15 +25,17 @@ from torch.utils.data import DataLoader
 from benchmarks.setting import Pictures, command_of, load_data, plain, repeated, tutorial_loss
 from tuner.vae.data import Data
 from tuner.vae.extractor import FeatureExtractor
+from tuner.vae.fitted import Fitter
 from tuner.vae.parameters import Parameters
 from tuner.vae.process import settle
 from tuner.vae.score import Scorer
-from tuner.vae.train import State, train
+from tuner.vae.step import AutogradStep, State, WrittenOutStep
+from tuner.vae.train import train
 
 BATCH = 128
 MFLOP = 14.2  # a training image, forward and backward; a multiplication and an addition are two
 EPOCHS = 2
-VARIANTS = ("tutorial", "tutorial, settled", "ours, not settled", "ours")
+VARIANTS = ("tutorial", "tutorial, settled", "autograd step", "written-out step")
 
 
 def tutorial(data: Data) -> tuple[float, float]:
@@ -62,18 +66,21 @@ def tutorial(data: Data) -> tuple[float, float]:
     return seconds[0], seconds[1]
 
 
-def ours(data: Data) -> tuple[float, float]:
+def ours(data: Data, autograd: bool) -> tuple[float, float]:
     """Seconds of training and of evaluation; the extractor is untrained, which takes the same time."""
     count = len(data.train)
     extractor = FeatureExtractor().eval().requires_grad_(False)
-    scorer = Scorer(extractor, data.train, data.validation, seed=0, count=count // 20, prior_count=count // 10)
+    scorer = Scorer(extractor, data.train, data.validation, seed=0, count=count // 20)
+    fitter = Fitter(data.train, seed=0, count=count // 10, matching_count=count // 100)
     parameters = Parameters(latent_dim=16, batch_size=BATCH, prior="gaussian_mixture")
     state = State.fresh(parameters, 0, 0)
+    step = AutogradStep if autograd else WrittenOutStep
     seconds = [0.0, 0.0]
     images, epochs = data.train.images, range(1, EPOCHS + 1)
-    for record in train(state, parameters, images, epochs, seed=0, trial=0, total_epochs=EPOCHS):
+    rules = {"seed": 0, "trial": 0, "total_epochs": EPOCHS}
+    for record in train(state, parameters, images, epochs, make_step=step, **rules):
         started = time.perf_counter()
-        scorer(state.model, parameters, scorer.fit(state.model, parameters))
+        scorer(fitter(state.model, parameters))
         seconds[0] += record.seconds
         seconds[1] += time.perf_counter() - started
     return seconds[0], seconds[1]
@@ -94,10 +101,10 @@ def matrix_product() -> float:
 def measure(variant: str, directory: Path | None, images: int) -> None:
     """Train and evaluate as `variant` does, after a short time that warms up."""
     torch.set_num_threads(1)
-    if variant in ("tutorial, settled", "ours"):
+    if variant != "tutorial":
         settle()
     torch.manual_seed(0)
-    run = tutorial if variant.startswith("tutorial") else ours
+    run = tutorial if variant.startswith("tutorial") else partial(ours, autograd=variant == "autograd step")
     data = load_data(directory)
     run(repeated(data, 10 * BATCH))
     training, evaluation = run(repeated(data, images))
@@ -128,7 +135,9 @@ def main() -> None:
             line = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             print(line, end="", flush=True)
             found[variant].append(json.loads(line)["images_per_second"])
-    print(f"ratio {statistics.median(found['ours']) / statistics.median(found['tutorial']):.2f}")
+    tutorial_rate = statistics.median(found["tutorial"])
+    for variant in VARIANTS[1:]:
+        print(f"{variant}: {statistics.median(found[variant]) / tutorial_rate:.2f} times the tutorial loop")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ the definition; `WrittenOutStep` computes the same to rounding and is held to th
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -65,7 +66,10 @@ class Step(Protocol):
         """Write weights, averages and the number of steps back into the state."""
 
 
-def make_step(state: State, likelihood: str, device: torch.device) -> Step:
+StepMaker = Callable[[State, str, torch.device], Step]  # from a state, a likelihood and the device to train on
+
+
+def fastest_step(state: State, likelihood: str, device: torch.device) -> Step:
     """The written-out step for the built-in family, the reference for any other model."""
     return (WrittenOutStep if isinstance(state.model, VAE) else AutogradStep)(state, likelihood, device)
 

@@ -12,7 +12,7 @@ from tuner.vae.data import as_floats, binarize
 from tuner.vae.losses import Diverged
 from tuner.vae.parameters import TrainingParameters
 from tuner.vae.seeds import Stream, generator
-from tuner.vae.step import Factors, State, make_step
+from tuner.vae.step import Factors, State, StepMaker, fastest_step
 
 FINITE_CHECK_STEPS = 50  # reading a loss waits for a GPU, so not every step
 
@@ -106,6 +106,7 @@ def train(
     seed: int,
     trial: int,
     total_epochs: float,
+    make_step: StepMaker = fastest_step,
 ) -> Iterator[Record]:
     """Train `state` and yield at each of `epochs` (increasing; those already behind are skipped).
 
@@ -113,7 +114,7 @@ def train(
     `state` is as it was at the last record.
 
     `images` is (N, C, H, W) uint8, on the device to train on; `state` stays on the CPU. The cosine schedule ends
-    at `total_epochs`. Raises Diverged as soon as a loss is seen not to be finite.
+    at `total_epochs`; `make_step` makes what trains. Raises Diverged as soon as a loss is seen not to be finite.
     """
     latent_dim, device = state.model.latent_dim, images.device
     inputs = StepInputs(parameters, len(images), latent_dim, seed=seed, trial=trial, total_epochs=total_epochs)
