@@ -8,15 +8,16 @@ import sys
 from collections import Counter
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from rich.table import Table
+
+from tuner import spec as specs
 from tuner.exits import command, refuse, resumable
 from tuner.run import Refused, RunFiles, write_atomic
+from tuner.spec import Spec
 from tuner.storage import opened
+from tuner.study import BASELINE
 from tuner.terminal import console, final_words, status_words
-
-if TYPE_CHECKING:
-    from tuner.spec import Spec
 
 DEFAULT_SPEC = Path(__file__).parent.parent / "search_spaces" / "digits.yaml"
 
@@ -43,7 +44,6 @@ def job(run: RunFiles, arguments: argparse.Namespace) -> int:
     from tuner.promote import promote_stage
     from tuner.report import report_stage
     from tuner.retrain import retrain_stage
-    from tuner.study import BASELINE
     from tuner.vae import data as datasets
     from tuner.workspace import Workspace, load_extractors
 
@@ -51,7 +51,7 @@ def job(run: RunFiles, arguments: argparse.Namespace) -> int:
         spec = load_spec(run, arguments)
         tested = run.summary().test
         if run.report.exists() and run.export.exists() and tested and (tested.retrained or arguments.no_retrain):
-            return finish(run, spec)
+            return show(final_words(run, spec))
         directory = arguments.data_dir or spec.data.directory
         data = datasets.load(spec.data.name, directory, spec.data.download)
         load_extractors(run)
@@ -59,7 +59,8 @@ def job(run: RunFiles, arguments: argparse.Namespace) -> int:
         refuse(error)
 
     with run.claimed():
-        begin(run, spec)
+        if not run.spec.exists():
+            write_atomic(run.spec, spec.to_yaml())
         if not run.summary().best:
             with FeatureExtractors(run, spec, data, directory) as extractors:
                 from tuner.cluster import cluster
@@ -83,7 +84,7 @@ def job(run: RunFiles, arguments: argparse.Namespace) -> int:
         run.report.unlink(missing_ok=True)  # a report is the last thing a finished run gets
         export_stage(workspace)
         report_stage(run)
-    return finish(run, spec)
+    return show(final_words(run, spec))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -111,10 +112,8 @@ def default_run(spec: Path | None) -> str:
     return f"runs/{(spec or DEFAULT_SPEC).stem}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
-def load_spec(run: RunFiles, arguments: argparse.Namespace) -> "Spec":
+def load_spec(run: RunFiles, arguments: argparse.Namespace) -> Spec:
     """The spec to work by. Raises ValueError where it is no good or the run belongs to another."""
-    from tuner import spec as specs
-
     if arguments.concurrency is not None and arguments.concurrency < 1:
         raise ValueError(f"--concurrency {arguments.concurrency}: expected 1 or more")
     flags = {
@@ -136,28 +135,19 @@ def load_spec(run: RunFiles, arguments: argparse.Namespace) -> "Spec":
     return spec
 
 
-def begin(run: RunFiles, spec: "Spec") -> None:
-    """Write what makes a folder a run."""
-    if not run.spec.exists():
-        write_atomic(run.spec, spec.to_yaml())
-
-
 def status(place: str) -> int:
     """How a run stands, from its files alone."""
     with resumable(command("tuner.search", ["--status", place])), opened(place) as run:
         if not run.spec.exists():
             raise Refused(f"{place}: not a run directory (no {run.spec.name})")
         try:
-            for part in status_words(run):
-                console(sys.stdout).print(part)
+            return show(status_words(run))
         except ValueError as error:
             refuse(error)
-    return 0
 
 
-def finish(run: RunFiles, spec: "Spec") -> int:
-    """The closing table, and where to look."""
-    for part in final_words(run, spec):
+def show(words: list[Table | str]) -> int:
+    for part in words:
         console(sys.stdout).print(part)
     return 0
 
