@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 from torch.quasirandom import SobolEngine
 
 from tuner.vae.flow import Flow
@@ -57,13 +58,9 @@ class Prior:
     def log_density(self, latents: Tensor) -> Tensor:
         """log p(z) in nats: (B, Z) -> (B,), float64."""
         points, logdet = (latents, torch.zeros(1)) if self.flow is None else self.flow.inverse(latents)
-        factors = torch.linalg.cholesky(self.covariances.double())
-        centred = (points.double().unsqueeze(0) - self.means.double().unsqueeze(1)).mT
-        whitened = torch.linalg.solve_triangular(factors, centred, upper=False).square().sum(1)
-        height = self.weights.double().log() - factors.diagonal(dim1=1, dim2=2).log().sum(1)
-        constant = 0.5 * latents.shape[1] * math.log(2 * math.pi)
-        density: Tensor = (height.unsqueeze(1) - 0.5 * whitened).logsumexp(0)
-        return density - constant + logdet.double()
+        gaussians = MultivariateNormal(self.means.double(), self.covariances.double())
+        density: Tensor = MixtureSameFamily(Categorical(self.weights.double()), gaussians).log_prob(points.double())
+        return density + logdet.double()
 
     def state_dict(self) -> dict[str, Tensor]:
         flow = {} if self.flow is None else self.flow.state_dict(prefix=FLOW)
