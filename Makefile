@@ -1,6 +1,7 @@
 # make search: install into .venv and run the main job on the embedded digits.
 # make test:   install into .venv and run the tests.
 # make check:  the whole gate, exactly as CI runs it.
+# make docs:   docs/spec.md and the schema, anew from the code.
 # make long:   the tests that take the gate beyond ten minutes.
 # make bench-step, bench-search, bench-fused: the training step, the search and fused trials against plain references;
 #              QUICK=1 for the short form, DATA=DIR for the MNIST that lies there.
@@ -8,7 +9,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install search test check long chaos lint types contracts constraints clean bench-step bench-search bench-fused
+.PHONY: install search test check docs long chaos lint types contracts constraints clean bench-step bench-search bench-fused
 
 install: .venv/installed
 
@@ -24,6 +25,10 @@ test: install
 	$(BIN)/python -m pytest
 
 check: lint types contracts test
+
+docs: install
+	$(BIN)/python docs/spec_reference.py > docs/spec.md
+	$(BIN)/python -m tuner.spec --schema > search_spaces/schema.json
 
 long: install
 	$(BIN)/python -m pytest -m long -n0

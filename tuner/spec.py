@@ -79,15 +79,19 @@ Seconds = Annotated[
 
 
 class DataSpec(_Frozen):
-    name: Literal["digits", "mnist"] = Field("digits", description="digits is embedded and needs no download")
-    directory: Path = Field(Path("data"), description="where MNIST lies, or is downloaded to")
-    download: bool = Field(True, description="fetch MNIST when it is not in the directory")
+    """On which images."""
+
+    name: Literal["digits", "mnist"] = Field(
+        "digits", description="the data set; digits comes with scikit-learn and needs no download"
+    )
+    directory: Path = Field(Path("data"), description="the folder that MNIST is read from, or downloaded to")
+    download: bool = Field(True, description="download MNIST where its files are not in the directory")
 
 
 class _Range(_Frozen):
     """Numbers from low to high, both included, `step` apart where there is one."""
 
-    log: bool = False
+    log: bool = Field(False, description="sample evenly on a logarithmic scale; needs low above 0, excludes step")
 
     @model_validator(mode="after")
     def _check(self) -> "_Range":
@@ -118,25 +122,28 @@ class _Range(_Frozen):
 class IntRange(_Range):
     """Whole numbers from low to high, both included."""
 
-    type: Literal["int"]
-    low: Whole = Field(ge=-(2**53), le=2**53)  # beyond, a float no longer holds every whole number
-    high: Whole = Field(ge=-(2**53), le=2**53)
-    step: Whole | None = Field(None, ge=1, le=2**53)
+    type: Literal["int"] = Field(description="whole numbers")
+    # beyond 2^53 a float no longer holds every whole number
+    low: Whole = Field(ge=-(2**53), le=2**53, description="the least value, included")
+    high: Whole = Field(
+        ge=-(2**53), le=2**53, description="the greatest value, included; with a step, low plus whole steps"
+    )
+    step: Whole | None = Field(None, ge=1, le=2**53, description="the distance between two values; without, 1")
 
 
 class FloatRange(_Range):
     """Real numbers from low to high, both included."""
 
-    type: Literal["float"]
-    low: Real
-    high: Real
-    step: Real | None = Field(None, gt=0)
+    type: Literal["float"] = Field(description="real numbers")
+    low: Real = Field(description="the least value, included")
+    high: Real = Field(description="the greatest value, included; with a step, low plus whole steps")
+    step: Real | None = Field(None, gt=0, description="the distance between two values; without, any value in between")
 
 
 class Choices(_Frozen):
     """One of a list of values."""
 
-    choices: tuple[Value, ...] = Field(min_length=1)
+    choices: tuple[Value, ...] = Field(min_length=1, description="the values")
 
     def ends(self) -> list[Value]:
         return list(self.choices)
@@ -163,8 +170,10 @@ Entry = Annotated[
 
 
 class Objective(_Frozen):
-    metric: Literal[tuple(METRICS)]  # type: ignore[valid-type]
-    direction: Literal["minimize", "maximize"]
+    """What is to be small or large; a metric's name alone means the metric's own direction."""
+
+    metric: Literal[tuple(METRICS)] = Field(description="a metric's name")  # type: ignore[valid-type]
+    direction: Literal["minimize", "maximize"] = Field(description="which way is better; by default the metric's own")
 
     @model_validator(mode="before")
     @classmethod
@@ -190,11 +199,21 @@ def _as_list(value: Any) -> Any:
 
 
 class Budget(_Frozen):
+    """How much is searched, and when weak trials are stopped."""
+
     trials: Whole = Field(24, ge=1, description="trials in all, the baseline among them")
-    max_epochs: Real = Field(9, gt=0, description="epochs of a trial that is never stopped")
-    grace_epochs: Real = Field(1, gt=0, description="no trial is stopped before; a fraction of an epoch is allowed")
-    reduction_factor: Real = Field(3, ge=1.2, description="one trial in this many survives each rung")
-    time_limit: Seconds | None = Field(None, description="stop the search after so long: seconds, or 90s, 30m, 2h")
+    max_epochs: Real = Field(9, gt=0, description="epochs of a trial that is not stopped; a fraction is allowed")
+    grace_epochs: Real = Field(
+        1, gt=0, description="the first rung at which trials are stopped; a fraction is allowed, max_epochs at most"
+    )
+    reduction_factor: Real = Field(
+        3,
+        ge=1.2,
+        description="one trial in this many goes on at each rung; each rung is this many times the one before",
+    )
+    time_limit: Seconds | None = Field(
+        None, description="ends the search after so long: a number of seconds, or 90s, 30m, 1.5h; without, never"
+    )
 
     @property
     def rungs(self) -> tuple[float, ...]:
@@ -213,42 +232,59 @@ class Budget(_Frozen):
 class FittedPrior(_Frozen):
     """A prior that is fitted after training, as in a trial's parameters."""
 
-    prior: Literal["gaussian_mixture", "matched_mixture", "flow"]
-    prior_components: Whole = Field(Parameters.model_fields["prior_components"].default, ge=1, le=1000)
+    prior: Literal["gaussian_mixture", "matched_mixture", "flow"] = Field(description="as the parameter prior")
+    prior_components: Whole = Field(
+        Parameters.model_fields["prior_components"].default, ge=1, le=1000, description="Gaussians in the mixture"
+    )
 
 
 class RetrainSpec(_Frozen):
-    epochs: Whole = Field(50, ge=1)
+    """How the promoted trial is trained on."""
+
+    epochs: Whole = Field(50, ge=1, description="epochs that the promoted trial is trained on")
     priors: tuple[FittedPrior, ...] = Field(
         tuple(FittedPrior(prior="gaussian_mixture", prior_components=count) for count in (10, 20, 50, 100)),
-        description="what is tried at the end beside the trial's own fitted prior; the best on validation is kept",
+        description="priors tried after the last epoch beside the trial's own; the best on validation is kept; "
+        "none is tried where the trial's prior is standard_normal",
     )
 
 
 class Resources(_Frozen):
     """What one trial takes of a node; Ray places trials by it."""
 
-    cpu: Real = Field(1, gt=0, description="CPU cores a trial, a fraction allowed")
-    gpu: Real = Field(0, ge=0, description="GPUs a trial, a fraction allowed")
+    cpu: Real = Field(1, gt=0, description="CPU cores a trial; a fraction is allowed")
+    gpu: Real = Field(0, ge=0, description="GPUs a trial; a fraction is allowed")
 
 
 class Spec(_Frozen):
     """What is searched, on which data, for which objective, with which budget."""
 
-    data: DataSpec = DataSpec()
-    space: dict[str, Entry] = Field(min_length=1, description="searched parameters")
-    fixed: dict[str, Value] = Field({}, description="parameters that all trials share")
-    points_to_evaluate: tuple[dict[str, Value], ...] = Field((), description="points to run before any others")
-    objective: Annotated[tuple[Objective, ...], BeforeValidator(_as_list), Field(min_length=1)] = (
-        Objective(metric="frechet_distance", direction="minimize"),
+    data: DataSpec = Field(DataSpec(), description="on which images")
+    space: dict[str, Entry] = Field(
+        min_length=1, description="searched parameters: each name with a range or choices, all ends included"
     )
-    budget: Budget = Budget()
-    retrain: RetrainSpec = RetrainSpec()
-    resources: Resources = Resources()
+    fixed: dict[str, Value] = Field(
+        {}, description="parameters that all trials share; what is neither searched nor fixed has its default"
+    )
+    points_to_evaluate: tuple[dict[str, Value], ...] = Field(
+        (), description="points of the space to run first, in this order; what a point leaves out is proposed"
+    )
+    objective: Annotated[tuple[Objective, ...], BeforeValidator(_as_list), Field(min_length=1)] = Field(
+        (Objective(metric="frechet_distance", direction="minimize"),),
+        description="one metric, or a list; of several the front is searched, and no trial is stopped early",
+    )
+    budget: Budget = Field(Budget(), description="how much is searched, and when weak trials are stopped")
+    retrain: RetrainSpec = Field(RetrainSpec(), description="how the promoted trial is trained on")
+    resources: Resources = Field(Resources(), description="what one trial takes of a node")
     execution: Literal["process", "fused", "auto"] = Field(
         "auto", description="process: each trial in its own; fused: many as one array; auto: fused where there is a GPU"
     )
-    seed: Whole = Field(0, ge=0, lt=2**32)
+    seed: Whole = Field(
+        0,
+        ge=0,
+        lt=2**32,
+        description="what all random numbers of a run are derived from; the splits of the data do not depend on it",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "Spec":

@@ -18,9 +18,9 @@ class ModelParameters(_Strict):
     """What the network is: read by `model.build`."""
 
     model: Literal["vae", "autoencoder"] = Field(
-        "vae", description="autoencoder: no sampling, no KL term; what the VAE is taught against"
+        "vae", description="autoencoder: the plain autoencoder, its latent not sampled, without a KL term"
     )
-    latent_dim: int = Field(16, ge=1, le=512, description="size of the latent vector")
+    latent_dim: int = Field(16, ge=1, le=512, description="numbers in the latent vector")
     width: int = Field(
         32, ge=1, le=512, description="channels after the first convolution; twice as many after the second"
     )
@@ -30,21 +30,31 @@ class TrainingParameters(_Strict):
     """How weights are trained: read by `train`, its steps and `Fused`."""
 
     likelihood: Literal["gaussian", "bernoulli"] = Field(
-        "gaussian", description="gaussian: summed squared error; bernoulli: summed binary cross-entropy"
+        "gaussian",
+        description="the reconstruction error, summed over pixels; gaussian: squared error; bernoulli: binary "
+        "cross-entropy",
     )
     pixels: Literal["grey", "binary"] = Field(
-        "grey", description="binary: each pixel drawn anew at every step, white with its grey value's probability"
+        "grey",
+        description="grey: images as they are; binary: each pixel drawn anew at every step, ink with its grey value's "
+        "probability",
     )
     learning_rate: float = Field(1e-3, gt=0, description="Adam's step size at the top of the schedule")
     schedule: Literal["constant", "cosine"] = Field(
-        "constant", description="cosine: from learning_rate to zero over the trial's max_epochs"
+        "constant", description="of the learning rate; cosine: from learning_rate to zero over budget.max_epochs"
     )
     warmup_steps: int = Field(
         0, ge=0, description="steps over which the learning rate rises linearly to its full value"
     )
     batch_size: int = Field(128, ge=1, description="images a step")
-    kl_weight: float = Field(1.0, ge=0, description="factor on the KL term against the summed reconstruction error")
-    kl_warmup_epochs: float = Field(0.0, ge=0, description="epochs over which the KL factor rises linearly from 0")
+    kl_weight: float = Field(
+        1.0,
+        ge=0,
+        description="factor on the KL term against the summed reconstruction error of an image; 1 in the classic loss",
+    )
+    kl_warmup_epochs: float = Field(
+        0.0, ge=0, description="epochs over which the factor rises linearly from 0 to kl_weight"
+    )
 
 
 class SamplingParameters(_Strict):
@@ -52,14 +62,15 @@ class SamplingParameters(_Strict):
 
     prior: Literal["standard_normal", "gaussian_mixture", "matched_mixture", "flow"] = Field(
         "standard_normal",
-        description="where sampled latents come from; the others are fitted on encoded images: a mixture, one moved "
-        "until what is drawn from it looks like training images, or one bent by a flow",
+        description="where sampled latents come from; standard_normal: N(0, I); the others are fitted on the codes of "
+        "training images: a mixture of Gaussians, one moved until what is drawn from it looks like training images, or "
+        "one bent by a flow",
     )
-    prior_components: int = Field(10, ge=1, le=1000, description="Gaussians in the mixture")
+    prior_components: int = Field(10, ge=1, le=1000, description="Gaussians in the fitted mixture")
     temperature: Literal["one", "fitted"] = Field(
         "one",
-        description="what logits are divided by where images are drawn; fitted: so that as many pixels are grey as in "
-        "training images; one: they stay as blurred as the average over what the decoder can't know",
+        description="what the decoder's logits are divided by where images are drawn; one: by 1; fitted: by "
+        "the number at which as many pixels are grey as in training images",
     )
 
 

@@ -1,0 +1,87 @@
+"""The pages under docs/: the generated one is what the code says, links lead somewhere, specs and commands are good."""
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import tuner.search
+from tuner.spec import load
+
+ROOT = Path(__file__).parents[1]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *DOCS, ROOT / "k8s" / "README.md"]
+MAKEFILE = (ROOT / "Makefile").read_text()
+TARGETS = {name for line in re.findall(r"^([\w -]+):", MAKEFILE, re.MULTILINE) for name in line.split()}
+FENCED = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
+
+
+def named(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def anchors(page: Path) -> set[str]:
+    """The headings of a page as GitHub names them."""
+    headings = re.findall(r"^#+ (.+)$", FENCED.sub("", page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.fixture(scope="module")
+def spec_reference() -> ModuleType:
+    described = importlib.util.spec_from_file_location("spec_reference", ROOT / "docs" / "spec_reference.py")
+    assert described
+    assert described.loader
+    module = importlib.util.module_from_spec(described)
+    described.loader.exec_module(module)
+    return module
+
+
+def test_the_page_of_the_spec_is_up_to_date(spec_reference):
+    assert (ROOT / "docs" / "spec.md").read_text() == spec_reference.reference(), "stale: run make docs"
+
+
+def test_every_key_and_parameter_is_described(spec_reference):
+    rows = [line.split(" | ") for line in spec_reference.reference().splitlines() if line.startswith("| `")]
+    assert len(rows) > 60
+    assert [row[0] for row in rows if not row[-1].strip(" |")] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_links_lead_somewhere(page):
+    missing = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", FENCED.sub("", page.read_text())):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        there = (page.parent / path) if path else page
+        if not there.exists() or (anchor and anchor not in anchors(there)):
+            missing.append(target)
+    assert missing == []
+
+
+@pytest.mark.parametrize("page", DOCS, ids=named)
+def test_specs_load(page, tmp_path):
+    for index, text in enumerate(blocks(page, "yaml")):
+        path = tmp_path / f"{index}.yaml"
+        path.write_text(text)
+        load(path)
+
+
+@pytest.mark.parametrize("page", DOCS, ids=named)
+def test_commands_are_there(page):
+    for command in [line for block in blocks(page, "bash") for line in block.splitlines()]:
+        words = command.partition(" #")[0].split()
+        if words[0] == "make":
+            assert {word for word in words[1:] if "=" not in word} <= TARGETS, command
+        elif words[:3] == ["python", "-m", "tuner.search"]:
+            tuner.search.parse(words[3:])
+        elif words[:2] == ["python", "-m"]:
+            assert importlib.util.find_spec(words[2]), command
+        else:
+            assert words[0] in {"tensorboard", "optuna-dashboard"}, command
