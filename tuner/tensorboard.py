@@ -24,7 +24,7 @@ GROUPS = {
         "kernel_distance",
         "sharpness",
     ),
-    "loss": ("loss", "calibrated_nll", "rate", "distortion", "mse"),
+    "loss": ("loss", "calibrated_nll", "nll", "rate", "distortion", "mse"),
     "latent": ("active_units",),
     "speed": ("images_per_second", "seconds_train", "seconds_score"),
 }

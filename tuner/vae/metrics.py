@@ -20,11 +20,11 @@ METRICS = {
     "kernel_distance": Metric("minimize", "unitless", "unbiased squared MMD, cubic kernel, samples against held-out"),
     "calibrated_nll": Metric("minimize", "nats/image", "rate + distortion, the decoder's variance fitted", True),
     "rate": Metric("minimize", "nats/image", "KL to N(0, I)", True),
-    "distortion": Metric("minimize", "nats/image", "-log p(x|z), the decoder's variance fitted"),
+    "distortion": Metric("minimize", "nats/image", "-log p(x|z); a Gaussian decoder's variance is fitted"),
     "nll": Metric(
         "minimize", "nats/image", "importance-weighted bound on -log p(x), Bernoulli decoder, the trial's prior", True
     ),
-    "mse": Metric("minimize", "1/pixel", "mean squared error of reconstructions of held-out images"),
+    "mse": Metric("minimize", "per pixel", "mean squared error of reconstructions of held-out images"),
     "active_units": Metric("maximize", "units", "latents whose mean varies by more than 0.01 over images"),
     "sharpness": Metric(
         "maximize", "ratio", "variance of the Laplacian, samples over real images; 1 is as sharp, less is blurred"

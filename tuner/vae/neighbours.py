@@ -1,4 +1,4 @@
-"""Yardsticks that look at nearest neighbours: how much of the data samples cover, and whether they are copies.
+"""Scores that look at nearest neighbours: how much of the data samples cover, and whether they are copies.
 
 Points are rows, (N, D) and (M, D): pixels, an extractor's features or latents. Distances are Euclidean.
 """

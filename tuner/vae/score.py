@@ -1,4 +1,4 @@
-"""The scores: what a fitted model is judged by, none of which contains a parameter that is searched.
+"""The scores: what a fitted model is measured by, none of which contains a parameter that is searched.
 
 Axes: N images, D features, Z latent.
 """
