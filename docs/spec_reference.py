@@ -126,7 +126,7 @@ def keys(node: Node, definitions: Node, prefix: str = "") -> Iterator[tuple[str,
             default = "the metric's"
         is_part = "properties" in inner and name not in ("space", "fixed")
         of = kind(name, inner)
-        meaning = entry.get("description") or inner.get("description") or ""
+        meaning = " ".join((entry.get("description") or inner.get("description") or "").split())
         yield f"`{prefix}{name}`", of, "" if is_part else default, bounds(inner), escaped(meaning)
         if is_part:
             yield from keys(inner, definitions, f"{prefix}{name}.")

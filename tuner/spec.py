@@ -60,7 +60,7 @@ def _read_yaml(text: str) -> Any:
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 def parse_seconds(value: Any) -> Any:
@@ -81,9 +81,8 @@ Seconds = Annotated[
 class DataSpec(_Frozen):
     """On which images."""
 
-    name: Literal["digits", "mnist"] = Field(
-        "digits", description="the data set; digits comes with scikit-learn and needs no download"
-    )
+    name: Literal["digits", "mnist"] = "digits"
+    """the data set; digits comes with scikit-learn and needs no download"""
     directory: Path = Field(Path("data"), description="the folder that MNIST is read from, or downloaded to")
     download: bool = Field(True, description="download MNIST where its files are not in the directory")
 
@@ -125,9 +124,8 @@ class IntRange(_Range):
     type: Literal["int"] = Field(description="whole numbers")
     # beyond 2^53 a float no longer holds every whole number
     low: Whole = Field(ge=-(2**53), le=2**53, description="the least value, included")
-    high: Whole = Field(
-        ge=-(2**53), le=2**53, description="the greatest value, included; with a step, low plus whole steps"
-    )
+    high: Whole = Field(ge=-(2**53), le=2**53)
+    """the greatest value, included; with a step, low plus whole steps"""
     step: Whole | None = Field(None, ge=1, le=2**53, description="the distance between two values; without, 1")
 
 
@@ -203,17 +201,12 @@ class Budget(_Frozen):
 
     trials: Whole = Field(24, ge=1, description="trials in all, the baseline among them")
     max_epochs: Real = Field(9, gt=0, description="epochs of a trial that is not stopped; a fraction is allowed")
-    grace_epochs: Real = Field(
-        1, gt=0, description="the first rung at which trials are stopped; a fraction is allowed, max_epochs at most"
-    )
-    reduction_factor: Real = Field(
-        3,
-        ge=1.2,
-        description="one trial in this many goes on at each rung; each rung is this many times the one before",
-    )
-    time_limit: Seconds | None = Field(
-        None, description="ends the search after so long: a number of seconds, or 90s, 30m, 1.5h; without, never"
-    )
+    grace_epochs: Real = Field(1, gt=0)
+    """the first rung at which trials are stopped; a fraction is allowed, max_epochs at most"""
+    reduction_factor: Real = Field(3, ge=1.2)
+    """one trial in this many goes on at each rung; each rung is this many times the one before"""
+    time_limit: Seconds | None = None
+    """ends the search after so long: a number of seconds, or 90s, 30m, 1.5h; without, never"""
 
     @property
     def rungs(self) -> tuple[float, ...]:
@@ -233,20 +226,19 @@ class FittedPrior(_Frozen):
     """A prior that is fitted after training, as in a trial's parameters."""
 
     prior: Literal["gaussian_mixture", "matched_mixture", "flow"] = Field(description="as the parameter prior")
-    prior_components: Whole = Field(
-        Parameters.model_fields["prior_components"].default, ge=1, le=1000, description="Gaussians in the mixture"
-    )
+    prior_components: Whole = Field(Parameters.model_fields["prior_components"].default, ge=1, le=1000)
+    """Gaussians in the mixture"""
 
 
 class RetrainSpec(_Frozen):
     """How the promoted trial is trained on."""
 
     epochs: Whole = Field(50, ge=1, description="epochs that the promoted trial is trained on")
-    priors: tuple[FittedPrior, ...] = Field(
-        tuple(FittedPrior(prior="gaussian_mixture", prior_components=count) for count in (10, 20, 50, 100)),
-        description="priors tried after the last epoch beside the trial's own; the best on validation is kept; "
-        "none is tried where the trial's prior is standard_normal",
+    priors: tuple[FittedPrior, ...] = tuple(
+        FittedPrior(prior="gaussian_mixture", prior_components=count) for count in (10, 20, 50, 100)
     )
+    """priors tried after the last epoch beside the trial's own; the best on validation is kept; none is tried where the
+    trial's prior is standard_normal"""
 
 
 class Resources(_Frozen):
@@ -260,31 +252,23 @@ class Spec(_Frozen):
     """What is searched, on which data, for which objective, with which budget."""
 
     data: DataSpec = Field(DataSpec(), description="on which images")
-    space: dict[str, Entry] = Field(
-        min_length=1, description="searched parameters: each name with a range or choices, all ends included"
+    space: dict[str, Entry] = Field(min_length=1)
+    """searched parameters: each name with a range or choices, all ends included"""
+    fixed: dict[str, Value] = {}
+    """parameters that all trials share; what is neither searched nor fixed has its default"""
+    points_to_evaluate: tuple[dict[str, Value], ...] = ()
+    """points of the space to run first, in this order; what a point leaves out is proposed"""
+    objective: Annotated[tuple[Objective, ...], BeforeValidator(_as_list), Field(min_length=1)] = (
+        Objective(metric="frechet_distance", direction="minimize"),
     )
-    fixed: dict[str, Value] = Field(
-        {}, description="parameters that all trials share; what is neither searched nor fixed has its default"
-    )
-    points_to_evaluate: tuple[dict[str, Value], ...] = Field(
-        (), description="points of the space to run first, in this order; what a point leaves out is proposed"
-    )
-    objective: Annotated[tuple[Objective, ...], BeforeValidator(_as_list), Field(min_length=1)] = Field(
-        (Objective(metric="frechet_distance", direction="minimize"),),
-        description="one metric, or a list; of several the front is searched, and no trial is stopped early",
-    )
+    """one metric, or a list; of several the front is searched, and no trial is stopped early"""
     budget: Budget = Field(Budget(), description="how much is searched, and when weak trials are stopped")
     retrain: RetrainSpec = Field(RetrainSpec(), description="how the promoted trial is trained on")
     resources: Resources = Field(Resources(), description="what one trial takes of a node")
-    execution: Literal["process", "fused", "auto"] = Field(
-        "auto", description="process: each trial in its own; fused: many as one array; auto: fused where there is a GPU"
-    )
-    seed: Whole = Field(
-        0,
-        ge=0,
-        lt=2**32,
-        description="what all random numbers of a run are derived from; the splits of the data do not depend on it",
-    )
+    execution: Literal["process", "fused", "auto"] = "auto"
+    """process: each trial in its own; fused: many as one array; auto: fused where there is a GPU"""
+    seed: Whole = Field(0, ge=0, lt=2**32)
+    """what all random numbers of a run are derived from; the splits of the data do not depend on it"""
 
     @model_validator(mode="after")
     def _check(self) -> "Spec":

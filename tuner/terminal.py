@@ -151,7 +151,7 @@ def final_words(run: RunFiles, spec: Spec) -> list[Table | str]:
     assert summary.best
     winner = [f"{name} {text(summary.best.parameters[name])}" for name in spec.space]
     return [
-        as_table(result_rows(summary), "Frechet distance, and the share of the gap to real images that is closed"),
+        as_table(result_rows(summary), "Frechet distance, and how much of the gap to real images is closed"),
         f"winner   {', '.join(winner)}",
         f"model    {run.name_of(run.export)}: samples.png, model.json, encoder and decoder as .onnx and .pt2",
         f"report   {run.name_of(run.report)}",
@@ -187,7 +187,7 @@ def as_table(rows: Sequence[Sequence[str]], title: str | None = None) -> Table:
     header, *body = rows
     shown = Table(title=title, title_justify="left")
     for index, column in enumerate(header):
-        numbers = any(row[index][-1:].isdigit() for row in body)
+        numbers = all(row[index][:1] in "-0123456789" for row in body)
         shown.add_column(column, justify="right" if numbers else "left")
     for row in body:
         shown.add_row(*row)

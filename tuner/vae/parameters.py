@@ -10,68 +10,55 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class _Strict(BaseModel):
-    # strict: true is no number of images
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=(), strict=True)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        strict=True,  # true is no number of images
+        use_attribute_docstrings=True,
+    )
 
 
 class ModelParameters(_Strict):
     """What the network is: read by `model.build`."""
 
-    model: Literal["vae", "autoencoder"] = Field(
-        "vae", description="autoencoder: the plain autoencoder, its latent not sampled, without a KL term"
-    )
+    model: Literal["vae", "autoencoder"] = "vae"
+    """autoencoder: the plain autoencoder, its latent not sampled, without a KL term"""
     latent_dim: int = Field(16, ge=1, le=512, description="numbers in the latent vector")
-    width: int = Field(
-        32, ge=1, le=512, description="channels after the first convolution; twice as many after the second"
-    )
+    width: int = Field(32, ge=1, le=512)
+    """channels after the first convolution; twice as many after the second"""
 
 
 class TrainingParameters(_Strict):
     """How weights are trained: read by `train`, its steps and `Fused`."""
 
-    likelihood: Literal["gaussian", "bernoulli"] = Field(
-        "gaussian",
-        description="the reconstruction error, summed over pixels; gaussian: squared error; bernoulli: binary "
-        "cross-entropy",
-    )
-    pixels: Literal["grey", "binary"] = Field(
-        "grey",
-        description="grey: images as they are; binary: each pixel drawn anew at every step, ink with its grey value's "
-        "probability",
-    )
+    likelihood: Literal["gaussian", "bernoulli"] = "gaussian"
+    """the reconstruction error, summed over pixels; gaussian: squared error; bernoulli: binary cross-entropy"""
+    pixels: Literal["grey", "binary"] = "grey"
+    """grey: images as they are; binary: each pixel drawn anew at every step, ink with its grey value's probability"""
     learning_rate: float = Field(1e-3, gt=0, description="Adam's step size at the top of the schedule")
-    schedule: Literal["constant", "cosine"] = Field(
-        "constant", description="of the learning rate; cosine: from learning_rate to zero over budget.max_epochs"
-    )
-    warmup_steps: int = Field(
-        0, ge=0, description="steps over which the learning rate rises linearly to its full value"
-    )
+    schedule: Literal["constant", "cosine"] = "constant"
+    """of the learning rate; cosine: from learning_rate to zero over budget.max_epochs"""
+    warmup_steps: int = Field(0, ge=0)
+    """steps over which the learning rate rises linearly to its full value"""
     batch_size: int = Field(128, ge=1, description="images a step")
-    kl_weight: float = Field(
-        1.0,
-        ge=0,
-        description="factor on the KL term against the summed reconstruction error of an image; 1 in the classic loss",
-    )
-    kl_warmup_epochs: float = Field(
-        0.0, ge=0, description="epochs over which the factor rises linearly from 0 to kl_weight"
-    )
+    kl_weight: float = Field(1.0, ge=0)
+    """factor on the KL term against the summed reconstruction error of an image; 1 in the classic loss"""
+    kl_warmup_epochs: float = Field(0.0, ge=0)
+    """epochs over which the factor rises linearly from 0 to kl_weight"""
 
 
 class SamplingParameters(_Strict):
     """What is fitted after training, to sample from: read by `Fitter`."""
 
-    prior: Literal["standard_normal", "gaussian_mixture", "matched_mixture", "flow"] = Field(
-        "standard_normal",
-        description="where sampled latents come from; standard_normal: N(0, I); the others are fitted on the codes of "
-        "training images: a mixture of Gaussians, one moved until what is drawn from it looks like training images, or "
-        "one bent by a flow",
-    )
+    prior: Literal["standard_normal", "gaussian_mixture", "matched_mixture", "flow"] = "standard_normal"
+    """where sampled latents come from; standard_normal: N(0, I); the others are fitted on the codes of training images:
+    a mixture of Gaussians, one moved until what is drawn from it looks like training images, or one bent by a flow"""
     prior_components: int = Field(10, ge=1, le=1000, description="Gaussians in the fitted mixture")
-    temperature: Literal["one", "fitted"] = Field(
-        "one",
-        description="what the decoder's logits are divided by where images are drawn; one: by 1; fitted: by "
-        "the number at which as many pixels are grey as in training images",
-    )
+    temperature: Literal["one", "fitted"] = "one"
+    """what the decoder's logits are divided by where images are drawn; one: by 1; fitted: by the number at which as
+    many pixels are grey as in training images"""
 
 
 class Parameters(SamplingParameters, TrainingParameters, ModelParameters):
