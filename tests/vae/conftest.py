@@ -1,4 +1,4 @@
-"""The digits, one extractor and one scorer, shared by all tests of the model side."""
+"""The digits, one extractor, one fitter and one scorer, shared by all tests of the model side."""
 
 from pathlib import Path
 
@@ -7,6 +7,7 @@ import pytest
 from tuner.vae import data
 from tuner.vae.data import Data, _torchvision_datasets
 from tuner.vae.extractor import FeatureExtractor, train_extractor
+from tuner.vae.fitted import Fitter
 from tuner.vae.score import Scorer
 
 _torchvision_datasets()  # torchmetrics imports torchvision, which beside a CPU torch dies without this
@@ -23,5 +24,10 @@ def extractor(digits: Data) -> FeatureExtractor:
 
 
 @pytest.fixture(scope="session")
+def fitter(digits: Data) -> Fitter:
+    return Fitter(digits.train, seed=0, count=997, matching_count=400)
+
+
+@pytest.fixture(scope="session")
 def scorer(digits: Data, extractor: FeatureExtractor) -> Scorer:
-    return Scorer(extractor, digits.train, digits.validation, seed=0, count=400, prior_count=997)
+    return Scorer(extractor, digits.train, digits.validation, seed=0, count=400)

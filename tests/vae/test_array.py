@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tuner.vae.array import Array
+from tuner.vae.array import Array, ArrayShape
 from tuner.vae.losses import RECONSTRUCTION, kl_divergence
 from tuner.vae.model import VAE, build
 from tuner.vae.parameters import Parameters
@@ -22,7 +22,7 @@ def _draw(*shape: int) -> torch.Tensor:
 
 
 def _filled(parameters: Parameters, slots: int) -> tuple[Array, list[VAE]]:
-    array = Array(parameters, slots)
+    array = Array(ArrayShape(parameters.model == "vae", parameters.width, WIDEST, parameters.likelihood), slots)
     models = []
     for slot, latent_dim in enumerate(LATENTS[slots]):
         models.append(build(parameters.model_copy(update={"latent_dim": latent_dim}), seed=slot))
@@ -64,11 +64,26 @@ def test_what_is_loaded_is_what_is_stored_to_the_bit(kind):
     array, models = _filled(Parameters(latent_dim=WIDEST, width=2, model=kind), 3)
     for slot, model in enumerate(models):
         other = build(Parameters(latent_dim=model.latent_dim, width=2, model=kind), seed=99)
-        moments = torch.zeros(2, _size(model))
-        array.store(slot, other, moments)
+        averages = torch.zeros(2, _size(model))
+        array.store(slot, other, averages)
         for ours, theirs in zip(other.parameters(), model.parameters(), strict=True):
             assert torch.equal(ours, theirs)
-        assert torch.equal(moments, _draw(2, _size(model)).abs())
+        assert torch.equal(averages, _draw(2, _size(model)).abs())
+
+
+def test_a_layer_is_named_as_in_the_plain_network_and_padded_with_zeros():
+    array, models = _filled(Parameters(latent_dim=WIDEST, width=2), 3)
+    for slot, model in enumerate(models):
+        for layers, theirs in ((array.down, model.down), (array.up, model.up)):
+            for ours, plain in zip(layers, theirs, strict=True):
+                assert torch.equal(ours.weight[slot], plain.weight.permute(0, 2, 3, 1))
+                assert torch.equal(ours.bias[slot], plain.bias)
+        assert torch.equal(array.hidden.bias[slot], model.hidden.bias)
+        for first, head in ((0, model.mean), (WIDEST, model.log_variance)):
+            for ours, plain in ((array.heads.weight, head.weight), (array.heads.bias, head.bias)):
+                assert torch.equal(ours[slot, first : first + model.latent_dim], plain)
+                assert not ours[slot, first + model.latent_dim : first + WIDEST].any()
+        assert not array.start.weight[slot, :, model.latent_dim :].any()
 
 
 def test_an_update_is_pytorchs_adam_and_leaves_the_other_networks_alone():
@@ -86,3 +101,16 @@ def test_an_update_is_pytorchs_adam_and_leaves_the_other_networks_alone():
     torch.testing.assert_close(array.flat[2, 1], optimizer.state[weights]["exp_avg"])
     torch.testing.assert_close(array.flat[3, 1], optimizer.state[weights]["exp_avg_sq"])
     assert torch.equal(array.flat[:, [0, 2]], untouched)
+
+
+def test_an_update_of_all_is_each_ones_own_and_leaves_the_idle_alone():
+    array, _ = _filled(Parameters(latent_dim=WIDEST, width=2), 3)
+    array.flat[1] = _draw(*array.flat[1].shape)
+    alone, _ = _filled(Parameters(latent_dim=WIDEST, width=2), 3)
+    alone.flat.copy_(array.flat)
+    rates, steps = torch.tensor([0.02, 0.5, 3e-4]), torch.tensor([0, 7, 4_000])
+    array.update_all(rates, steps, torch.tensor([True, False, True]))
+    for slot in (0, 2):
+        alone.update(slot, rates[slot].item(), steps[slot].item())
+    torch.testing.assert_close(array.flat, alone.flat)
+    assert torch.equal(array.flat[:, 1], alone.flat[:, 1])

@@ -10,12 +10,13 @@ import torch
 from safetensors.torch import save_file
 
 from tuner.vae.codec import load
-from tuner.vae.data import pixels
+from tuner.vae.data import as_floats
+from tuner.vae.fitted import FittedModel
 from tuner.vae.model import VAE, build
 from tuner.vae.parameters import Parameters
 from tuner.vae.prior import standard_normal
 
-PARAMETERS = Parameters(latent_dim=3, width=4)
+PARAMETERS, TEMPERATURE = Parameters(latent_dim=3, width=4), 0.5
 FILES = ("model.json", "weights.safetensors", "prior.npz")
 IMAGES = torch.randint(0, 256, (5, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
@@ -24,14 +25,16 @@ def _write(path: Path, parameters: Parameters = PARAMETERS) -> VAE:
     model = build(parameters, seed=4)
     save_file(model.state_dict(), path / "weights.safetensors")
     np.savez(path / "prior.npz", **{name: part.numpy() for name, part in standard_normal(3).state_dict().items()})
-    (path / "model.json").write_text(json.dumps({"parameters": parameters.model_dump(), "test": {"mse": 0.5}}))
+    (path / "model.json").write_text(
+        json.dumps({"parameters": parameters.model_dump(), "temperature": TEMPERATURE, "test": {"mse": 0.5}})
+    )
     return model
 
 
 @pytest.mark.parametrize("kind", ["vae", "autoencoder"])
 def test_encoding_gives_the_models_means(tmp_path, kind):
     model = _write(tmp_path, PARAMETERS.model_copy(update={"model": kind}))
-    expected, _ = model.encode(pixels(IMAGES))
+    expected, _ = model.encode(as_floats(IMAGES))
     assert torch.equal(load(tmp_path).encode(IMAGES), expected.detach())
 
 
@@ -39,7 +42,7 @@ def test_bytes_floats_arrays_and_a_missing_channel_axis_mean_the_same_images(tmp
     _write(tmp_path)
     codec = load(str(tmp_path))
     expected = codec.encode(IMAGES)
-    forms = [IMAGES[:, 0], pixels(IMAGES), pixels(IMAGES).double(), IMAGES.numpy(), IMAGES[:, 0].numpy() / 255]
+    forms = [IMAGES[:, 0], as_floats(IMAGES), as_floats(IMAGES).double(), IMAGES.numpy(), IMAGES[:, 0].numpy() / 255]
     for images in forms:
         torch.testing.assert_close(codec.encode(images), expected)
 
@@ -51,10 +54,10 @@ def test_images_of_another_shape_are_refused_with_both_shapes(tmp_path, shape):
         load(tmp_path).encode(torch.zeros(shape))
 
 
-def test_decoding_gives_the_models_drawings(tmp_path):
+def test_decoding_gives_the_fitted_models_drawings(tmp_path):
     model = _write(tmp_path)
     latents = torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
-    expected = model.draw(latents).detach()
+    expected = FittedModel(model, PARAMETERS, standard_normal(3), TEMPERATURE).draw(latents)
     assert torch.equal(load(tmp_path).decode(latents), expected)
     assert torch.equal(load(tmp_path).decode(latents.double().numpy()), expected)
 
@@ -71,8 +74,8 @@ def test_samples_are_drawings_of_the_prior_and_follow_the_seed(tmp_path):
 def test_it_is_frozen_and_tells_where_it_comes_from(tmp_path):
     _write(tmp_path)
     codec = load(tmp_path)
-    assert not codec.model.training
-    assert not any(weight.requires_grad for weight in codec.model.parameters())
+    assert not codec.fitted.model.training
+    assert not any(weight.requires_grad for weight in codec.fitted.model.parameters())
     assert codec.info["test"] == {"mse": 0.5}
 
 
@@ -95,8 +98,18 @@ def test_a_truncated_file_is_named_in_one_line(tmp_path, name, keep):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("info", ["[]", "{}", '{"parameters": {"latent_dim": 0, "beta": 1}}', '{"parameters": null}'])
-def test_a_model_json_without_good_parameters_is_named_in_one_line(tmp_path, info):
+@pytest.mark.parametrize(
+    "info",
+    [
+        "[]",
+        "{}",
+        '{"parameters": {"latent_dim": 0, "beta": 1}, "temperature": 1}',
+        '{"parameters": null, "temperature": 1}',
+        '{"parameters": {}}',
+        *('{"parameters": {}, "temperature": ' + wrong + "}" for wrong in ("0", "-1", "NaN", "null", '"warm"')),
+    ],
+)
+def test_a_model_json_without_good_parameters_or_temperature_is_named_in_one_line(tmp_path, info):
     _write(tmp_path)
     (tmp_path / "model.json").write_text(info)
     with pytest.raises(ValueError, match=r"model\.json: not readable") as error:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tuner
-from tuner.vae.data import IDX_FILES, Split, binarize, load, load_test, pixels
+from tuner.vae.data import IDX_FILES, Split, as_floats, binarize, load, load_test
 
 NOWHERE = Path("never read")
 SHARED = Path(__file__).parents[2].parent / "shared/data"
@@ -68,7 +68,7 @@ def test_digits_keep_their_labels(digits):
     from sklearn.datasets import load_digits
 
     small, labels = load_digits(return_X_y=True)
-    shrunk = torch.nn.functional.interpolate(pixels(digits.validation.images), size=(8, 8), mode="area").flatten(1)
+    shrunk = torch.nn.functional.interpolate(as_floats(digits.validation.images), size=(8, 8), mode="area").flatten(1)
     nearest = torch.cdist(shrunk, torch.from_numpy(small / 16).float()).argmin(1)
     assert (torch.from_numpy(labels)[nearest] == digits.validation.labels).double().mean() > 0.99
 
@@ -86,7 +86,7 @@ def test_a_fingerprint_changes_with_one_pixel_or_one_label(digits):
 
 def test_pixels_map_0_to_255_onto_0_to_1_and_leave_their_input_alone():
     images = torch.tensor([0, 51, 255], dtype=torch.uint8)
-    assert pixels(images).tolist() == pytest.approx([0, 0.2, 1])
+    assert as_floats(images).tolist() == pytest.approx([0, 0.2, 1])
     assert images.tolist() == [0, 51, 255]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tuner.vae.data import Data, Split, pixels
+from tuner.vae.data import Data, Split, as_floats
 from tuner.vae.extractor import FeatureExtractor, load_extractor, to_bytes, train_extractor
 
 
@@ -16,11 +16,11 @@ def few(digits: Data) -> Data:
 
 
 def test_it_reads_more_than_95_percent_of_held_out_digits(extractor, digits):
-    assert extractor.accuracy(pixels(digits.validation.images), digits.validation.labels) > 0.95
+    assert extractor.accuracy(as_floats(digits.validation.images), digits.validation.labels) > 0.95
 
 
 def test_accuracy_is_the_share_of_right_classes(extractor, digits):
-    images = pixels(digits.validation.images[:40])
+    images = as_floats(digits.validation.images[:40])
     answers = extractor.classes(extractor.features(images)).argmax(1)
     assert extractor.accuracy(images, answers) == 1
     answers[:10] = (answers[:10] + 1) % 10
@@ -28,7 +28,7 @@ def test_accuracy_is_the_share_of_right_classes(extractor, digits):
 
 
 def test_features_are_the_64_rectified_units_before_the_classes(extractor, digits):
-    images = pixels(digits.validation.images[:3])
+    images = as_floats(digits.validation.images[:3])
     conv1, _, conv2, _, _, linear, _ = extractor.trunk
     hidden = F.relu(conv2(F.relu(conv1(images)))).flatten(1)
     assert extractor.features(images).shape == (3, 64)
@@ -36,14 +36,14 @@ def test_features_are_the_64_rectified_units_before_the_classes(extractor, digit
 
 
 def test_more_images_than_one_batch_give_the_same_features(extractor, digits):
-    images = pixels(digits.train.images)  # 997: two batches, the last one short
+    images = as_floats(digits.train.images)  # 997: two batches, the last one short
     torch.testing.assert_close(extractor.features(images)[501:503], extractor.features(images[501:503]))
 
 
 def test_it_is_frozen(extractor, digits):
     assert not extractor.training
     assert not any(weight.requires_grad for weight in extractor.parameters())
-    assert not extractor.features(pixels(digits.train.images[:2])).requires_grad
+    assert not extractor.features(as_floats(digits.train.images[:2])).requires_grad
 
 
 def test_the_same_seed_gives_the_same_extractor_and_leaves_the_global_random_state_alone(few):
@@ -62,7 +62,7 @@ def test_validation_images_do_not_train_it(few, digits):
 
 def test_a_deep_extractor_sees_through_three_convolutions_and_the_largest_of_every_four(digits):
     extractor = FeatureExtractor(2, deep=True)
-    images = pixels(digits.validation.images[:3])
+    images = as_floats(digits.validation.images[:3])
     hidden = images
     for layer in (extractor.trunk[0], extractor.trunk[3], extractor.trunk[6]):
         seen = F.relu(layer(hidden))
@@ -80,7 +80,7 @@ def test_a_file_brings_the_extractor_back(tmp_path, digits, width, deep):
     path = tmp_path / "extractor.safetensors"
     path.write_bytes(content)
     loaded = load_extractor(path, hashlib.sha256(content).hexdigest())
-    images = pixels(digits.validation.images[:5])
+    images = as_floats(digits.validation.images[:5])
     assert (loaded.width, loaded.deep) == (width, deep)
     assert torch.equal(loaded.features(images), extractor.features(images))
     assert not loaded.training

@@ -1,15 +1,21 @@
 """A fused array gives each trial what it gets alone, whoever its neighbours are and whenever it came."""
 
 import io
+import math
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils import parameters_to_vector
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tuner.vae.array import Array
-from tuner.vae.fused import Fused, Job, shape_of
+from tuner.vae.fused import Fused, FusedShape, Job
+from tuner.vae.losses import Diverged
 from tuner.vae.parameters import Parameters
-from tuner.vae.train import Diverged, Record, State, train
+from tuner.vae.step import State
+from tuner.vae.train import Record, train
 
 WIDEST, EPOCHS, SEED = 6, 3, 5
 COMMON = {"width": 4, "batch_size": 16}
@@ -19,6 +25,7 @@ TRIALS = {
     3: Parameters(latent_dim=1, learning_rate=8e-3, kl_weight=0.5, kl_warmup_epochs=1.0, **COMMON),
     4: Parameters(latent_dim=4, learning_rate=2e-3, kl_weight=0.0, **COMMON),
 }
+SHAPE = FusedShape.of(TRIALS[1], WIDEST)
 TOLERANCE = 2e-3  # of how far the weights moved: Adam divides by gradients that are near zero
 
 
@@ -27,15 +34,16 @@ def images(digits):
     return digits.train.images[:50]  # four batches an epoch, the last of 2 images
 
 
-def _alone(trial: int, images, epoch: float = EPOCHS) -> tuple[State, Record]:
-    state = State.fresh(TRIALS[trial], SEED, trial)
-    (record,) = train(state, TRIALS[trial], images, [epoch], seed=SEED, trial=trial, total_epochs=EPOCHS)
+def _alone(trial: int, images, epoch: float = EPOCHS, **changes) -> tuple[State, Record]:
+    parameters = TRIALS[trial].model_copy(update=changes)
+    state = State.fresh(parameters, SEED, trial)
+    (record,) = train(state, parameters, images, [epoch], seed=SEED, trial=trial, total_epochs=EPOCHS)
     return state, record
 
 
-def _job(trial: int, epoch: float = EPOCHS, state: State | None = None) -> Job:
-    state = state or State.fresh(TRIALS[trial], SEED, trial)
-    return Job(trial, TRIALS[trial], state, epoch, SEED, EPOCHS)
+def _job(trial: int, epoch: float = EPOCHS, state: State | None = None, **changes) -> Job:
+    parameters = TRIALS[trial].model_copy(update=changes)
+    return Job(trial, parameters, state or State.fresh(parameters, SEED, trial), epoch, SEED, EPOCHS)
 
 
 def _finish(fused: Fused) -> dict[int, Job]:
@@ -46,17 +54,17 @@ def _finish(fused: Fused) -> dict[int, Job]:
 
 
 def _assert_as_alone(job: Job, images) -> None:
-    state, record = _alone(job.trial, images, job.epoch)
+    state, record = _alone(job.trial, images, job.epoch, batch_size=job.parameters.batch_size)
     assert isinstance(job.record, Record)
     assert (job.record.epoch, job.record.step, job.state.step) == (record.epoch, record.step, record.step)
     start = parameters_to_vector(State.fresh(job.parameters, SEED, job.trial).model.parameters())
     ours, theirs = (parameters_to_vector(s.model.parameters()) for s in (job.state, state))
     assert (ours - theirs).norm() <= TOLERANCE * (theirs - start).norm()
-    assert (job.state.moments - state.moments).norm() <= TOLERANCE * state.moments.norm()
+    assert (job.state.averages - state.averages).norm() <= TOLERANCE * state.averages.norm()
 
 
 def test_trials_of_different_size_and_rate_get_the_scores_they_get_alone(images):
-    fused = Fused(shape_of(TRIALS[1], WIDEST), 4, images)
+    fused = Fused(SHAPE, 4, images)
     for trial in TRIALS:
         fused.enter(_job(trial))
     done = _finish(fused)
@@ -70,7 +78,7 @@ def test_trials_of_different_size_and_rate_get_the_scores_they_get_alone(images)
 
 
 def test_a_slot_refilled_midway_disturbs_nobody(images):
-    fused = Fused(shape_of(TRIALS[1], WIDEST), 2, images)
+    fused = Fused(SHAPE, 2, images)
     for trial, epoch in ((1, 1.5), (2, 3), (3, 2), (4, 0.5)):
         fused.enter(_job(trial, epoch))
     assert len(fused.waiting) == 4
@@ -82,11 +90,11 @@ def test_a_slot_refilled_midway_disturbs_nobody(images):
 
 
 def test_a_trial_goes_on_from_a_file_in_another_array(images):
-    first = Fused(shape_of(TRIALS[1], WIDEST), 2, images)
+    first = Fused(SHAPE, 2, images)
     for trial in (1, 2):
         first.enter(_job(trial, 1.5))
     halfway = _finish(first)
-    second = Fused(shape_of(TRIALS[1], WIDEST), 3, images)
+    second = Fused(SHAPE, 3, images)
     second.enter(_job(4))
     for trial, job in halfway.items():
         file = io.BytesIO()
@@ -101,7 +109,7 @@ def test_a_trial_goes_on_from_a_file_in_another_array(images):
 
 def test_a_trial_that_diverges_leaves_its_neighbours_alone(images):
     wild = TRIALS[2].model_copy(update={"learning_rate": 1e10})
-    fused = Fused(shape_of(wild, WIDEST), 2, images)
+    fused = Fused(SHAPE, 2, images)
     fused.enter(Job(2, wild, State.fresh(wild, SEED, 2), EPOCHS, SEED, EPOCHS))
     fused.enter(_job(1))
     fused.enter(_job(3))
@@ -112,51 +120,130 @@ def test_a_trial_that_diverges_leaves_its_neighbours_alone(images):
     _assert_as_alone(done[3], images)  # in the slot that the wild one left
 
 
-def test_where_memory_runs_out_the_array_shrinks_and_the_trials_go_on(images, monkeypatch):
-    backward = Array.backward
+class _Device(TorchDispatchMode):
+    """Memory that can run out: within it tensors are counted, and one too many is refused as a GPU refuses it."""
 
-    def limited(self, *arguments):
-        if self.slots > 1 and fused.steps > 5:
-            raise torch.OutOfMemoryError
-        return backward(self, *arguments)
+    def __init__(self):
+        super().__init__()
+        self.room, self.most = math.inf, 0  # bytes: what there is, and the most that was taken at once
+        self.living: dict[int, tuple[StorageWeakRef, int]] = {}
 
-    fused = Fused(shape_of(TRIALS[1], WIDEST), 4, images)
-    monkeypatch.setattr(Array, "backward", limited)
-    for trial in TRIALS:
-        fused.enter(_job(trial))
-    done = _finish(fused)
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.living[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.living = {key: kept for key, kept in self.living.items() if not kept[0].expired()}
+        taken = sum(size for _, size in self.living.values())
+        if taken > self.room:
+            raise torch.OutOfMemoryError("no room")
+        self.most = max(self.most, taken)
+        return made
+
+
+LARGE = 150  # a batch: what a step makes of it takes more room than an array
+
+
+@pytest.fixture(scope="module")
+def many(digits):
+    return digits.train.images[:LARGE]
+
+
+def _large(*trials: int) -> tuple[FusedShape, list[Job]]:
+    return SHAPE._replace(batch_size=LARGE), [_job(trial, batch_size=LARGE) for trial in trials]
+
+
+@pytest.fixture(scope="module")
+def room(many) -> tuple[int, int]:
+    """Bytes that an array of one slot takes, before its first step and while it trains."""
+    shape, jobs = _large(1, 2)
+    with _Device() as device:
+        fused = Fused(shape, 1, many)
+        allocated = device.most
+        for job in jobs:
+            fused.enter(job)
+        _finish(fused)
+    return allocated, device.most
+
+
+def test_where_memory_runs_out_the_array_shrinks_and_the_trials_go_on(many, room):
+    shape, jobs = _large(*TRIALS)
+    with _Device() as device:
+        fused = Fused(shape, 4, many)
+        for job in jobs:
+            fused.enter(job)
+        assert fused.advance() == []  # an epoch
+        device.room = 1.2 * room[1]  # someone else takes the rest
+        done = _finish(fused)
     assert sorted(done) == sorted(TRIALS)
     assert len(fused.slots) == 1
     for job in done.values():
-        _assert_as_alone(job, images)
+        _assert_as_alone(job, many)
 
 
-def test_an_array_that_does_not_fit_begins_with_fewer_slots(images, monkeypatch):
-    begin = Array.__init__
-
-    def limited(self, parameters, slots=1, device="cpu"):
-        if slots > 1:
-            raise torch.OutOfMemoryError
-        begin(self, parameters, slots, device)
-
-    monkeypatch.setattr(Array, "__init__", limited)
-    fused = Fused(shape_of(TRIALS[1], WIDEST), 4, images)
+def test_an_array_that_does_not_fit_begins_with_fewer_slots(images):
+    with _Device() as device:
+        device.room = 4 * len(Array(SHAPE.networks).flat.flatten()) * 1.5
+        fused = Fused(SHAPE, 4, images)
     assert len(fused.slots) == 1
-    fused.enter(_job(1))
-    fused.enter(_job(2))
+    for trial in (1, 2):
+        fused.enter(_job(trial))
     for job in _finish(fused).values():
-        assert isinstance(job.record, Record)
+        _assert_as_alone(job, images)
     assert fused.steps == 2 * 12
 
 
-def test_a_trial_that_does_not_fit_alone_hears_of_it(images, monkeypatch):
-    def full(self, *arguments):
-        raise torch.OutOfMemoryError("no room")
+def test_an_array_that_nearly_fitted_makes_room_for_its_half():
+    """Where images are many, their order and noise take as much room as the networks, and room runs out there."""
+    images = torch.zeros(36_000, 1, 28, 28, dtype=torch.uint8)
+    with _Device() as device:
+        Fused(SHAPE, 2, images)
+        device.room = 1.1 * device.most
+        assert len(Fused(SHAPE, 4, images).slots) == 2
 
-    monkeypatch.setattr(Array, "backward", full)
-    fused = Fused(shape_of(TRIALS[1], WIDEST), 2, images)
-    fused.enter(_job(1))
-    fused.enter(_job(2))
-    done = _finish(fused)
+
+def test_a_trial_that_is_done_is_told_though_memory_runs_out_over_the_next(images):
+    peak = math.inf
+    for _ in range(2):
+        jobs = [_job(1), _job(2)]
+        with _Device() as device:
+            device.room = peak - 1  # which is reached when the second is stored
+            fused = Fused(SHAPE, 2, images)
+            for job in jobs:
+                fused.enter(job)
+            done = _finish(fused)
+        peak = device.most
+        assert sorted(done) == [1, 2]
+        for job in done.values():
+            _assert_as_alone(job, images)
+    assert len(fused.slots) == 1
+
+
+def test_a_trial_that_does_not_fit_alone_hears_of_it(many, room):
+    shape, jobs = _large(1, 2)
+    with _Device() as device:
+        device.room = sum(room) / 2
+        fused = Fused(shape, 2, many)
+        for job in jobs:
+            fused.enter(job)
+        done = _finish(fused)
     assert sorted(done) == [1, 2]
     assert all(isinstance(job.record, torch.OutOfMemoryError) and "no room" in str(job.record) for job in done.values())
+
+
+def test_an_array_that_does_not_fit_at_all_is_an_error(images):
+    with _Device() as device:
+        device.room = 1_000
+        with pytest.raises(torch.OutOfMemoryError, match="no room"):
+            Fused(SHAPE, 4, images)
+
+
+def test_jobs_that_are_given_up_hear_why(images):
+    fused = Fused(SHAPE, 1, images)
+    for trial in (1, 2):
+        fused.enter(_job(trial))
+    assert fused.advance() == []  # an epoch of the first
+    error = RuntimeError("the device is gone")
+    assert [job.trial for job in fused.abandon(error)] == [1, 2]
+    assert not fused.waiting

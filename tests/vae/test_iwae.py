@@ -4,28 +4,39 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
 from tuner.vae.iwae import importance_weighted_bound
 from tuner.vae.losses import bernoulli_nll, kl_divergence
-from tuner.vae.model import VAE, build
-from tuner.vae.parameters import Parameters
+from tuner.vae.model import Model
 from tuner.vae.prior import Prior, standard_normal
 
-ONE = Parameters(latent_dim=1, width=4, likelihood="bernoulli")
+MOVED = torch.zeros(1, 784)
+MOVED[:, :5] = 0.8
+BIAS = 2 * torch.rand(784, generator=torch.Generator().manual_seed(3)) - 1
 BENT = Prior(torch.tensor([0.4, 0.6]), torch.tensor([[-1.0], [1.5]]), torch.tensor([[[0.5]], [[0.2]]]))
 
 
-@pytest.fixture(scope="module")
-def model() -> VAE:
+class _Few(Model):
     """One latent, which moves the logits of a few pixels, and a posterior that is wide."""
-    model = build(ONE, seed=1)
-    nn.init.constant_(model.log_variance.bias, 0.5)
-    model.decoder = nn.Sequential(nn.Linear(1, 784), nn.Unflatten(1, (1, 28, 28)))
-    nn.init.zeros_(model.decoder[0].weight)
-    with torch.no_grad():
-        model.decoder[0].weight[:5] = 0.8
-    return model
+
+    latent_dim = 1
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.heads = 0.02 * torch.randn(784, 2, generator=generator)
+
+    def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, log_variance = (images.flatten(1) @ self.heads).split(1, 1)
+        return mean, log_variance + 0.5
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return (latents @ MOVED + BIAS).unflatten(1, (1, 28, 28))
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return _Few()
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +45,7 @@ def images() -> torch.Tensor:
 
 
 @torch.no_grad()
-def _log_likelihood(model: VAE, prior: Prior, image: torch.Tensor) -> float:
+def _log_likelihood(model: Model, prior: Prior, image: torch.Tensor) -> float:
     grid = torch.linspace(-9, 9, 4_001).unsqueeze(1)
     joint = prior.log_density(grid) - bernoulli_nll(model.decode(grid), image.expand(len(grid), 1, 28, 28))
     return (joint.logsumexp(0) + math.log(18 / 4_000)).item()

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from torch.distributions import Bernoulli, Normal
 from torch.distributions import kl_divergence as reference_kl
 
-from tuner.vae.losses import PIXELS, RECONSTRUCTION, bernoulli_nll, calibrated_distortion, kl_divergence, squared_error
+from tuner.vae.losses import RECONSTRUCTION, bernoulli_nll, calibrated_distortion, kl_divergence, squared_error
+
+PIXELS = 28 * 28
 
 
 def _reference(mean: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
@@ -109,14 +111,18 @@ def test_calibrated_distortion_is_the_gaussian_nll_with_the_fitted_variance():
     images, drawn = torch.rand(2, 20, 1, 28, 28, generator=generator, dtype=torch.float64)
     mse = (images - drawn).square().mean()
     expected = -Normal(drawn, mse.sqrt()).log_prob(images).flatten(1).sum(1).mean().item()
-    assert calibrated_distortion(mse.item()) == pytest.approx(expected, rel=1e-12)
+    assert calibrated_distortion(mse.item(), PIXELS) == pytest.approx(expected, rel=1e-12)
+
+
+def test_an_image_of_twice_the_pixels_has_twice_the_distortion():
+    assert calibrated_distortion(0.02, 2 * PIXELS) == pytest.approx(2 * calibrated_distortion(0.02, PIXELS))
 
 
 def test_no_other_variance_beats_the_fitted_one():
     mse = 0.02
     others = [PIXELS / 2 * (math.log(2 * math.pi * v) + mse / v) for v in (0.01, 0.019, 0.021, 0.04)]
-    assert calibrated_distortion(mse) < min(others)
+    assert calibrated_distortion(mse, PIXELS) < min(others)
 
 
 def test_a_perfect_reconstruction_has_no_finite_distortion():
-    assert calibrated_distortion(0.0) == -math.inf
+    assert calibrated_distortion(0.0, PIXELS) == -math.inf

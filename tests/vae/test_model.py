@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.utils import parameters_to_vector
 
-from tuner.vae.model import ToPixels, build
+from tuner.vae.model import Model, ToPixels, build
 from tuner.vae.parameters import CLASSIC, Parameters
 
 IMAGES = torch.rand(5, 1, 28, 28, generator=torch.Generator().manual_seed(0))
@@ -38,13 +38,32 @@ def test_a_plain_autoencoder_lacks_exactly_the_log_variance_head():
     assert log_variance is None
 
 
-def test_a_drawing_is_the_sigmoid_of_the_logits():
+def test_features_are_what_both_heads_read():
     model = build(Parameters(latent_dim=3, width=2), seed=0)
-    latents = 100 * torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
-    drawing = model.draw(latents)
-    torch.testing.assert_close(drawing, 1 / (1 + torch.exp(-model.decode(latents))))
-    assert drawing.min() >= 0
-    assert drawing.max() <= 1
+    features = model.features(IMAGES)
+    assert features.shape == (5, 128)
+    mean, log_variance = model.encode(IMAGES)
+    assert torch.equal(model.mean(features), mean)
+    assert torch.equal(model.log_variance(features), log_variance)
+
+
+def test_the_network_is_its_layers_in_order():
+    model = build(Parameters(latent_dim=3, width=2), seed=0)
+    hidden = model.down[1](model.down[0](IMAGES).relu()).relu().flatten(1)
+    torch.testing.assert_close(model.features(IMAGES), model.hidden(hidden).relu())
+    latents = torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
+    start = model.start(latents).relu().view(5, 4, 7, 7)
+    torch.testing.assert_close(model.decode(latents), model.up[1](model.up[0](start).relu()))
+
+
+def test_a_model_that_knows_no_better_sees_likeness_in_its_means():
+    class Mean(Model):
+        latent_dim = 1
+
+        def encode(self, images):
+            return images.mean((1, 2, 3)).unsqueeze(1), None
+
+    assert torch.equal(Mean().features(IMAGES), IMAGES.mean((1, 2, 3)).unsqueeze(1))
 
 
 @pytest.mark.parametrize(("channels", "size"), [(1, 1), (3, 5), (32, 14)])

@@ -5,7 +5,7 @@ import math
 import pytest
 from pydantic import ValidationError
 
-from tuner.vae.parameters import CLASSIC, Parameters
+from tuner.vae.parameters import CLASSIC, ModelParameters, Parameters, SamplingParameters, TrainingParameters
 
 
 def test_defaults_are_the_classic_settings():
@@ -39,6 +39,8 @@ def test_every_parameter_says_what_it_is():
         ("likelihood", "poisson"),
         ("schedule", "linear"),
         ("prior", "vamp"),
+        ("temperature", "two"),
+        ("temperature", 1.0),
         ("beta", 1.0),
     ],
 )
@@ -63,3 +65,10 @@ def test_parameters_are_frozen():
 def test_json_brings_them_back():
     parameters = Parameters(latent_dim=3, learning_rate=0.1 + 0.2, prior="gaussian_mixture")
     assert Parameters.model_validate_json(parameters.model_dump_json()) == parameters
+
+
+def test_parameters_are_their_three_parts_which_share_no_name():
+    parts = [part.model_fields.keys() for part in (ModelParameters, TrainingParameters, SamplingParameters)]
+    assert sum(map(len, parts)) == len(set().union(*parts))
+    assert set().union(*parts) == Parameters.model_fields.keys()
+    assert all(isinstance(CLASSIC, part) for part in (ModelParameters, TrainingParameters, SamplingParameters))

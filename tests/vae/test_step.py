@@ -1,0 +1,202 @@
+"""Steps: the written-out one is autograd's, the reference is PyTorch's, and a model of another class is trained too."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parameters_to_vector
+
+from tuner.vae.data import as_floats
+from tuner.vae.losses import RECONSTRUCTION, kl_divergence
+from tuner.vae.model import Model
+from tuner.vae.parameters import Parameters
+from tuner.vae.step import AutogradStep, Factors, State, WrittenOutStep, make_step
+from tuner.vae.train import StepInputs, train
+
+CPU = torch.device("cpu")
+IMAGES = 50  # in batches of 16: the last one has 2
+KINDS = [(likelihood, model) for likelihood in ("gaussian", "bernoulli") for model in ("vae", "autoencoder")]
+TOLERANCE = 1e-3  # of how far the weights moved: Adam divides by gradients that are near zero
+
+
+def _parameters(likelihood: str = "gaussian", model: str = "vae") -> Parameters:
+    rates = {"learning_rate": 3e-3, "schedule": "cosine", "kl_weight": 0.5, "kl_warmup_epochs": 1.0}
+    return Parameters(latent_dim=3, width=4, batch_size=16, likelihood=likelihood, model=model, **rates)
+
+
+@pytest.fixture(scope="module")
+def images(digits) -> torch.Tensor:
+    return digits.train.images[:IMAGES]
+
+
+def _weights(model: Model) -> torch.Tensor:
+    return parameters_to_vector(model.parameters()).detach()
+
+
+def _run(step, parameters: Parameters, images: torch.Tensor, first: int, last: int) -> torch.Tensor:
+    """Steps `first` to `last` on what `train` would feed them -> (steps, 3) losses."""
+    inputs = StepInputs(parameters, len(images), 3, seed=5, trial=1, total_epochs=3)
+    losses = []
+    for number in range(first, last):
+        order, noise = inputs.batch(number)
+        losses.append(step(as_floats(images[order]), noise, inputs.factors(number)).clone())
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize(("likelihood", "kind"), KINDS)
+def test_the_written_out_step_has_the_losses_and_gradients_of_autograd(images, likelihood, kind):
+    parameters = _parameters(likelihood, kind)
+    written, reference = (State.fresh(parameters, seed=0, trial=1) for _ in range(2))
+    ours, theirs = WrittenOutStep(written, likelihood, CPU), AutogradStep(reference, likelihood, CPU)
+    batch, noise = as_floats(images[:7]), torch.randn(7, 3, generator=torch.Generator().manual_seed(1))
+    factors = Factors(learning_rate=1e-3, kl=0.7)
+    torch.testing.assert_close(ours(batch, noise, factors), theirs(batch, noise, factors), rtol=1e-5, atol=1e-5)
+    ours.array.flat[0] = ours.array.flat[1]  # so that `store` hands the gradients out
+    ours.store()
+    for gradient, weight in zip(written.model.parameters(), theirs.model.parameters(), strict=True):
+        assert (gradient - weight.grad).abs().max() <= 1e-5 * weight.grad.abs().max()
+
+
+@pytest.mark.parametrize(("likelihood", "kind"), KINDS)
+def test_three_epochs_leave_the_weights_and_averages_that_autograd_leaves(images, likelihood, kind):
+    parameters = _parameters(likelihood, kind)
+    start = _weights(State.fresh(parameters, seed=0, trial=1).model)
+    states, losses = [], []
+    for kind_of_step in (WrittenOutStep, AutogradStep):
+        state = State.fresh(parameters, seed=0, trial=1)
+        step = kind_of_step(state, likelihood, CPU)
+        losses.append(_run(step, parameters, images, 0, 12))
+        step.store()
+        states.append(state)
+    ours, theirs = states
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-4)
+    moved = (_weights(theirs.model) - start).norm()
+    assert (_weights(ours.model) - _weights(theirs.model)).norm() < TOLERANCE * moved
+    for our_average, their_average in zip(ours.averages, theirs.averages, strict=True):
+        assert (our_average - their_average).norm() < TOLERANCE * their_average.norm()
+    assert ours.step == theirs.step == 12
+
+
+@pytest.mark.parametrize(("likelihood", "kind"), KINDS)
+def test_the_reference_is_the_losses_autograd_and_pytorchs_adam(images, likelihood, kind):
+    parameters = _parameters(likelihood, kind)
+    state = State.fresh(parameters, seed=0, trial=1)
+    plain = copy.deepcopy(state.model)
+    step = AutogradStep(state, likelihood, CPU)
+    losses = _run(step, parameters, images, 0, 6)
+    step.store()
+
+    inputs = StepInputs(parameters, IMAGES, 3, seed=5, trial=1, total_epochs=3)
+    optimizer = torch.optim.Adam(plain.parameters())
+    for number, (loss, reconstruction, kl) in enumerate(losses):
+        order, noise = inputs.batch(number)
+        batch, factors = as_floats(images[order]), inputs.factors(number)
+        latents, log_variance = plain.encode(batch)
+        expected = torch.zeros(())
+        if log_variance is not None:
+            expected = kl_divergence(latents, log_variance).mean()
+            latents = latents + torch.exp(0.5 * log_variance) * noise
+        torch.testing.assert_close(kl, expected.detach(), rtol=1e-4, atol=1e-4)
+        error = RECONSTRUCTION[likelihood](plain.decode(latents), batch).mean()
+        torch.testing.assert_close(reconstruction, error.detach(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(loss, (error + factors.kl * expected).detach(), rtol=1e-4, atol=1e-4)
+        optimizer.param_groups[0]["lr"] = factors.learning_rate
+        optimizer.zero_grad()
+        (error + factors.kl * expected).backward()
+        optimizer.step()
+    moved = _weights(State.fresh(parameters, seed=0, trial=1).model) - _weights(plain)
+    assert (_weights(state.model) - _weights(plain)).norm() < TOLERANCE * moved.norm()
+    averages = [[optimizer.state[weight][name].flatten() for weight in plain.parameters()] for name in AVERAGES]
+    for ours, theirs in zip(state.averages, averages, strict=True):
+        assert (ours - torch.cat(theirs)).norm() < TOLERANCE * torch.cat(theirs).norm()
+
+
+AVERAGES = ("exp_avg", "exp_avg_sq")
+
+
+@pytest.mark.parametrize("kind_of_step", [WrittenOutStep, AutogradStep])
+def test_a_state_learns_of_its_steps_when_they_are_stored_and_goes_on_to_the_bit(images, kind_of_step):
+    parameters = _parameters()
+    straight, halfway = (State.fresh(parameters, seed=0, trial=1) for _ in range(2))
+    step = kind_of_step(straight, "gaussian", CPU)
+    _run(step, parameters, images, 0, 9)
+    torch.testing.assert_close(straight.state_dict(), halfway.state_dict(), rtol=0, atol=0)
+    step.store()
+    for first, last in ((0, 5), (5, 9)):
+        step = kind_of_step(halfway, "gaussian", CPU)
+        _run(step, parameters, images, first, last)
+        step.store()
+    torch.testing.assert_close(straight.state_dict(), halfway.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["vae", "autoencoder"])
+def test_the_built_in_family_gets_the_written_out_step_and_any_other_model_the_reference(kind):
+    built_in = State.fresh(_parameters(model=kind), seed=0, trial=1)
+    assert isinstance(make_step(built_in, "gaussian", CPU), WrittenOutStep)
+    assert isinstance(make_step(State.of(_Foreign()), "gaussian", CPU), AutogradStep)
+
+
+class _Foreign(Model):
+    """Nothing like the built-in family: dense layers, batch normalization with its running means, and tied weights."""
+
+    latent_dim = 3
+
+    def __init__(self, seed: int = 0):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.shrink, self.heads = nn.Linear(784, 20), nn.Linear(20, 6)
+            self.normalize, self.grow = nn.BatchNorm1d(20), nn.Linear(3, 20)
+
+    def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, log_variance = self.heads(self.normalize(self.shrink(images.flatten(1))).tanh()).chunk(2, 1)
+        return mean, log_variance
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return (self.grow(latents).tanh() @ self.shrink.weight).unflatten(1, (1, 28, 28))
+
+
+def _through_a_file(state: State) -> State:
+    file = io.BytesIO()
+    torch.save(state.state_dict(), file)
+    file.seek(0)
+    other = State.of(_Foreign(seed=99))
+    other.load_state_dict(torch.load(file, weights_only=True))
+    return other
+
+
+def _train(state: State, parameters: Parameters, images: torch.Tensor, epochs: list[float]) -> list[float]:
+    return [
+        record.loss for record in train(state, parameters, images, epochs, seed=5, trial=1, total_epochs=epochs[-1])
+    ]
+
+
+def test_a_model_of_another_class_learns(images):
+    state = State.of(_Foreign())
+    losses = _train(state, _parameters().model_copy(update={"schedule": "constant"}), images, [1, 10, 20])
+    assert losses[2] < 0.9 * losses[0]
+    assert state.step == 80
+    assert state.model.normalize.num_batches_tracked == 80
+
+
+def test_a_model_of_another_class_goes_on_from_a_file_to_the_bit_running_means_included(images):
+    parameters = _parameters().model_copy(update={"schedule": "constant"})
+    straight, state = State.of(_Foreign()), State.of(_Foreign())
+    _train(straight, parameters, images, [3])
+    _train(state, parameters, images, [1.5])
+    state.model.eval()  # as an evaluation leaves it
+    state = _through_a_file(state)
+    _train(state, parameters, images, [3])
+    torch.testing.assert_close(state.state_dict(), straight.state_dict(), rtol=0, atol=0)
+    assert state.model.normalize.running_mean.any()
+    assert state.averages.shape == (2, _weights(state.model).numel())
+
+
+def test_a_fresh_state_follows_seed_and_trial_and_has_no_averages_yet():
+    first, again = (State.fresh(_parameters(), seed=0, trial=1) for _ in range(2))
+    assert torch.equal(_weights(first.model), _weights(again.model))
+    for other in (State.fresh(_parameters(), seed=1, trial=1), State.fresh(_parameters(), seed=0, trial=2)):
+        assert not torch.equal(_weights(first.model), _weights(other.model))
+    assert (first.step, first.averages.any().item()) == (0, False)
