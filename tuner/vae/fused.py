@@ -93,10 +93,11 @@ class Fused:
 
     def _try_to_allocate(self, slots: int) -> None:
         device, count = self.images.device, len(self.images)
+        array = Array(self.shape.networks, slots, device)
+        order = torch.zeros(slots, count, dtype=torch.long, device=device)
+        noise = torch.zeros(slots, count, self.shape.networks.latent_dim, device=device)
+        self.array, self.order, self.noise = array, order, noise  # not before all fit: half as many need their room
         self.slots: list[_Slot | None] = [None] * slots
-        self.array = Array(self.shape.networks, slots, device)
-        self.order = torch.zeros(slots, count, dtype=torch.long, device=device)
-        self.noise = torch.zeros(slots, count, self.shape.networks.latent_dim, device=device)
         self.schedule = torch.zeros(2, slots, 1, device=device)  # learning rate and KL factor at each step
         self.step = torch.zeros(slots, dtype=torch.long, device=device)
         self.active = torch.zeros(slots, dtype=torch.bool, device=device)
@@ -121,11 +122,11 @@ class Fused:
                 self._advance_one()
             return self._collect(count)
         except torch.OutOfMemoryError as error:
-            alone = self.slots[0] if len(self.slots) == 1 else None
-            if alone:
-                alone.job.record = torch.OutOfMemoryError(str(error))
+            if len(self.slots) == 1 and self.slots[0]:
+                self.slots[0].job.record = torch.OutOfMemoryError(str(error))
+            done = [slot.job for slot in self.slots if slot and slot.job.record]
         self._shrink()  # out here the error no longer holds the tensors of the step that failed
-        return [alone.job] if alone else []
+        return done
 
     def abandon(self, error: Exception) -> list[Job]:
         """Give up all jobs for an error, after which the array is of no more use -> the jobs."""
@@ -220,9 +221,9 @@ class Fused:
                 seconds = time.perf_counter() - slot.started
                 job.record = Record(job.epoch, slot.last_step, loss, reconstruction, kl, seen, seconds)
             if job.record:
-                self.slots[number] = None
                 self.active[number] = False
                 done.append(job)
+        self.slots = [None if slot and slot.job.record else slot for slot in self.slots]  # once all are stored
         return done
 
     def _images_at(self, step: int) -> int:
