@@ -178,7 +178,7 @@ def expectation_maximization(points: Tensor, mixture: Prior, least: Tensor) -> t
     return Prior(counts[:, 0] / counts.sum(), means, covariances), likelihood / len(points)
 
 
-def fit_flow(means: Tensor, deviations: Tensor, components: int, seed: int) -> Prior:
+def fit_flow(means: Tensor, deviations: Tensor, components: int, seed: int, steps: int = FLOW_STEPS) -> Prior:
     """Fit a mixture and the flow that bends it, by maximum likelihood on draws from N(means, deviations^2).
 
     Means and deviations are those of the encoded images, (N, Z) each; every step draws anew, so that the few thousand
@@ -197,9 +197,9 @@ def fit_flow(means: Tensor, deviations: Tensor, components: int, seed: int) -> P
     ]
     logits, centres, factors = mixture = [part.requires_grad_() for part in mixture]
     optimizer = torch.optim.Adam([*flow.parameters(), *mixture], lr=FLOW_RATE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, FLOW_RATE, total_steps=FLOW_STEPS, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, FLOW_RATE, total_steps=steps, pct_start=0.1)
     constant = 0.5 * means.shape[1] * math.log(2 * math.pi)
-    for _ in range(FLOW_STEPS):
+    for _ in range(steps):
         index = torch.randint(len(means), (FLOW_BATCH,), generator=generator)
         noise = torch.randn(FLOW_BATCH, means.shape[1], generator=generator)
         points, logdet = flow.inverse(means[index] + deviations[index] * noise)
