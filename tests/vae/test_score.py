@@ -232,13 +232,16 @@ def test_no_more_images_are_compared_than_there_are_training_images(extractor, d
     assert Scorer(extractor, digits.train, digits.validation, seed=0, count=5_000).count == 997
 
 
+@pytest.mark.parametrize("layer", ["mean", "log_variance", "start"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli"])
 @pytest.mark.parametrize("prior", ["standard_normal", "gaussian_mixture"])
-def test_a_model_with_broken_weights_is_named_diverged(score, prior):
-    parameters = VARIATIONAL.model_copy(update={"prior": prior})
+def test_a_model_with_broken_weights_is_named_diverged(score_few, prior, likelihood, value, layer):
+    parameters = VARIATIONAL.model_copy(update={"prior": prior, "likelihood": likelihood})
     model = build(parameters, seed=4)
-    nn.init.constant_(model.mean.bias, math.nan)
+    nn.init.constant_(getattr(model, layer).bias, value)
     with pytest.raises(Diverged, match="not finite"):
-        score(model, parameters)
+        score_few(model, parameters)
 
 
 def test_a_plain_autoencoder_that_maps_all_images_to_one_point_is_named_diverged(score):

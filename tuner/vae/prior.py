@@ -58,8 +58,10 @@ class Prior:
     def log_density(self, latents: Tensor) -> Tensor:
         """log p(z) in nats: (B, Z) -> (B,), float64."""
         points, logdet = (latents, torch.zeros(1)) if self.flow is None else self.flow.inverse(latents)
-        gaussians = MultivariateNormal(self.means.double(), self.covariances.double())
-        density: Tensor = MixtureSameFamily(Categorical(self.weights.double()), gaussians).log_prob(points.double())
+        weights = Categorical(self.weights.double())
+        gaussians = MultivariateNormal(self.means.double(), self.covariances.double(), validate_args=False)
+        mixture = MixtureSameFamily(weights, gaussians, validate_args=False)  # a latent of NaN has that density, too
+        density: Tensor = mixture.log_prob(points.double())
         return density + logdet.double()
 
     def state_dict(self) -> dict[str, Tensor]:
