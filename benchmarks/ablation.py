@@ -2,21 +2,21 @@
 
     python -m benchmarks.ablation [--data-dir data] [--epochs 9]
 
-The point that the spec tries last of those it is told, with the prior that it is retrained for, and then each change
-alone. Distances are those of 10,000 samples, drawn evenly, under the extractor that a search with seed 0 trains;
+The last of the points that the spec names, with the prior that it is retrained for, and then each change
+alone. Distances are those of 10,000 samples, quasi-random, under the extractor that a search with seed 0 trains;
 `reconstruction` has the prior left out.
 """
 
 from typing import Any
 
-from benchmarks.setting import MNIST, SHOWN, parser, say, scores_of, shipped_point, trained
-from tuner.vae.model import VAE
+from benchmarks.setting import MNIST, SHOWN, parser, say, shipped_point, trained
+from tuner.vae.model import Model
 from tuner.vae.parameters import Parameters
 
-AFTER_TRAINING = {"prior", "prior_components", "contrast"}
+AFTER_TRAINING = {"prior", "prior_components", "temperature"}
 CHANGES: tuple[dict[str, Any], ...] = (
     {},
-    {"contrast": "plain"},
+    {"temperature": "one"},
     {"prior_components": 10},
     {"prior_components": 50},
     {"prior": "gaussian_mixture"},
@@ -40,14 +40,14 @@ def main() -> None:
     options = parser(__doc__, MNIST)
     options.add_argument("--epochs", type=float, default=9)
     arguments = options.parse_args()
-    base, data, scorer = shipped_point(arguments.data_dir)
-    models: dict[Parameters, VAE] = {}
+    base, data, fitter, scorer = shipped_point(arguments.data_dir)
+    models: dict[Parameters, Model] = {}
     for change in CHANGES:
         parameters = base.model_copy(update=change)
         training = parameters.model_copy(update={name: getattr(base, name) for name in AFTER_TRAINING})
         if training not in models:
             models[training] = trained(training, data.train.images, arguments.epochs, seed=0, trial=1)
-        scores = scores_of(models[training], parameters, scorer)
+        scores = scorer(fitter(models[training], parameters))
         say({"change": change, **{name: scores[name] for name in SHOWN}})
 
 

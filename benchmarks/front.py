@@ -10,9 +10,10 @@ the same where two trials may share the images between them, so that rate and di
 from itertools import product
 from pathlib import Path
 
-from benchmarks.setting import MNIST, parser, say, scores_of, trained
+from benchmarks.setting import MNIST, parser, say, trained
 from tuner.run import RunFiles
-from tuner.trainable import search_scorer
+from tuner.study import read_study, table
+from tuner.trainable import search_fitter, search_scorer
 from tuner.workspace import open_workspace
 
 WEIGHTS = (0.01, 0.03, 0.1, 0.3, 0.5, 1, 2, 4, 10)
@@ -34,13 +35,15 @@ def main() -> None:
     run = RunFiles(arguments.run)
     workspace = open_workspace(run, arguments.data_dir)
     spec, data = workspace.spec, workspace.data
-    scorer = search_scorer(spec, data, workspace.extractors["search"])
-    found = [(row["rate"], row["distortion"]) for row in run.read_trials() if "rate" in row]
+    fitter, scorer = search_fitter(spec, data), search_scorer(spec, data, workspace.extractors["search"])
+    study = read_study(run.journal)
+    rows = table(study, spec) if study else []
+    found = [(row["rate"], row["distortion"]) for row in rows if "rate" in row]
     better = {"front": 0, "shared": 0}
     for number, weight in enumerate(WEIGHTS):
         parameters = spec.baseline.model_copy(update={"kl_weight": weight})
         model = trained(parameters, data.train.images, spec.budget.max_epochs, seed=spec.seed, trial=number)
-        scores = scores_of(model, parameters, scorer)
+        scores = scorer(fitter(model, parameters))
         best = lowest(found, scores["rate"])
         for kind, distortion in best.items():
             better[kind] += distortion is not None and distortion <= scores["distortion"]

@@ -15,11 +15,11 @@ import torch
 import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
-from benchmarks.setting import load_data, load_spec, parser, reached, say, search_command, trained, watch, yardstick
-from tuner.vae.fused import Fused, Job, shape_of
+from benchmarks.setting import load_data, load_spec, parser, reached, say, search_command, trained, unseen_scorer, watch
+from tuner.vae.fused import Fused, FusedShape, Job
 from tuner.vae.parameters import Parameters
 from tuner.vae.process import settle
-from tuner.vae.train import State
+from tuner.vae.step import State
 
 WIDEST = 32
 
@@ -70,7 +70,7 @@ def side_by_side(images: Tensor, device: str, epochs: int, processes: int) -> fl
 
 def fused(images: Tensor, epochs: int, slots: int) -> float:
     """Trial-epochs a second of one array of `slots` trials, the capture of its graph and its loading included."""
-    array = Fused(shape_of(parameters_of(0), WIDEST), slots, images)
+    array = Fused(FusedShape.of(parameters_of(0), WIDEST), slots, images)
     for trial in range(slots):
         array.enter(Job(trial, parameters_of(trial), State.fresh(parameters_of(trial), 0, trial), epochs, 0, epochs))
     started = time.perf_counter()
@@ -84,7 +84,7 @@ def fused(images: Tensor, epochs: int, slots: int) -> float:
 def searches(data_dir: Path | None, seconds: float) -> None:
     """Time from the command to 0.9 of the gap, trials fused and in processes."""
     spec, data = load_spec(data_dir)
-    scorer, baseline = yardstick(spec, data)
+    scorer, baseline = unseen_scorer(spec, data)
     with tempfile.TemporaryDirectory() as folder:
         for execution in ("fused", "process"):
             run = Path(folder) / execution

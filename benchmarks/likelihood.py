@@ -17,7 +17,7 @@ import torch
 from benchmarks.setting import MNIST, parser, say
 from tuner.run import RunFiles
 from tuner.vae import codec
-from tuner.vae.data import binarize, load_test, pixels
+from tuner.vae.data import as_floats, binarize, load_test
 from tuner.vae.iwae import importance_weighted_bound
 from tuner.vae.prior import standard_normal
 from tuner.vae.process import settle
@@ -32,16 +32,15 @@ def main() -> None:
     options.add_argument("--samples", type=int, default=5_000)
     arguments = options.parse_args()
     settle()
-    export = codec.load(RunFiles(arguments.run).export)
+    fitted = codec.load(RunFiles(arguments.run).export).fitted
     test = load_test("mnist", arguments.data_dir, download=False)
-    images = pixels(binarize(test.images, torch.Generator().manual_seed(0)))
-    parameters = export.info["parameters"]
-    priors = {parameters["prior"]: export.prior, "standard_normal": standard_normal(parameters["latent_dim"])}
+    images = as_floats(binarize(test.images, torch.Generator().manual_seed(0)))
+    priors = {fitted.parameters.prior: fitted.prior, "standard_normal": standard_normal(fitted.model.latent_dim)}
     for name, prior in priors.items():
-        few = importance_weighted_bound(export.model, prior, images, FEW, torch.Generator().manual_seed(1))
+        few = importance_weighted_bound(fitted.model, prior, images, FEW, torch.Generator().manual_seed(1))
         generator = torch.Generator().manual_seed(2)
         part = images[: arguments.subset]
-        more = importance_weighted_bound(export.model, prior, part, arguments.samples, generator)
+        more = importance_weighted_bound(fitted.model, prior, part, arguments.samples, generator)
         gain = more - few[: arguments.subset]
         error = math.sqrt(few.var().item() / len(few) + gain.var().item() / len(gain))
         line = {

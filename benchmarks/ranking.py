@@ -11,14 +11,15 @@ from pathlib import Path
 import optuna
 from scipy.stats import spearmanr
 
-from benchmarks.setting import MNIST, models_at, parser, say, scores_of
+from benchmarks.setting import MNIST, models_at, parser, say
 from tuner import spec as specs
 from tuner.search import DEFAULT_SPEC
-from tuner.trainable import search_scorer
+from tuner.study import distributions
+from tuner.trainable import search_fitter, search_scorer
 from tuner.vae import data as datasets
 from tuner.vae.extractor import train_extractor
 from tuner.vae.process import settle
-from tuner.vae.train import Stream, derive_seed
+from tuner.vae.seeds import Stream, derive_seed
 
 
 def main() -> None:
@@ -29,17 +30,18 @@ def main() -> None:
     settle()
     spec = specs.load(arguments.spec)
     data = datasets.load(spec.data.name, arguments.data_dir, download=False)
+    fitter = search_fitter(spec, data)
     scorer = search_scorer(spec, data, train_extractor(data, derive_seed(spec.seed, Stream.EXTRACTOR, 0)))
     objective, rungs = spec.objective[0], spec.budget.rungs
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=spec.seed))
     scores = []
     for number in range(arguments.trials):
-        searched = study.ask(fixed_distributions=spec.distributions).params
+        searched = study.ask(fixed_distributions=distributions(spec)).params
         parameters = spec.parameters(searched)
         line = []
         for _, model in models_at(parameters, data.train.images, rungs, seed=spec.seed, trial=number):
-            line.append(round(objective.sign * scores_of(model, parameters, scorer)[objective.metric], 3))
+            line.append(round(objective.cost(scorer(fitter(model, parameters))), 3))
         scores.append(line)
         say({"trial": number, **searched, "scores": line}, None)
     better = sorted(scores, key=lambda line: line[-1])[: len(scores) // 2]

@@ -21,9 +21,8 @@ from pathlib import Path
 import numpy as np
 
 from tuner.run import RunFiles
-from tuner.study import BASELINE
 from tuner.vae.image_grid import grid, png, samples
-from tuner.workspace import best_of, last_of, retrained
+from tuner.workspace import baseline_of, best_of
 
 SHOWN, COLUMNS, MARGIN = 80, 10, 24  # images and images a row on either side, pixels between the sides
 EXPORTED = ("weights.safetensors", "prior.npz", "samples.png", "neighbours.png")
@@ -68,8 +67,10 @@ def without_progress(log: str) -> str:
 
 def side_by_side(run: RunFiles) -> np.ndarray:
     """The classic settings from N(0, I) on the left, what the run exported on the right: grey (H, W) uint8."""
-    ours = retrained(run) if run.retrained.exists() else best_of(run, run.summary()["best"]["trial"])
-    pictures = [grid(samples(who.model, who.prior, SHOWN), COLUMNS) for who in (last_of(run, BASELINE), ours)]
+    summary = run.summary()
+    assert summary.best
+    ours = best_of(run, run.retrain_checkpoint if summary.retrain else run.checkpoint(summary.best.trial))
+    pictures = [grid(samples(fitted, SHOWN), COLUMNS) for fitted in (baseline_of(run), ours)]
     gap = np.full((pictures[0].shape[0], MARGIN), 255, np.uint8)
     return np.concatenate([pictures[0], gap, pictures[1]], axis=1)
 

@@ -4,9 +4,9 @@
 
 The peers: Ray Tune as in its own MNIST example, a function trainable with OptunaSearch and ASHA; and Optuna alone, two
 processes on one journal, with its own pruner. Each once with our training step, so that only the search differs, and
-once with the tutorial loop. All get the same space, data, budget, prior, contrast and scorer, and two cores. Ours runs
-as its spec is shipped, which names points to try first, and again told nothing, as the peers are. It trains its
-extractor on the clock, and its baseline; the peers get an extractor for nothing and need no baseline.
+once with the tutorial loop. All get the same space, data, budget, prior, temperature and scorer, and two cores. Ours
+runs as its spec is shipped, which names points to evaluate first, and again told nothing, as the peers are. It trains
+its extractor on the clock, and its baseline; the peers get an extractor for nothing and need no baseline.
 
 Each runs as one command for --seconds; whatever checkpoint it writes is kept with its time since the command, and
 scored afterwards with noise and an extractor that nobody searched with. Baseline and floor are those of that extractor.
@@ -32,32 +32,34 @@ from benchmarks.setting import (
     say,
     search_command,
     tutorial_loss,
+    unseen_scorer,
     watch,
-    yardstick,
 )
 from tuner.spec import Spec
+from tuner.vae.checkpoint import Checkpoint
 from tuner.vae.data import Data
-from tuner.vae.extractor import FeatureExtractor, train_extractor
-from tuner.vae.model import VAE
+from tuner.vae.extractor import FeatureExtractor, from_bytes, to_bytes, train_extractor
+from tuner.vae.fitted import Fitter
+from tuner.vae.model import Model
 from tuner.vae.parameters import Parameters
 from tuner.vae.process import settle
 from tuner.vae.score import Scorer
-from tuner.workspace import FittedModel
+from tuner.vae.step import State
 
 OURS = ("ours", "ours, told nothing")
 PEERS = ("tune", "optuna")
 LOOPS = ("ours", "tutorial")
 
-# The training loops: a candidate an epoch
+# The training loops: a model an epoch
 
 
-def our_loop(parameters: Parameters, spec: Spec, data: Data, seed: int) -> Iterator[tuple[float, VAE]]:
+def our_loop(parameters: Parameters, spec: Spec, data: Data, seed: int) -> Iterator[tuple[float, Model]]:
     settle()
     epochs = range(1, int(spec.budget.max_epochs) + 1)
     yield from models_at(parameters, data.train.images, epochs, seed=spec.seed, trial=seed)
 
 
-def tutorial_loop(parameters: Parameters, spec: Spec, data: Data, seed: int) -> Iterator[tuple[float, VAE]]:
+def tutorial_loop(parameters: Parameters, spec: Spec, data: Data, seed: int) -> Iterator[tuple[float, Model]]:
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     model = plain(parameters.latent_dim, parameters.width)
@@ -76,15 +78,15 @@ def tutorial_loop(parameters: Parameters, spec: Spec, data: Data, seed: int) -> 
 def evaluations(
     loop: str, parameters: Parameters, spec: Spec, data: Data, extractor: FeatureExtractor, number: int, folder: Path
 ) -> Iterator[float]:
-    """Train a peer's trial, keep each epoch's candidate in `folder` and yield its Frechet distance."""
-    scorer = Scorer(
-        extractor, data.train, data.validation, seed=spec.seed, count=2_500, prior_count=5_000, quasi_random=True
-    )
+    """Train a peer's trial, keep each epoch's model in `folder` and yield its Frechet distance."""
+    fitter = Fitter(data.train, seed=spec.seed, count=5_000, matching_count=500)
+    scorer = Scorer(extractor, data.train, data.validation, seed=spec.seed, count=2_500, quasi_random=True)
     for epoch, model in (our_loop if loop == "ours" else tutorial_loop)(parameters, spec, data, number):
-        prior = scorer.fit(model, parameters)
-        distance = scorer(model, parameters, prior)["frechet_distance"]
-        torch.save({"best": FittedModel(model, parameters, prior, epoch).state_dict()}, folder / f".{number}.tmp")
-        (folder / f".{number}.tmp").rename(folder / f"{number:04d}-{epoch:02.0f}.pt")
+        fitted = fitter(model, parameters, epoch)
+        distance = scorer(fitted)["frechet_distance"]
+        temporary = folder / f".{number}.tmp"
+        temporary.write_bytes(Checkpoint(parameters, State.of(model), fitted).to_bytes())
+        temporary.rename(folder / f"{number:04d}-{epoch:02.0f}.pt")
         yield distance
 
 
@@ -100,12 +102,10 @@ def run_tune(loop: str, data_dir: Path | None, extractor_file: Path, folder: Pat
     from ray.tune.search.optuna import OptunaSearch
 
     spec, data = load_spec(data_dir)
-    extractor = FeatureExtractor()
-    extractor.load_state_dict(torch.load(extractor_file))
+    extractor = from_bytes(extractor_file.read_bytes())
 
     def objective(config: dict[str, Any], data: Data, extractor: FeatureExtractor) -> None:
         number = int(tune.get_context().get_trial_id().split("_")[-1], 16)
-        extractor = extractor.eval().requires_grad_(False)
         for distance in evaluations(loop, spec.parameters(config), spec, data, extractor, number, folder):
             tune.report({"frechet_distance": distance})
 
@@ -134,9 +134,7 @@ def run_optuna(loop: str, data_dir: Path | None, extractor_file: Path, folder: P
 
     def worker(index: int) -> None:
         spec, data = load_spec(data_dir)
-        extractor = FeatureExtractor()
-        extractor.load_state_dict(torch.load(extractor_file))
-        extractor = extractor.eval().requires_grad_(False)
+        extractor = from_bytes(extractor_file.read_bytes())
         storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(folder / "journal")))
         sampler = optuna.samplers.TPESampler(seed=2 * seed + index)
         study = optuna.create_study(storage=storage, study_name="peer", load_if_exists=True, sampler=sampler)
@@ -187,13 +185,13 @@ def main() -> None:
     settle()
     spec, data = load_spec(data_dir)
     given = train_extractor(data, 11)
-    scorer, baseline = yardstick(spec, data)
+    scorer, baseline = unseen_scorer(spec, data)
     say({"floor": scorer.floor, "baseline": baseline}, 3)
 
     results = {}
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
-        torch.save(given.state_dict(), place / "extractor.pt")
+        (place / "extractor.safetensors").write_bytes(to_bytes(given))
         where = ["--data-dir", str(data_dir)] if data_dir else []
         for told in OURS if not arguments.quick else OURS[:1]:
             run = place / told
@@ -206,7 +204,7 @@ def main() -> None:
             for loop in loops:
                 folder = place / f"{peer}-{loop}"
                 folder.mkdir()
-                who = ("--peer", peer, loop, place / "extractor.pt", folder)
+                who = ("--peer", peer, loop, place / "extractor.safetensors", folder)
                 command = command_of("benchmarks.search", *where, "--seed", arguments.seed, *who)
                 found = watch(command, folder, place / f"kept-{peer}-{loop}", seconds)
                 results[f"{peer}, {loop}"] = reached(found, scorer, baseline)

@@ -21,15 +21,20 @@ from torch.utils.data import Dataset
 from tuner import spec as specs
 from tuner.spec import Spec
 from tuner.vae import data as datasets
+from tuner.vae.checkpoint import Checkpoint
 from tuner.vae.data import Data, Split
 from tuner.vae.extractor import train_extractor
-from tuner.vae.model import VAE
+from tuner.vae.fitted import FittedModel, Fitter
+from tuner.vae.metrics import gap_closed
+from tuner.vae.model import VAE, Model
 from tuner.vae.parameters import CLASSIC, Parameters
 from tuner.vae.prior import standard_normal
 from tuner.vae.process import settle
-from tuner.vae.score import Scorer, gap_closed
-from tuner.vae.train import State, Stream, derive_seed, train
-from tuner.workspace import EXTRACTORS, FINAL_PRIOR_IMAGES, FINAL_SAMPLES, FittedModel, load_tensors
+from tuner.vae.score import Scorer
+from tuner.vae.seeds import Stream, derive_seed
+from tuner.vae.step import State
+from tuner.vae.train import train
+from tuner.workspace import EXTRACTORS, FINAL_PRIOR_IMAGES, FINAL_SAMPLES
 
 SPECS = Path(__file__).parents[1] / "search_spaces"
 MNIST = Path("data")
@@ -80,7 +85,7 @@ def load_data(data_dir: Path | None) -> Data:
 
 
 def load_spec(data_dir: Path | None) -> tuple[Spec, Data]:
-    """The shipped spec without its points to try first, and its data."""
+    """The shipped spec without its points to evaluate first, and its data."""
     return specs.load(spec_file(data_dir), [("points_to_evaluate", [])]), load_data(data_dir)
 
 
@@ -99,25 +104,20 @@ def repeated(data: Data, images: int) -> Data:
 
 def models_at(
     parameters: Parameters, images: Tensor, epochs: Sequence[float], *, seed: int, trial: int
-) -> Iterator[tuple[float, VAE]]:
-    """A trial's training, to the last of `epochs` -> each epoch with the network there."""
+) -> Iterator[tuple[float, Model]]:
+    """A trial's training, to the last of `epochs` -> each epoch with the model there, which training on moves."""
     state, most = State.fresh(parameters, seed, trial), epochs[-1]
     for record in train(state, parameters, images, epochs, seed=seed, trial=trial, total_epochs=most):
         yield record.epoch, state.model
 
 
-def trained(parameters: Parameters, images: Tensor, epochs: float, *, seed: int, trial: int) -> VAE:
+def trained(parameters: Parameters, images: Tensor, epochs: float, *, seed: int, trial: int) -> Model:
     *_, (_, model) = models_at(parameters, images, [epochs], seed=seed, trial=trial)
     return model
 
 
-def scores_of(model: VAE, parameters: Parameters, scorer: Scorer) -> dict[str, float]:
-    """All scores under the prior that the parameters name, fitted as in a trial."""
-    return scorer(model, parameters, scorer.fit(model, parameters))
-
-
-def shipped_point(data_dir: Path) -> tuple[Parameters, Data, Scorer]:
-    """MNIST's point that is tried last of those named, with the prior of its retrain; data; a scorer as the retrain's.
+def shipped_point(data_dir: Path) -> tuple[Parameters, Data, Fitter, Scorer]:
+    """MNIST's last named point, with the prior of its retrain; data; a fitter and a scorer as the retrain's.
 
     Settles the process and prints point and floor. The extractors are those that a search with seed 0 trains.
     """
@@ -127,12 +127,12 @@ def shipped_point(data_dir: Path) -> tuple[Parameters, Data, Scorer]:
         train_extractor(data, derive_seed(0, Stream.EXTRACTOR, number), *shape)
         for number, shape in enumerate(EXTRACTORS.values())
     )
-    counts = {"count": FINAL_SAMPLES, "prior_count": FINAL_PRIOR_IMAGES}
-    scorer = Scorer(extractor, data.train, data.validation, seed=5, quasi_random=True, guide=guide, **counts)
+    fitter = Fitter(data.train, seed=5, count=FINAL_PRIOR_IMAGES, matching_count=FINAL_SAMPLES // 5, guide=guide)
+    scorer = Scorer(extractor, data.train, data.validation, seed=5, count=FINAL_SAMPLES, quasi_random=True)
     say({"floor": scorer.floor}, 3)
     base = spec.parameters(spec.points_to_evaluate[-1] | spec.retrain.priors[-1].model_dump())
     say({"base": base.model_dump()})
-    return base, data, scorer
+    return base, data, fitter, scorer
 
 
 # What the MNIST tutorials show
@@ -141,9 +141,9 @@ def shipped_point(data_dir: Path) -> tuple[Parameters, Data, Scorer]:
 def plain(latent_dim: int, width: int = 32) -> VAE:
     """The network in PyTorch's own layers."""
     model = VAE(latent_dim, width)
-    pixels = nn.ConvTranspose2d(width, 1, 3, stride=2, padding=1, output_padding=1)
-    pixels.load_state_dict(model.decoder[-1].state_dict())
-    model.decoder[-1] = pixels
+    last = nn.ConvTranspose2d(width, 1, 3, stride=2, padding=1, output_padding=1)
+    last.load_state_dict(model.up[-1].state_dict())
+    model.up[-1] = last
     return model
 
 
@@ -164,7 +164,7 @@ class Pictures(Dataset[tuple[Tensor, int]]):
         return self.transform(picture), int(self.split.labels[index])
 
 
-def tutorial_loss(model: VAE, images: Tensor, kl_weight: float = 1.0) -> Tensor:
+def tutorial_loss(model: Model, images: Tensor, kl_weight: float = 1.0) -> Tensor:
     """Summed over a batch (B, 1, 28, 28): squared error of one draw, and the weighted KL divergence."""
     mean, log_variance = model.encode(images)
     assert log_variance is not None
@@ -207,13 +207,14 @@ def watch(command: list[str], folder: Path, kept: Path, seconds: float) -> list[
     return found
 
 
-def yardstick(spec: Spec, data: Data) -> tuple[Scorer, float]:
+def unseen_scorer(spec: Spec, data: Data) -> tuple[Scorer, float]:
     """A scorer with noise and an extractor that nobody searched with, and the classic settings' distance under it."""
     settle()
-    scorer = Scorer(train_extractor(data, 22), data.train, data.validation, seed=33, count=5_000, prior_count=5_000)
+    scorer = Scorer(train_extractor(data, 22), data.train, data.validation, seed=33, count=5_000)
     classic = CLASSIC.model_copy(update={"batch_size": spec.baseline.batch_size})
     model = trained(classic, data.train.images, spec.budget.max_epochs, seed=spec.seed, trial=0)
-    return scorer, scorer.distance(scorer.samples(model, standard_normal(classic.latent_dim), scorer.count))
+    fitted = FittedModel(model, classic, standard_normal(classic.latent_dim))
+    return scorer, scorer.distance(scorer.samples(fitted, scorer.count))
 
 
 def reached(found: list[tuple[float, Path]], scorer: Scorer, baseline: float) -> dict[str, Any]:
@@ -221,8 +222,9 @@ def reached(found: list[tuple[float, Path]], scorer: Scorer, baseline: float) ->
     result: dict[str, Any] = {str(goal): None for goal in GOALS}
     best = -float("inf")
     for seconds, file in found:
-        fitted = FittedModel.from_state_dict(load_tensors(file.read_bytes())["best"])
-        distance = scorer.distance(scorer.samples(fitted.model, fitted.prior, scorer.count))
+        fitted = Checkpoint.from_bytes(file.read_bytes()).best
+        assert fitted
+        distance = scorer.distance(scorer.samples(fitted, scorer.count))
         best = max(best, gap_closed(distance, scorer.floor, baseline))
         for goal in GOALS:
             if result[str(goal)] is None and best >= goal:

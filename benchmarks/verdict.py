@@ -11,6 +11,7 @@ ratio to the floor, and the gap closed against either classic.
 """
 
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,12 @@ from tuner.study import BASELINE
 from tuner.vae import codec
 from tuner.vae.data import Data, load_test
 from tuner.vae.extractor import FEATURES, FeatureExtractor, fit
-from tuner.vae.model import VAE
-from tuner.vae.prior import Prior, standard_normal
-from tuner.vae.score import Scorer, gap_closed
-from tuner.workspace import FINAL_SAMPLES, last_of, load_extractors, open_workspace
+from tuner.vae.fitted import FittedModel
+from tuner.vae.metrics import FINAL_METRICS, gap_closed
+from tuner.vae.score import Scorer
+from tuner.workspace import FINAL_SAMPLES, baseline_of, load_extractors, open_workspace
+
+SHOWN = ("frechet_distance", "gap_closed", "sharpness", *FINAL_METRICS)
 
 
 class Flat(FeatureExtractor):
@@ -78,10 +81,8 @@ def extractors(run: RunFiles, data: Data) -> dict[str, FeatureExtractor]:
     return result
 
 
-def drawn(model: VAE, prior: Prior, seed: int = 77) -> Tensor:
-    latents = prior.sample(FINAL_SAMPLES, torch.Generator().manual_seed(seed))
-    with torch.no_grad():
-        return torch.cat([model.draw(part) for part in latents.split(100)])
+def drawn(fitted: FittedModel, seed: int = 77) -> Tensor:
+    return fitted.draw(fitted.prior.sample(FINAL_SAMPLES, torch.Generator().manual_seed(seed)))
 
 
 def main() -> None:
@@ -94,27 +95,28 @@ def main() -> None:
     spec, data = workspace.spec, workspace.data
     test = load_test(spec.data.name, arguments.data_dir, download=False)
 
-    baseline = last_of(runs[0], BASELINE)
-    pictures = {"classic": drawn(baseline.model, baseline.prior)}
+    baseline = baseline_of(runs[0])
+    pictures = {"classic": drawn(baseline)}
     epochs = arguments.classic_epochs
     longer = trained(spec.baseline, data.train.images, epochs, seed=spec.seed, trial=BASELINE)
-    pictures["classic, as long"] = drawn(longer, standard_normal(longer.latent_dim))
+    pictures["classic, as long"] = drawn(replace(baseline, model=longer))
     for run in runs:
-        export = codec.load(run.export)
-        pictures[run.name] = drawn(export.model, export.prior)
-        components, latents = export.prior.means.shape
+        export, tested = codec.load(run.export), run.summary().test
+        assert tested
+        pictures[run.name] = drawn(export.fitted)
+        prior = export.fitted.prior
+        components, latents = prior.means.shape
         free = components * (1 + latents + latents * (latents + 1) // 2)  # a covariance is symmetric
-        if export.prior.flow is not None:
-            free += sum(weight.numel() for weight in export.prior.flow.parameters())
+        if prior.flow is not None:
+            free += sum(weight.numel() for weight in prior.flow.parameters())
         count = {"weights": export.info["weights"], "free numbers of the prior": free}
-        shown = ("frechet_distance", "floor", "gap_closed", "recall", "coverage", "sharpness", "copied")
-        scores = {name: export.info["test"][name] for name in (*shown, "knn_accuracy")}
-        say({"run": run.name, **count, "prior": export.info["parameters"]["prior"], **scores})
+        scores = {name: export.info["test"][name] for name in SHOWN}
+        say({"run": run.name, **count, "prior": export.fitted.parameters.prior, "floor": tested.floor, **scores})
     classic = sum(weight.numel() for weight in baseline.model.parameters())
     say({"classic weights": classic})
 
     for name, extractor in extractors(runs[0], data).items():
-        scorer = Scorer(extractor, data.train, test, seed=88, count=FINAL_SAMPLES, prior_count=10)
+        scorer = Scorer(extractor, data.train, test, seed=88, count=FINAL_SAMPLES)
         distances = {who: scorer.distance(images) for who, images in pictures.items()}
         line: dict[str, Any] = {"extractor": name, "right": extractor.accuracy(scorer.images, test.labels)}
         line |= {"floor": scorer.floor} | {who: distances[who] for who in ("classic", "classic, as long")}
