@@ -1,4 +1,4 @@
-"""The run directory: files are whole or not there, and the summary and the table keep what they are given."""
+"""The run directory: one process at a time, files that are whole or not there, a table that keeps what it is given."""
 
 import csv
 import os
@@ -12,9 +12,6 @@ from pathlib import Path
 import pytest
 
 from tuner.run import Refused, RunFiles, write_atomic
-
-PROMOTED = {"epoch": 1.0, "searched": 2.0, "search_gap_closed": 0.5, "second_gap_closed": 0.5}
-COMPLETE = {"state": "complete", "reason": "", "epochs_trained": 4}
 
 
 @pytest.fixture
@@ -182,43 +179,6 @@ def test_a_file_and_a_folder_with_something_else_in_it_are_foreign_but_not_a_run
     assert RunFiles(tmp_path / "file").is_foreign()
 
 
-# Summary
-
-
-def test_a_new_run_has_an_empty_summary_and_makes_no_file(run):
-    assert run.summary() == {}
-    assert not run.path.exists()
-
-
-def test_a_mapping_is_merged_into_the_summary_and_anything_else_replaces(run):
-    first, second = (PROMOTED | {"trial": trial} for trial in (1, 2))
-    run.update_summary(floor=1.9, seconds={"extractor": 3}, promotion=[first, second], kept=1)
-    returned = run.update_summary(seconds={"search": 60, "extractor": 4}, promotion=[second], kept={"trial": 5})
-    expected = {"floor": 1.9, "seconds": {"extractor": 4, "search": 60}, "promotion": [second], "kept": {"trial": 5}}
-    assert returned == run.summary() == expected
-    run.update_summary(kept=None, more={"search": 2})
-    assert run.summary() == expected | {"kept": None, "more": {"search": 2}}
-
-
-def test_the_summary_has_the_same_bytes_in_whatever_order_it_was_told(run, tmp_path):
-    other = RunFiles(tmp_path / "other")
-    run.update_summary(a=1, b={"x": 1, "y": 2})
-    other.update_summary(b={"y": 2})
-    other.update_summary(b={"x": 1})
-    other.update_summary(a=1)
-    assert run.summary_file.read_bytes() == other.summary_file.read_bytes()
-
-
-@pytest.mark.parametrize("content", [b"", b'{"floor": 1.9', b"[1, 2]", b"null", b"\xff\xfe", b"floor"])
-def test_a_damaged_summary_is_named_and_kept(run, content):
-    write_atomic(run.summary_file, content)
-    for read in (run.summary, lambda: run.update_summary(floor=1)):
-        with pytest.raises(ValueError, match=re.escape(str(run.summary_file))) as error:
-            read()
-        assert len(str(error.value).splitlines()) == 1
-    assert run.summary_file.read_bytes() == content
-
-
 # trials.csv
 
 
@@ -256,26 +216,13 @@ def test_a_later_table_replaces_the_earlier_one(run):
     assert _names(run.path) == ["trials.csv"]
 
 
-def test_a_table_read_again_has_its_numbers_and_leaves_empty_cells_out(run):
-    assert run.read_trials() == []
-    run.write_trials(
-        [
-            COMPLETE | {"trial": 0, "mse": 0.25, "prior": "standard_normal"},
-            COMPLETE | {"trial": 1, "mse": float("inf"), "latent_dim": 8, "reason": "loss is nan"},
-        ]
-    )
-    assert run.read_trials() == [
-        COMPLETE | {"trial": 0, "mse": 0.25, "prior": "standard_normal"},
-        COMPLETE | {"trial": 1, "mse": float("inf"), "latent_dim": 8, "reason": "loss is nan"},
-    ]
-
-
 # Paths
 
 
 def test_every_file_of_a_run_lies_inside_of_it(run):
     paths = [value for name, value in vars(run).items() if isinstance(value, Path) and name != "path"]
-    paths += [run.checkpoint(7), run.extractor("second")]
+    paths += [run.checkpoint(7), run.error(7), run.extractor("second")]
     assert all(run.path in path.parents for path in paths)
     assert len(set(paths)) == len(paths)
     assert run.checkpoint(7).name == "0007.pt"
+    assert run.name_of(run.error(7)) == f"{run.shown}/errors/0007.txt"

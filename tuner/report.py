@@ -273,7 +273,7 @@ def timeline(page: Page, material: Material) -> None:
         worker = trial.user_attrs.get("worker")
         if worker and trial.datetime_start:
             start = trial.datetime_start.timestamp()
-            last = evaluations(trial)[-1]["timestamp"] if evaluations(trial) else start
+            last = evaluations(trial)[-1].get("timestamp", start) if evaluations(trial) else start
             end = trial.datetime_complete.timestamp() if trial.datetime_complete else last
             spans.setdefault(worker, []).append((start - min(begun), end - start, row["state"], trial.number))
     if not spans:

@@ -111,11 +111,11 @@ class _Range(_Frozen):
     def contains(self, value: Value) -> bool:
         """Whether a search can propose `value`."""
         low, high, step = self.low, self.high, self.step  # type: ignore[attr-defined]
-        if isinstance(value, bool) or not isinstance(value, type(low) | int):
+        if isinstance(value, bool | str) or not low <= value <= high:
             return False
-        steps = (value - low) / (step or 1)
-        whole = step is None or abs(steps - round(steps)) < 1e-8
-        return bool(low <= value <= high) and whole
+        if isinstance(low, int):
+            return bool((value - low) % (step or 1) == 0)
+        return step is None or abs((value - low) / step - round((value - low) / step)) < 1e-8
 
 
 class IntRange(_Range):

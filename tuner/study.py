@@ -19,6 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 from tuner.run import Refused, one_line
 from tuner.spec import Choices, IntRange, Objective, Spec
 from tuner.vae.metrics import METRICS, gap_closed
+from tuner.vae.parameters import Parameters
 
 BASELINE = 0  # the trial of the classic settings
 NAME = "search"
@@ -99,27 +100,33 @@ def _load(journal: Path, spec: Spec | None) -> Study:
             directions = [objective.direction for objective in spec.objective]
             optuna.create_study(storage=storage, study_name=NAME, directions=directions, load_if_exists=True)
         study = Study(storage)
-        trials = study.known()
+        study.known()
     except Exception as error:  # Optuna raises whatever the damage provokes; a full disk is another matter
         if isinstance(error, OSError) and not isinstance(error, IsADirectoryError):
             raise
         raise Refused(f"{journal}: not readable as an Optuna journal: {one_line(error)}") from error
     try:
-        for trial in trials:
-            _check(trial)
+        _check(study)
     except (KeyError, TypeError, ValueError) as error:
         raise Refused(f"{journal}: not the journal of a search: {one_line(error)}") from error
     return study
 
 
-def _check(trial: FrozenTrial) -> None:
-    """Raises KeyError or TypeError where a trial says less than the searcher wrote."""
-    if not isinstance(trial.user_attrs["parameters"], dict):
-        raise TypeError(f"trial {trial.number} has no parameters")
-    for scores in evaluations(trial):
-        for key in (*NEEDED, *(scores.keys() & METRICS.keys())):
-            if not isinstance(scores[key], int | float):
-                raise TypeError(f"trial {trial.number} has {key} {scores[key]!r}")
+def _check(study: Study) -> None:
+    """Raises KeyError, TypeError or ValueError where a study says less than was written to it."""
+    if not isinstance(study.user_attrs.get("floor", 0.0), int | float):
+        raise TypeError("the floor is no number")
+    for trial in study.known():
+        Parameters.model_validate(trial.user_attrs["parameters"])
+        scored = evaluations(trial)
+        if not isinstance(trial.user_attrs.get("reason", ""), str):
+            raise TypeError(f"the reason of trial {trial.number} is no text")
+        if trial.state == TrialState.COMPLETE and not scored:
+            raise ValueError(f"trial {trial.number} is complete without scores")
+        for scores in scored:
+            for key in (*NEEDED, *scores):
+                if not isinstance(scores[key], int | float):
+                    raise TypeError(f"trial {trial.number} has {key} {scores[key]!r}")
 
 
 def distributions(spec: Spec) -> dict[str, BaseDistribution]:

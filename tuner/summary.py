@@ -1,12 +1,18 @@
 """What `summary.json` of a run holds: each part is there once the stage that writes it is done."""
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from tuner.vae.parameters import Parameters
 
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+# What no trial can have is damage.
+TrialParameters = Annotated[dict[str, Any], AfterValidator(lambda found: Parameters.model_validate(found).model_dump())]
 
 
 class ExtractorInfo(_Part):
@@ -47,7 +53,7 @@ class Best(_Part):
 
     trial: int
     epoch: float
-    parameters: dict[str, Any]
+    parameters: TrialParameters
     scores: Scores
     floor: float
     baseline: float
@@ -58,7 +64,7 @@ class Retrained(_Part):
 
     epochs: int
     kept_epoch: float
-    parameters: dict[str, Any]
+    parameters: TrialParameters
     scores: Scores
 
 
@@ -94,6 +100,7 @@ class Summary(_Part):
 
     @model_validator(mode="after")
     def _whole(self) -> "Summary":
-        if self.best and not (self.extractors and self.promotion):
+        by = [names.keys() for entry in self.promotion for names in (entry.again, entry.gap_closed)]
+        if self.best and not (self.extractors and by and all(names == self.extractors.keys() for names in by)):
             raise ValueError("has a best trial, but not what it was chosen by")
         return self

@@ -1,0 +1,243 @@
+"""The study of a run: what is written to its journal is read back, as one row a trial, and damage is told."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.distributions import BaseDistribution
+from optuna.trial import TrialState
+from pydantic import TypeAdapter
+
+from tuner.run import Refused
+from tuner.spec import Entry, Objective, Spec
+from tuner.study import Study, distributions, front, open_study, ranked, read_study, table
+from tuner.vae.parameters import CLASSIC
+
+METRIC = "frechet_distance"
+
+
+def spec_of(**parts: Any) -> Spec:
+    return Spec.model_validate({"space": {"latent_dim": {"type": "int", "low": 4, "high": 32}}} | parts)
+
+
+SPEC = spec_of()
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Path:
+    return tmp_path / "study.journal"
+
+
+@pytest.fixture
+def study(journal: Path) -> Study:
+    """Of three trials that run."""
+    study = open_study(journal, SPEC)
+    for latents in (16, 8, 4):
+        parameters = CLASSIC.model_copy(update={"latent_dim": latents}).model_dump()
+        started = optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs={"parameters": parameters})
+        study.add_trial(started)
+    return study
+
+
+def evaluate(study: Study, number: int, rung: int, distance: float, **more: float) -> None:
+    scores = {"epoch": 2.0**rung, "seconds_train": 1.0, "seconds_score": 0.5, METRIC: distance}
+    scores |= {"frechet_distance_standard_normal": 2 * distance} | more
+    study.trial(number).set_user_attr(f"evaluation:{rung}", scores)
+
+
+def test_no_file_but_the_journal_is_made(study, journal):
+    study.keep_floor(1.0)
+    assert [path.name for path in journal.parent.iterdir()] == [journal.name]
+
+
+def test_the_floor_survives_reopening(study, journal):
+    assert math.isnan(study.floor)
+    for floor in (2.5, 2.5):
+        study.keep_floor(floor)
+    assert journal.read_text().count("floor") == 1, "the same floor is written once"
+    assert open_study(journal, SPEC).floor == read_study(journal).floor == 2.5
+
+
+def test_a_trial_is_written_to_by_its_number(study, journal):
+    study.trial(2).set_user_attr("reason", "two")
+    study.trial(0).set_user_attr("reason", "none")
+    reasons = [row["reason"] for row in table(read_study(journal), SPEC)]
+    assert reasons == ["none", "", "two"]
+
+
+def test_the_closed_gap_appears_once_the_baseline_ended_and_compares_with_its_last_distance(study):
+    study.keep_floor(2.0)
+    evaluate(study, 0, 1, 50.0)
+    evaluate(study, 0, 2, 51.0)
+    evaluate(study, 1, 1, 27.0)
+    assert math.isnan(study.baseline)
+    assert all("gap_closed" not in row for row in table(study, SPEC))
+    study.tell(study.trial(0), 51.0)
+    assert study.baseline == 102.0
+    assert [row.get("gap_closed") for row in table(study, SPEC)] == [pytest.approx(0.52), pytest.approx(0.75), None]
+
+
+def test_a_row_has_the_best_evaluation_but_all_epochs_and_seconds(study):
+    evaluate(study, 1, 1, 9.0, mse=0.1)
+    evaluate(study, 1, 2, 7.0, mse=0.2)
+    evaluate(study, 1, 10, 8.0, mse=0.3)  # after the second, though not in the alphabet
+    study.trial(1).set_user_attr("reason", "among the weaker at epoch 1024")
+    study.tell(study.trial(1), state=TrialState.PRUNED)
+    waiting, row, running = table(study, SPEC)
+    assert (row["trial"], row["state"], row["reason"]) == (1, "pruned", "among the weaker at epoch 1024")
+    assert (row["epoch"], row[METRIC], row["mse"], row["latent_dim"]) == (4.0, 7.0, 0.2, 8)
+    assert (row["epochs_trained"], row["seconds_train"], row["seconds_score"]) == (1024.0, 3.0, 1.5)
+    assert row["ended"] > row["started"]
+    for other in (waiting, running):
+        assert (other["state"], other["epochs_trained"]) == ("running", 0)
+        assert not {"epoch", METRIC, "ended"} & other.keys()
+
+
+def test_where_more_is_better_the_best_evaluation_has_most(study):
+    evaluate(study, 1, 1, 9.0, active_units=3)
+    evaluate(study, 1, 2, 7.0, active_units=2)
+    assert table(study, spec_of(objective="active_units"))[1]["active_units"] == 3
+
+
+# Who is better
+
+
+def test_the_front_is_what_nothing_beats_in_one_objective_without_losing_in_another():
+    objectives = [Objective.model_validate("rate"), Objective.model_validate("active_units")]  # less and more
+    points = [(1, 1), (2, 5), (2, 5), (3, 5), (4, 9), (1, 0)]
+    rows = [{"rate": rate, "active_units": units} for rate, units in points]
+    assert front(rows, objectives) == [rows[0], rows[1], rows[2], rows[4]]
+    assert front([], objectives) == []
+
+
+def test_rows_are_ranked_by_the_objective_and_then_by_number_without_those_that_failed_or_have_no_score():
+    scored = [("pruned", 3.0), ("complete", 1.0), ("failed", 0.0), ("running", 1.0), ("complete", math.inf)]
+    rows = [{"trial": number, "state": state, METRIC: value} for number, (state, value) in enumerate(scored)]
+    rows.append({"trial": 5, "state": "running"})
+    assert [row["trial"] for row in ranked(rows, SPEC)] == [1, 3, 0, 4]
+    two = spec_of(objective=[METRIC, "rate"])
+    rows = [
+        {"trial": n, "state": "complete", METRIC: d, "rate": r} for n, (d, r) in enumerate([(3, 1), (2, 2), (9, 9)])
+    ]
+    assert [row["trial"] for row in ranked(rows, two)] == [1, 0]
+
+
+# What a search can propose
+
+
+RANGES = {
+    "whole": {"type": "int", "low": 4, "high": 32},
+    "whole from one": {"type": "int", "low": 1, "high": 3},
+    "whole with steps": {"type": "int", "low": 4, "high": 32, "step": 4},
+    "whole in logarithms": {"type": "int", "low": 4, "high": 32, "log": True},
+    "real": {"type": "float", "low": 0.1, "high": 8},
+    "real with steps": {"type": "float", "low": 0.1, "high": 0.7, "step": 0.1},
+    "real in logarithms": {"type": "float", "low": 1e-4, "high": 1e-2, "log": True},
+    "choices": {"choices": [1, 4.0, 0.5, "vae"]},
+}
+VALUES = [
+    *(-1, 0, 1, 2, 3, 4, 5, 8, 32, 33, 36, 10**400),
+    *(0.0, 0.1, 0.3, 0.1 + 0.2, 0.30001, 0.35, 0.5, 0.7, 0.1 + 6 * 0.1, 1.0, 4.0, 4.5, 1e-4, 1e-3, 1e-2, 0.011),
+    *(math.nextafter(0.1, 0), math.nextafter(8, 9), math.inf, -math.inf, math.nan, "vae", "other", ""),
+]
+
+
+def entry_and_distribution(entry: dict[str, Any], name: str = "kl_weight") -> tuple[Any, BaseDistribution]:
+    spec = Spec.model_construct(space={name: TypeAdapter(Entry).validate_python(entry)})
+    return spec.space[name], distributions(spec)[name]
+
+
+def taken(distribution: BaseDistribution, value: Any) -> bool:
+    try:
+        return bool(distribution._contains(distribution.to_internal_repr(value)))
+    except (ValueError, OverflowError):
+        return False
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_a_value_is_in_the_space_where_optunas_distribution_takes_it(name):
+    entry, distribution = entry_and_distribution(RANGES[name])
+    assert [v for v in VALUES if entry.contains(v)] == [v for v in VALUES if taken(distribution, v)] != []
+    assert all(entry.contains(end) and taken(distribution, end) for end in entry.ends())
+
+
+def test_truth_is_no_number_though_optuna_takes_it_for_one():
+    for name in ("whole from one", "real", "choices"):
+        entry, distribution = entry_and_distribution(RANGES[name])
+        assert (entry.contains(True), taken(distribution, True)) == (False, True)
+    entry, distribution = entry_and_distribution({"choices": [True, False]})
+    assert [entry.contains(value) for value in (True, False, 1, 0.0)] == [True, True, False, False]
+    assert taken(distribution, 1)
+
+
+def test_what_optuna_draws_lies_in_the_space():
+    for name in RANGES:
+        entry, distribution = entry_and_distribution(RANGES[name])
+        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+        drawn = [study.ask({name: distribution}).params[name] for _ in range(50)]
+        assert all(map(entry.contains, drawn)), name
+
+
+# What is no journal
+
+
+def test_a_search_that_has_not_begun_has_no_study(journal):
+    assert read_study(journal) is None
+    journal.touch()
+    assert read_study(journal) is None
+
+
+def test_a_last_line_that_a_kill_cut_off_is_no_damage_and_is_removed(study, journal):
+    whole = journal.read_bytes()
+    journal.write_bytes(whole + whole.splitlines(keepends=True)[-1][:-9])
+    assert len(read_study(journal).known()) == 3, "it may be being written"
+    assert len(open_study(journal, SPEC).known()) == 3
+    assert journal.read_bytes().startswith(whole)
+    assert journal.read_bytes().endswith(b"}\n")
+
+
+def test_what_is_written_meanwhile_is_read(study, journal):
+    reader = read_study(journal)
+    study.trial(1).set_user_attr("reason", "new")
+    assert table(reader, SPEC)[1]["reason"] == "new"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("floor", "low"),
+        ("reason", 3),
+        ("parameters", None),
+        ("parameters", {"latent_dim": "many"}),
+        ("parameters", {"latnet_dim": 4}),
+        ("evaluation:x", {}),
+        ("evaluation:1", []),
+        ("evaluation:1", {"epoch": 1.0}),
+    ],
+)
+def test_a_journal_that_says_something_else_is_refused_in_one_line_that_names_it(study, journal, key, value):
+    (study if key == "floor" else study.trial(1)).set_user_attr(key, value)
+    for read in (read_study, lambda journal: open_study(journal, SPEC)):
+        with pytest.raises(Refused, match=rf"{journal}: not readable as an Optuna journal: ") as error:
+            read(journal)
+        assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_score_that_is_no_number_and_an_end_without_scores_are_refused(study, journal):
+    evaluate(study, 1, 1, 9.0, mse="small")
+    with pytest.raises(Refused, match="trial 1 has mse 'small'"):
+        read_study(journal)
+    evaluate(study, 1, 1, 9.0)
+    study.tell(study.trial(0), 9.0)
+    with pytest.raises(Refused, match="trial 0 is complete without scores"):
+        read_study(journal)
+
+
+@pytest.mark.parametrize("content", [b"hello\n", b"{}\n", b"[]\n", b"\xff\xfe\n", b'{"op_code": 99}\n', None])
+def test_what_is_no_journal_is_refused_in_one_line_that_names_it(journal, content):
+    journal.mkdir() if content is None else journal.write_bytes(content)
+    with pytest.raises(Refused, match=rf"{journal}: not readable as an Optuna journal: ") as error:
+        read_study(journal)
+    assert len(str(error.value).splitlines()) == 1
