@@ -17,7 +17,9 @@ import tuner.search
 from tuner import spec as specs
 from tuner.run import RunFiles
 from tuner.search import DEFAULT_SPEC
+from tuner.summary import Best, ExtractorInfo, Promoted, Scores
 from tuner.vae.data import IDX_FILES
+from tuner.vae.parameters import CLASSIC
 
 MNIST = DEFAULT_SPEC.parent / "mnist.yaml"
 OFFLINE = ("--set", "data.download=false")
@@ -281,27 +283,23 @@ def test_a_run_directory_with_a_damaged_summary(refused, tmp_path):
     run = _run_of(tmp_path / "run")
     run.summary_file.write_text('{"best": {')
     for flag in ("--run", "--status"):
-        assert "run/summary.json: not readable as JSON" in refused(flag, "run")
+        assert "run/summary.json: damaged: Invalid JSON" in refused(flag, "run")
     for command in (tuner.retrain.main, tuner.export.main):
-        assert "run/summary.json: not readable as JSON" in refused("run", command=command)
+        assert "run/summary.json: damaged: Invalid JSON" in refused("run", command=command)
 
 
 def test_a_run_whose_extractor_is_gone(refused, tmp_path):
     run = _run_of(tmp_path / "run")
-    scores = {"epoch": 1.0, "frechet_distance": 2.0, "gap_closed": 0.5}
-    params = {"latent_dim": 16, "learning_rate": 1e-3, "kl_weight": 1.0}
+    scores = Scores(frechet_distance=2.0, gap_closed=0.5)
+    searched, distances = {"trial": 0, "epoch": 1.0}, {"again": {"search": 2.0}, "gap_closed": {"search": 0.5}}
     run.update_summary(
-        spec={"trials": 1, "metric": "frechet_distance", "direction": "minimize", "searched": []},
-        extractors={"search": {"sha256": "0" * 64, "accuracy": 1, "width": 16, "deep": False}},
-        trials={"complete": 1, "pruned": 0, "failed": 0},
-        floor=1.0,
-        baseline=3.0,
-        promotion=[],
-        best={"trial": 0, "params": params, **scores},
+        extractors={"search": ExtractorInfo(sha256="0" * 64, accuracy=1, width=16, deep=False)},
+        promotion=(Promoted(**searched, **distances, searched=2.0, rank=1.0),),
+        best=Best(**searched, parameters=CLASSIC.model_dump(), scores=scores, floor=1.0, baseline=3.0),
     )
-    assert "run/extractor/search.safetensors" in refused("--run", "run")
+    assert "run/extractors/search.safetensors" in refused("--run", "run")
     for command in (tuner.retrain.main, tuner.export.main):
-        assert "run/extractor/search.safetensors" in refused("run", command=command)
+        assert "run/extractors/search.safetensors" in refused("run", command=command)
 
 
 def test_a_run_that_is_a_file(refused, tmp_path):

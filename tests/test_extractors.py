@@ -14,14 +14,15 @@ from tuner.run import RunFiles
 from tuner.spec import Spec
 from tuner.vae.extractor import train_extractor
 from tuner.vae.process import settle
-from tuner.vae.train import Stream, derive_seed
+from tuner.vae.seeds import Stream, derive_seed
 from tuner.workspace import EXTRACTORS, load_extractors
 
 SPEC = Spec.model_validate({"space": {"latent_dim": {"choices": [4, 8]}}, "seed": 3})
 NEVER_READ = Path("never read")
 
 
-def test_a_extractor_trained_beside_the_driver_is_the_one_that_its_seed_gives_here_and_is_kept(workspace, tmp_path):
+@pytest.mark.slow
+def test_an_extractor_trained_beside_the_driver_is_the_one_that_its_seed_gives_here_and_is_kept(workspace, tmp_path):
     run = RunFiles(tmp_path)
     with FeatureExtractors(run, SPEC, workspace.data, NEVER_READ) as extractors:
         assert extractors.in_training() == 1
@@ -40,7 +41,7 @@ def test_a_extractor_trained_beside_the_driver_is_the_one_that_its_seed_gives_he
         assert again.kept.keys() == {"search"}
 
 
-def test_a_extractor_whose_process_dies_cuts_the_command_off(workspace, tmp_path):
+def test_an_extractor_whose_process_dies_cuts_the_command_off(workspace, tmp_path):
     with FeatureExtractors(RunFiles(tmp_path), SPEC, workspace.data, NEVER_READ) as extractors:
         process, _ = extractors.training["search"]
         os.kill(process.pid, signal.SIGKILL)

@@ -12,8 +12,10 @@ from tuner.run import RunFiles
 from tuner.search import load_spec, parse
 from tuner.spec import Spec
 from tuner.trials import search_stage
+from tuner.vae.losses import Diverged
 from tuner.vae.parameters import Parameters
-from tuner.vae.train import Diverged, State, train
+from tuner.vae.step import State
+from tuner.vae.train import train
 from tuner.workspace import keep_extractor
 
 pytestmark = pytest.mark.slow

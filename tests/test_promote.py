@@ -1,15 +1,15 @@
 """The winner is the checkpoint that was scored, and it was scored again by what the search never saw."""
 
-import csv
 import hashlib
 
 import pytest
 
-from tuner.promote import CANDIDATES, contenders
+from tuner.promote import CONTENDERS, contenders
 from tuner.spec import Spec
+from tuner.study import BASELINE, read_study, table
 from tuner.trainable import search_scorer
-from tuner.vae.score import gap_closed
-from tuner.workspace import EXTRACTORS, best_of, last_of
+from tuner.vae.metrics import gap_closed
+from tuner.workspace import EXTRACTORS, baseline_of, best_of
 
 METRIC = "frechet_distance"
 
@@ -20,67 +20,67 @@ def summary(finished_run):
 
 
 @pytest.fixture(scope="module")
-def searched(finished_run):
-    """The rows of trials.csv by trial number, as text."""
-    with finished_run.trials.open(newline="") as file:
-        return {int(row["trial"]): row for row in csv.DictReader(file)}
+def searched(finished_run, workspace):
+    """The rows of the study, by trial number."""
+    return table(read_study(finished_run.journal), workspace.spec)
 
 
 def test_every_promoted_checkpoint_is_exactly_the_one_that_was_scored(workspace, summary, searched):
     scorer = search_scorer(workspace.spec, workspace.data, workspace.extractors["search"])
-    for entry in summary["promotion"]:
-        candidate, row = best_of(workspace.run, entry["trial"]), searched[entry["trial"]]
-        scores = scorer(candidate.model, candidate.parameters, candidate.prior)
-        assert candidate.epoch == entry["epoch"] == float(row["epoch"])
-        for name, value in scores.items():
-            assert value == pytest.approx(float(row[name]), rel=1e-9), name
-        assert entry["searched"] == float(row[METRIC])
+    for entry in summary.promotion:
+        fitted, row = best_of(workspace.run, workspace.run.checkpoint(entry.trial)), searched[entry.trial]
+        assert fitted.epoch == entry.epoch == row["epoch"]
+        for name, value in scorer(fitted).items():
+            assert value == pytest.approx(row[name], rel=1e-9), name
+            assert value == pytest.approx(fitted.scores[name], rel=1e-9), name
+        assert entry.searched == row[METRIC]
 
 
 def test_fresh_noise_gives_other_scores_than_the_search(summary):
-    for entry in summary["promotion"]:
-        assert entry[f"search_{METRIC}"] != entry["searched"]
-        assert entry[f"search_{METRIC}"] == pytest.approx(entry["searched"], rel=0.1)
+    for entry in summary.promotion:
+        assert entry.again["search"] != entry.searched
+        assert entry.again["search"] == pytest.approx(entry.searched, rel=0.1)
 
 
 def test_at_most_five_are_scored_again_and_the_best_rank_wins(summary, searched):
-    table = summary["promotion"]
-    ended_well = [row for row in searched.values() if row["state"] != "failed"]
-    assert len(table) == min(CANDIDATES, len(ended_well)) >= 2
-    assert len({entry["trial"] for entry in table}) == len(table)
-    ranks = [entry["rank"] for entry in table]
+    entries, best = summary.promotion, summary.best
+    ended_well = [row for row in searched if row["state"] != "failed"]
+    assert len(entries) == min(CONTENDERS, len(ended_well)) >= 2
+    assert len({entry.trial for entry in entries}) == len(entries)
+    ranks = [entry.rank for entry in entries]
     assert ranks == sorted(ranks)
-    assert summary["best"]["trial"] == table[0]["trial"]
-    assert summary["best"]["epoch"] == table[0]["epoch"]
-    assert summary["best"][METRIC] == table[0][f"search_{METRIC}"]
+    assert (best.trial, best.epoch) == (entries[0].trial, entries[0].epoch)
+    assert best.scores.frechet_distance == entries[0].again["search"]
 
 
 def test_the_winners_scores_are_those_of_its_checkpoint(workspace, summary):
-    best = summary["best"]
-    candidate, scorer = best_of(workspace.run, best["trial"]), workspace.scorer()
-    assert candidate.parameters.model_dump() == best["params"]
-    for name, value in scorer(candidate.model, candidate.parameters, candidate.prior).items():
-        assert best[name] == pytest.approx(value, rel=1e-9), name
-    assert summary["floor"] == pytest.approx(scorer.floor, rel=1e-9)
-    assert best["gap_closed"] == pytest.approx(gap_closed(best[METRIC], summary["floor"], summary["baseline"]))
+    best, scorer = summary.best, workspace.scorer()
+    fitted = best_of(workspace.run, workspace.run.checkpoint(best.trial))
+    assert fitted.parameters.model_dump() == best.parameters
+    reported = best.scores.by_name()
+    for name, value in scorer(fitted).items():
+        assert reported[name] == pytest.approx(value, rel=1e-9), name
+    assert best.floor == pytest.approx(scorer.floor, rel=1e-9)
+    assert best.scores.gap_closed == pytest.approx(gap_closed(reported[METRIC], best.floor, best.baseline))
 
 
 def test_the_baseline_is_where_trial_0_ended_with_samples_from_a_standard_normal(workspace, summary, searched):
-    baseline, scorer = last_of(workspace.run, 0), workspace.scorer()
-    assert baseline.epoch == float(searched[0]["epochs_trained"]) == workspace.spec.budget.max_epochs
-    assert baseline.parameters.prior == "standard_normal"
-    scores = scorer(baseline.model, baseline.parameters, baseline.prior)
+    baseline = baseline_of(workspace.run)
+    assert searched[BASELINE]["epochs_trained"] == workspace.spec.budget.max_epochs
+    assert baseline.parameters == workspace.spec.baseline.model_copy(update={"prior": "standard_normal"})
+    scores = workspace.scorer()(baseline)
     assert scores[METRIC] == scores["frechet_distance_standard_normal"]
-    assert scores[METRIC] == pytest.approx(summary["baseline"], rel=1e-9)
+    assert scores[METRIC] == pytest.approx(summary.best.baseline, rel=1e-9)
 
 
 def test_the_extractors_are_frozen_by_hash_and_the_second_is_another(finished_run, workspace, summary):
     hashes = {name: hashlib.sha256(finished_run.extractor(name).read_bytes()).hexdigest() for name in EXTRACTORS}
-    assert hashes == {name: extractor["sha256"] for name, extractor in summary["extractors"].items()}
+    assert hashes == {name: info.sha256 for name, info in summary.extractors.items()}
     assert hashes["search"] != hashes["second"]
-    assert not workspace.extractors["search"].deep
-    assert workspace.extractors["second"].deep
-    assert all(extractor["accuracy"] > 0.9 for extractor in summary["extractors"].values())
+    for name, (width, deep) in EXTRACTORS.items():
+        described, extractor = summary.extractors[name], workspace.extractors[name]
+        assert (described.width, described.deep) == (extractor.width, extractor.deep) == (width, deep)
+        assert described.accuracy > 0.9
 
 
 def test_of_two_objectives_those_on_the_front_with_the_best_samples_contend():

@@ -20,10 +20,11 @@ from pydantic import ValidationError
 from tuner import spec as specs
 from tuner.search import DEFAULT_SPEC
 from tuner.spec import Objective, Spec
+from tuner.study import distributions
 from tuner.vae.flow import Flow
+from tuner.vae.metrics import METRICS
 from tuner.vae.model import build
 from tuner.vae.parameters import CLASSIC, Parameters
-from tuner.vae.score import METRICS
 
 SHIPPED = sorted(DEFAULT_SPEC.parent.glob("*.yaml"))
 SEARCH = """
@@ -53,8 +54,8 @@ def _spec(**parts: Any) -> Spec:
 
 def _drawn(entry: dict[str, Any], name: str, asks: int = 60) -> list[Any]:
     study = optuna.create_study(sampler=RandomSampler(seed=0))
-    distributions = _spec(space={name: entry}).distributions
-    return [study.ask(distributions).params[name] for _ in range(asks)]
+    space = distributions(_spec(space={name: entry}))
+    return [study.ask(space).params[name] for _ in range(asks)]
 
 
 def _written(directory: Path, text: str, name: str = "some.yaml") -> Path:
@@ -90,7 +91,7 @@ def test_shipped_specs_measure_against_the_classic_settings(path):
     changed = {name for name, _ in spec.baseline.model_dump().items() - CLASSIC.model_dump().items()}
     assert "batch_size" in changed
     assert changed <= {"batch_size", "likelihood", "pixels", "prior", "prior_components"}
-    plain = [("fixed.contrast", "plain"), ("fixed.warmup_steps", 0), ("fixed.schedule", "constant")]
+    plain = [("fixed.temperature", "one"), ("fixed.warmup_steps", 0), ("fixed.schedule", "constant")]
     plain += [("fixed.width", 32)]
     point = specs.load(path, plain).baseline_point()
     assert point == {"latent_dim": 16, "learning_rate": 1e-3, "kl_weight": 1}
@@ -221,6 +222,10 @@ def test_points_to_try_first_may_leave_parameters_to_the_sampler_but_lie_in_the_
     for value in (3, 33, 4.5, "many", True):
         with pytest.raises(ValidationError, match=r"points_to_evaluate.1.latent_dim: .* is outside"):
             _spec(points_to_evaluate=[{}, {"latent_dim": value}])
+    with pytest.raises(ValidationError, match=r"points_to_evaluate.0.kl_weight: 1000* is outside"):
+        _spec(
+            space={"kl_weight": {"type": "float", "low": 0.1, "high": 1}}, points_to_evaluate=[{"kl_weight": 10**400}]
+        )
     with pytest.raises(ValidationError, match=r"points_to_evaluate.0.width: not a searched parameter"):
         _spec(points_to_evaluate=[{"width": 32}])
 
@@ -374,7 +379,7 @@ def test_a_number_that_yaml_reads_as_text_is_a_number(tmp_path):
     text = SEARCH.replace("low: 0.0003", "low: 1e-3") + "points_to_evaluate: [{learning_rate: 2e-3}]\n"
     spec = specs.load(_written(tmp_path, text))
     assert spec.space["learning_rate"].low == 0.001
-    assert type(spec.distributions["learning_rate"].low) is float
+    assert type(spec.space["learning_rate"].low) is float
     assert spec.points_to_evaluate == ({"learning_rate": 0.002},)
 
 
@@ -416,7 +421,7 @@ def test_a_spec_written_and_read_again_is_the_same(search, tmp_path, overrides):
     spec = specs.load(search, overrides)
     again = specs.load(_written(tmp_path, spec.to_yaml()))
     assert again == spec
-    assert again.distributions == spec.distributions
+    assert distributions(again) == distributions(spec)
     assert spec.differences(again) == []
 
 
@@ -456,6 +461,11 @@ def test_a_spec_that_cannot_express_the_baseline_has_no_point_for_it(search, key
 def test_the_baseline_at_the_very_end_of_a_range_is_inside(search):
     spec = specs.load(search, [("space.kl_weight.high", 1), ("space.latent_dim.low", 16)])
     assert spec.baseline_point() == {"latent_dim": 16, "learning_rate": 1e-3, "kl_weight": 1}
+
+
+def test_a_whole_range_of_a_real_parameter_holds_the_classic_value():
+    spec = _spec(space={"kl_weight": {"type": "int", "low": 1, "high": 4}})
+    assert spec.baseline_point() == {"kl_weight": 1.0}
 
 
 # Frozen, and closed to unknown keys
