@@ -17,12 +17,15 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from tuner.export import VERSIONS, check_files, neighbourhood, write_files
 from tuner.vae import codec
-from tuner.vae.data import load_test, pixels
+from tuner.vae.data import Split, as_floats, load_test
+from tuner.vae.fitted import FittedModel
 from tuner.vae.flow import Flow
+from tuner.vae.metrics import FINAL_METRICS, gap_closed
 from tuner.vae.model import build
 from tuner.vae.neighbours import copied
-from tuner.vae.score import FINAL_METRICS, gap_closed
-from tuner.workspace import FittedModel, best_of, last_of, retrained
+from tuner.vae.parameters import Parameters
+from tuner.vae.prior import Prior
+from tuner.workspace import baseline_of, best_of
 
 FILES = {
     "decoder.onnx",
@@ -50,9 +53,20 @@ def loaded(export) -> codec.Codec:
 
 
 @pytest.fixture(scope="module")
+def kept(finished_run) -> FittedModel:
+    """What the retrain kept: the exported model."""
+    return best_of(finished_run, finished_run.retrain_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def tested() -> Split:
+    return load_test("digits", Path("never read"))
+
+
+@pytest.fixture(scope="module")
 def digits(workspace) -> torch.Tensor:
     """Fifty images in [0, 1]."""
-    return pixels(workspace.data.validation.images[:50])
+    return as_floats(workspace.data.validation.images[:50])
 
 
 def test_the_export_holds_these_files_and_no_others(export):
@@ -64,10 +78,10 @@ def test_onnx_agrees_with_the_codec(export, loaded, digits, batch):
     sessions = {name: onnxruntime.InferenceSession(export / f"{name}.onnx") for name in ("encoder", "decoder")}
     mean, log_variance = sessions["encoder"].run(None, {"images": digits[:batch].numpy()})
     (images,) = sessions["decoder"].run(None, {"latents": mean})
-    assert mean.shape == log_variance.shape == (batch, loaded.model.latent_dim)
+    assert mean.shape == log_variance.shape == (batch, loaded.fitted.model.latent_dim)
     assert np.abs(mean - loaded.encode(digits[:batch]).numpy()).max() < 1e-5 * max(1, np.abs(mean).max())
     assert np.abs(images - loaded.decode(mean).numpy()).max() < 1e-5
-    assert np.abs(log_variance - loaded.model.encode(digits[:batch])[1].numpy()).max() < 1e-4
+    assert np.abs(log_variance - loaded.fitted.model.encode(digits[:batch])[1].numpy()).max() < 1e-4
 
 
 @pytest.mark.parametrize("batch", [1, 3, 50])
@@ -75,13 +89,13 @@ def test_torch_export_agrees_with_the_codec(export, loaded, digits, batch):
     programs = {name: torch.export.load(export / f"{name}.pt2").module() for name in ("encoder", "decoder")}
     mean, log_variance = programs["encoder"](digits[:batch])
     images = programs["decoder"](mean)
-    assert log_variance.shape == (batch, loaded.model.latent_dim)
+    assert log_variance.shape == (batch, loaded.fitted.model.latent_dim)
     assert (mean - loaded.encode(digits[:batch])).abs().max() < 1e-5 * max(1, float(mean.abs().max()))
     assert (images - loaded.decode(mean)).abs().max() < 1e-5
 
 
-def test_the_prior_is_plain_arrays_of_a_proper_mixture(export, workspace):
-    parameters = retrained(workspace.run).parameters
+def test_the_prior_is_plain_arrays_of_a_proper_mixture(export, kept):
+    parameters = kept.parameters
     with np.load(export / "prior.npz", allow_pickle=False) as prior:
         assert set(prior.files) == {"weights", "means", "covariances"}
         weights, means, covariances = (prior[name] for name in ("weights", "means", "covariances"))
@@ -95,49 +109,51 @@ def test_the_prior_is_plain_arrays_of_a_proper_mixture(export, workspace):
     assert np.linalg.eigvalsh(covariances.astype(np.float64)).min() > 0
 
 
-@pytest.fixture(scope="module")
-def bent(workspace) -> FittedModel:
-    """The exported model with a prior that a flow bends."""
-    kept, generator = retrained(workspace.run), torch.Generator().manual_seed(0)
-    flow = Flow(kept.parameters.latent_dim).requires_grad_(False)
+@pytest.mark.slow
+def test_a_bent_prior_leaves_as_arrays_and_programs_that_agree(digits, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    parameters = Parameters(latent_dim=2, width=2, prior="flow", prior_components=2, temperature="fitted")
+    flow = Flow(2, couplings=2, hidden=3).requires_grad_(False)
     for weight in (*flow.weights, *flow.biases):
-        weight.copy_(0.3 * torch.randn(weight.shape, generator=generator))
-    return replace(kept, prior=replace(kept.prior, flow=flow))
-
-
-def test_a_bent_prior_leaves_as_arrays_and_programs_that_agree(bent, export, digits, tmp_path):
-    write_files(bent, json.loads((export / "model.json").read_text()), tmp_path)
+        weight.copy_(torch.randn(weight.shape, generator=generator))
+    mixture = Prior(torch.tensor([0.3, 0.7]), torch.tensor([[-1.0, 0], [1, 1]]), torch.eye(2).repeat(2, 1, 1), flow)
+    bent = FittedModel(build(parameters, seed=0), parameters, mixture, temperature=0.5)
+    write_files(bent, {"parameters": parameters.model_dump(), "temperature": 0.5}, tmp_path, digits[:1])
     check_files(bent, digits, tmp_path)
-    drawn = bent.prior.sample(20, torch.Generator().manual_seed(1))
-    assert torch.equal(codec.load(tmp_path).prior.sample(20, torch.Generator().manual_seed(1)), drawn)
-    flat = replace(bent.prior, flow=None).sample(20, torch.Generator().manual_seed(1))
-    assert (drawn - flat).abs().max() > 0.1
+    drawn, loaded = mixture.sample(20, torch.Generator().manual_seed(1)), codec.load(tmp_path).fitted
+    assert torch.equal(loaded.prior.sample(20, torch.Generator().manual_seed(1)), drawn)
+    assert torch.equal(loaded.draw(drawn), bent.draw(drawn))
+    flat = replace(mixture, flow=None)
+    assert (drawn - flat.sample(20, torch.Generator().manual_seed(1))).abs().max() > 0.1
     with pytest.raises(RuntimeError, match="prior as"):
-        check_files(replace(bent, prior=replace(bent.prior, flow=None)), digits, tmp_path)
+        check_files(replace(bent, prior=flat), digits, tmp_path)
+    with pytest.raises(RuntimeError, match="decoder as"):
+        check_files(replace(bent, temperature=0.6), digits, tmp_path)
 
 
-def test_model_json_says_what_it_is_and_where_it_comes_from(export, finished_run, workspace):
+def test_model_json_says_what_it_is_and_where_it_comes_from(export, finished_run, workspace, kept):
     info, summary = json.loads((export / "model.json").read_text()), finished_run.summary()
-    assert info["parameters"] == summary["retrain"]["params"]
-    assert info["test"] == summary["test"]["retrained"]
+    assert info["parameters"] == summary.retrain.parameters
+    assert info["temperature"] == kept.temperature
+    assert info["test"] == summary.test.exported.by_name()
     saved = load_file(export / "weights.safetensors")
-    assert info["weights"] == sum(weight.numel() for name, weight in saved.items() if name != "contrast")
+    assert info["weights"] == sum(weight.numel() for weight in saved.values())
     lineage = info["lineage"]
     assert lineage["run"] == finished_run.path.name
-    assert (lineage["trial"], lineage["epoch"]) == (summary["best"]["trial"], summary["best"]["epoch"])
-    assert lineage["retrain_epoch"] == summary["retrain"]["kept_epoch"]
+    assert (lineage["trial"], lineage["epoch"]) == (summary.best.trial, summary.best.epoch)
+    assert lineage["retrain_epoch"] == summary.retrain.kept_epoch
     assert lineage["seed"] == workspace.spec.seed == 0
     assert lineage["data"] == {"name": "digits", "train_sha256": workspace.data.train.fingerprint()}
     assert {name: lineage["versions"][name] for name in VERSIONS} == {name: version(name) for name in VERSIONS}
 
 
-def test_the_weights_are_those_of_the_plain_network(export, workspace):
-    weights, kept = load_file(export / "weights.safetensors"), retrained(workspace.run)
+def test_the_weights_are_those_of_the_plain_network(export, kept):
+    weights = load_file(export / "weights.safetensors")
     plain = build(kept.parameters, seed=0).state_dict()
     assert {name: value.shape for name, value in weights.items()} == {k: v.shape for k, v in plain.items()}
-    assert weights["encoder.0.weight"].shape == (32, 1, 3, 3)
+    assert weights["down.0.weight"].shape == (32, 1, 3, 3)
     assert weights["mean.weight"].shape == (kept.parameters.latent_dim, 128)
-    assert weights["decoder.5.weight"].shape == (32, 1, 3, 3)
+    assert weights["up.1.weight"].shape == (32, 1, 3, 3)
     assert all(torch.equal(value, kept.model.state_dict()[name]) for name, value in weights.items())
 
 
@@ -190,18 +206,18 @@ def test_numpy_alone_samples_what_the_codec_samples(without_this_package, loaded
     assert np.abs(theirs.mean(0) - ours.numpy().mean(0)).max() < 0.06
 
 
-def test_a_file_that_differs_from_the_checkpoint_is_not_let_through(run_copy, workspace, digits):
-    check_files(retrained(workspace.run), digits, run_copy.export)
+def test_a_file_that_differs_from_the_checkpoint_is_not_let_through(run_copy, kept, digits):
+    check_files(kept, digits, run_copy.export)
     path = run_copy.export / "weights.safetensors"
     weights = load_file(path)
-    weights["decoder.0.weight"][0] += 0.1
+    weights["start.weight"][0] += 0.1
     save_file(weights, path)
     with pytest.raises(RuntimeError, match="decoder as safetensors differs from the checkpoint by"):
-        check_files(retrained(workspace.run), digits, run_copy.export)
+        check_files(kept, digits, run_copy.export)
 
 
-def test_another_models_onnx_is_not_let_through(run_copy, workspace, digits):
-    other = best_of(workspace.run, workspace.run.summary()["best"]["trial"])
+def test_another_models_onnx_is_not_let_through(run_copy, digits):
+    other = best_of(run_copy, run_copy.checkpoint(run_copy.summary().best.trial))
     with pytest.raises(RuntimeError, match="encoder as safetensors differs"):
         check_files(other, digits, run_copy.export)
     state = {name: value.contiguous() for name, value in other.model.state_dict().items()}
@@ -210,26 +226,26 @@ def test_another_models_onnx_is_not_let_through(run_copy, workspace, digits):
         check_files(other, digits, run_copy.export)
 
 
-def test_the_accuracy_of_the_latents_neighbours_is_scikit_learns(workspace, finished_run, loaded):
-    train, test = workspace.data.train, load_test("digits", Path("never read"))
+def test_the_accuracy_of_the_latents_neighbours_is_scikit_learns(workspace, finished_run, loaded, tested):
+    train = workspace.data.train
     classifier = KNeighborsClassifier(5).fit(loaded.encode(train.images).numpy(), train.labels.numpy())
-    expected = classifier.score(loaded.encode(test.images).numpy(), test.labels.numpy())
-    scores = finished_run.summary()["test"]["retrained"]
+    expected = classifier.score(loaded.encode(tested.images).numpy(), tested.labels.numpy())
+    scores = finished_run.summary().test.exported.by_name()
     assert scores["knn_accuracy"] == pytest.approx(expected, abs=0.003)  # one image, should distances be equal
     assert 0 < scores["recall"] < 1.5
     assert 0 < scores["coverage"] < 1.5
     assert -1 < scores["copied"] < 1
 
 
-def test_training_images_are_copies_of_themselves(workspace, loaded):
-    train, test = workspace.data.train, load_test("digits", Path("never read"))
-    scores = neighbourhood(loaded.model, pixels(train.images), workspace.extractors["search"], train, test)
-    held_out = copied(pixels(test.images).flatten(1), pixels(train.images).flatten(1))
+def test_training_images_are_copies_of_themselves(workspace, kept, tested):
+    train, extractor = workspace.data.train, workspace.extractors["search"]
+    scores = neighbourhood(kept.model, as_floats(train.images), extractor, train, tested)
+    held_out = copied(as_floats(tested.images).flatten(1), as_floats(train.images).flatten(1))
     assert scores["copied"] == pytest.approx(1 - held_out, abs=0.01)
     assert scores["coverage"] == pytest.approx(1, abs=0.01)
 
 
-def test_the_sample_sheet_shows_ink_on_paper(export):
+def test_the_samples_show_ink_on_paper(export):
     picture = np.asarray(Image.open(export / "samples.png"))
     assert picture.shape == (10 * 30 * 2 - 4, 10 * 30 * 2 - 4)
     assert picture.max() == 255
@@ -237,33 +253,31 @@ def test_the_sample_sheet_shows_ink_on_paper(export):
     assert 0.05 < (picture < 128).mean() < 0.5
 
 
-def test_the_test_scores_are_those_of_the_exported_models_on_the_test_split(workspace, finished_run):
+def test_the_test_scores_are_those_of_the_exported_models_on_the_test_split(workspace, finished_run, kept, tested):
     summary = finished_run.summary()
-    test = load_test("digits", Path("never read"))
-    assert len(test) == 400
-    scorer = workspace.scorer(held_out=test)
-    candidates = {
-        "baseline": last_of(workspace.run, 0),
-        "best": best_of(workspace.run, summary["best"]["trial"]),
-        "retrained": retrained(workspace.run),
+    assert len(tested) == 400
+    scorer = workspace.scorer(held_out=tested)
+    models = {
+        "baseline": baseline_of(finished_run),
+        "best": best_of(finished_run, finished_run.checkpoint(summary.best.trial)),
+        "retrained": kept,
     }
-    assert summary["test"].keys() == candidates.keys()
-    for name, candidate in candidates.items():
-        reported = summary["test"][name]
-        scores = scorer(candidate.model, candidate.parameters, candidate.prior)
+    assert summary.test.models.keys() == models.keys()
+    assert summary.test.floor == pytest.approx(scorer.floor, rel=1e-9)
+    baseline = summary.test.baseline.frechet_distance
+    for name, fitted in models.items():
+        reported, scores = summary.test.models[name].by_name(), scorer(fitted)
         final = FINAL_METRICS.keys() if name == "retrained" else set()
-        assert reported.keys() == scores.keys() | {"floor", "gap_closed"} | final
+        assert reported.keys() == scores.keys() | {"gap_closed"} | final
         for metric, value in scores.items():
             assert reported[metric] == pytest.approx(value, rel=1e-9), (name, metric)
-        baseline = summary["test"]["baseline"]["frechet_distance"]
         closed = gap_closed(reported["frechet_distance"], scorer.floor, baseline)
         assert reported["gap_closed"] == pytest.approx(closed)
 
 
-def test_the_test_split_is_no_part_of_training_or_validation(workspace):
+def test_the_test_split_is_no_part_of_training_or_validation(workspace, tested):
     seen = {
         image.numpy().tobytes() for split in (workspace.data.train, workspace.data.validation) for image in split.images
     }
-    test = load_test("digits", Path("never read"))
-    shared = sum(image.numpy().tobytes() in seen for image in test.images)
+    shared = sum(image.numpy().tobytes() in seen for image in tested.images)
     assert shared == 0

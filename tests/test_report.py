@@ -5,13 +5,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from optuna.trial import TrialState
+from optuna.trial import TrialState, create_trial
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from tuner.report import main, report
 from tuner.run import RunFiles
 from tuner.spec import load
-from tuner.study import open_study, table
+from tuner.study import open_study
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
@@ -74,21 +74,23 @@ def test_every_section_says_what_to_see_before_its_picture(finished_run):
 
 
 def test_it_names_the_failed_trials_and_why(run_copy: RunFiles):
-    study = open_study(run_copy.journal, load(run_copy.spec))
-    trial = study.ask()
-    trial.set_user_attr("parameters", {"latent_dim": 5, "learning_rate": 7.0, "kl_weight": 1.0})
+    spec = load(run_copy.spec)
+    study = open_study(run_copy.journal, spec)
+    parameters = spec.parameters({"latent_dim": 5, "learning_rate": 7.0, "kl_weight": 1.0})
+    study.add_trial(create_trial(state=TrialState.RUNNING, user_attrs={"parameters": parameters.model_dump()}))
+    trial = study.trial(len(study.known()) - 1)
     trial.set_user_attr("reason", "diverged: training loss not finite at epoch 1.56")
     study.tell(trial, state=TrialState.FAIL)
-    run_copy.write_trials(table(study, load(run_copy.spec), 1.0))
     text = report(run_copy).read_text()
     assert "Trials that failed" in text
     assert "diverged: training loss not finite at epoch 1.56" in text
 
 
 def test_a_search_under_way_can_be_reported_on(run_copy: RunFiles):
-    summary = run_copy.summary()
+    extractors = run_copy.summary().extractors
     run_copy.summary_file.unlink()
-    run_copy.update_summary(spec=summary["spec"], extractors=summary["extractors"])
+    run_copy.update_summary(extractors=extractors)
+    run_copy.trials.unlink()
     shutil.rmtree(run_copy.retrain)
     assert "The search is under way" in report(run_copy).read_text()
 
