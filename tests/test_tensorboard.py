@@ -1,10 +1,9 @@
 """TensorBoard's own backend reads what the driver wrote, while trials run and after."""
 
-import subprocess
-import sys
-import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from tensorboard import context
 from tensorboard.backend.event_processing import data_provider, plugin_event_multiplexer
@@ -12,15 +11,20 @@ from tensorboard.plugins import base_plugin
 from tensorboard.plugins.hparams import api_pb2, backend_context, get_experiment, list_session_groups
 
 from tuner import spec as specs
-from tuner.promote import CANDIDATES
 from tuner.run import RunFiles
-from tuner.study import BASELINE
-from tuner.tensorboard import OUTCOME_TAG, OUTCOMES, TensorBoard
+from tuner.spec import Spec
+from tuner.study import read_study, table
+from tuner.tensorboard import NUMBERS, OUTCOME_TAG, TensorBoard
 
-TRIALS = 12
-DIVERGES = 1e12
-RATES = [round(0.0015 + 0.0001 * step, 4) for step in range(30)]
+OUTCOMES = {number: outcome for outcome, number in NUMBERS.items()}
 STATUS = {"running": 0, "pruned": 0, "complete": 1, "failed": 2}  # HParams': unknown, unknown, success, failure
+ENDS = {0: "complete", 1: "failed", 2: "pruned"}
+PICTURES = {
+    "samples/fitted_prior",
+    "samples/standard_normal",
+    "reconstructions/above_and_below",
+    "latent/traversal",
+}
 
 
 class Board:
@@ -60,93 +64,81 @@ class Board:
         return set(self.events.GetAccumulator(run).Tags()["tensors"])
 
 
+def spec_of(**budget: Any) -> Spec:
+    space = {
+        "latent_dim": {"type": "int", "low": 4, "high": 12},
+        "learning_rate": {"choices": [1e-3, 1e12]},
+        "kl_weight": {"type": "float", "low": 0.01, "high": 3, "log": True},
+    }
+    return Spec.model_validate(
+        {"space": space, "budget": {"trials": 4, "max_epochs": 4, "reduction_factor": 2} | budget}
+    )
+
+
 @pytest.fixture(scope="module")
-def search_with_a_diverging_trial(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFiles, dict[int, str]]:
-    """A finished run, and what HParams listed when all trials had started and one still ran."""
-    path = tmp_path_factory.mktemp("views") / "run"
-    command = [
-        sys.executable, "-m", "tuner.search", "--run", str(path), f"--trials={TRIALS}", "--concurrency=3",
-        "--set=budget.max_epochs=4", "--set=budget.grace_epochs=1", "--set=budget.reduction_factor=2",
-        f"--set=space.learning_rate={{choices: {[*RATES, DIVERGES]}}}", "--no-retrain",
-        f"--set=points_to_evaluate=[{{learning_rate: {DIVERGES}}}]",
-    ]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    listed: dict[int, str] = {}
-    while process.poll() is None:
-        if (path / "tensorboard").is_dir():
-            now = Board(path / "tensorboard").outcomes()
-            if len(now) == TRIALS and "running" in now.values():
-                listed = now
-        time.sleep(0.5)  # reading costs the search a core
-    assert process.wait() == 0, process.stderr.read() if process.stderr else ""
-    return RunFiles(path), listed
+def logdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of four trials, the last of which still runs."""
+    directory = tmp_path_factory.mktemp("logs")
+    board = TensorBoard(directory, spec_of())
+    board.start_search()
+    picture = np.zeros((28, 28), np.uint8)
+    for number in range(4):
+        board.start_trial(number, {"latent_dim": 16, "learning_rate": 1e-3, "kl_weight": 1.0})
+    for number, epochs in {0: (1, 2, 4), 2: (1,), 3: (1, 2)}.items():
+        for epoch in epochs:
+            board.add_trial(
+                number, {"epoch": epoch, "loss": 9.0, "frechet_distance": 10.0 - epoch}, {"picture": picture}
+            )
+    for number, outcome in ENDS.items():
+        board.end_trial(number, outcome, "" if outcome == "complete" else f"why it {outcome}")
+    return directory
 
 
-@pytest.mark.slow
-def test_hparams_lists_every_trial_while_the_search_runs(search_with_a_diverging_trial):
-    run, listed = search_with_a_diverging_trial
-    assert sorted(listed) == list(range(TRIALS))
-    final = {row["trial"]: row["state"] for row in run.read_trials()}
-    assert {number: outcome for number, outcome in listed.items() if outcome != "running"}.items() <= final.items()
+def test_hparams_lists_every_trial_while_it_runs_and_with_its_end(logdir):
+    assert Board(logdir).outcomes() == ENDS | {3: "running"}
 
 
-@pytest.mark.slow
-def test_hparams_outcomes_are_those_of_the_study(search_with_a_diverging_trial):
-    run, _ = search_with_a_diverging_trial
-    final = {row["trial"]: row["state"] for row in run.read_trials()}
-    assert Board(run.tensorboard).outcomes() == final
-    assert final[1] == "failed"
-    assert {"complete", "pruned", "failed"} == set(final.values())
+def test_a_trial_is_listed_from_its_first_second(tmp_path):
+    board = TensorBoard(tmp_path, spec_of())
+    board.start_search()
+    board.start_trial(0, {"latent_dim": 4, "learning_rate": 1e-3, "kl_weight": 0.5})
+    assert Board(tmp_path).outcomes() == {0: "running"}
+    board.close()
 
 
-@pytest.mark.slow
-def test_of_more_trials_than_are_promoted_the_checkpoints_of_these_and_the_baseline_are_kept(
-    search_with_a_diverging_trial,
-):
-    run, _ = search_with_a_diverging_trial
-    promoted = [entry["trial"] for entry in run.summary()["promotion"]]
-    assert len(promoted) == CANDIDATES < TRIALS - 2
-    kept = sorted({BASELINE, *promoted})
-    assert sorted(path.name for path in run.checkpoints.iterdir()) == [f"{number:04d}.pt" for number in kept]
-
-
-@pytest.mark.slow
-def test_hparams_know_domains_and_metrics(search_with_a_diverging_trial):
-    run, _ = search_with_a_diverging_trial
-    experiment = Board(run.tensorboard).experiment()
+def test_hparams_know_domains_and_metrics(logdir):
+    experiment = Board(logdir).experiment()
     infos = {info.name: info for info in experiment.hparam_infos}
     assert set(infos) == {"trial", "latent_dim", "learning_rate", "kl_weight"}
-    assert (infos["latent_dim"].domain_interval.min_value, infos["latent_dim"].domain_interval.max_value) == (4, 32)
+    latents = infos["latent_dim"].domain_interval
+    assert (latents.min_value, latents.max_value) == (4, 16), "the baseline lies outside of what is searched"
     assert infos["kl_weight"].domain_interval.max_value == 3
-    assert set(infos["learning_rate"].domain_discrete) >= {DIVERGES, RATES[0]}
-    assert "objective/frechet_distance" in {info.name.tag for info in experiment.metric_infos}
+    assert set(infos["learning_rate"].domain_discrete) == {1e-3, 1e12}
+    assert {"objective/frechet_distance", OUTCOME_TAG} <= {info.name.tag for info in experiment.metric_infos}
 
 
-@pytest.mark.slow
-def test_stopped_trials_have_their_pictures_and_failed_ones_their_reason(search_with_a_diverging_trial):
-    run, _ = search_with_a_diverging_trial
-    board = Board(run.tensorboard)
-    pictures = {
-        "samples/fitted_prior",
-        "samples/standard_normal",
-        "reconstructions/above_and_below",
-        "latent/traversal",
-    }
-    for row in run.read_trials():
-        tags = board.tags(board.runs()[row["trial"]])
-        if row["state"] == "failed":
-            assert "outcome/reason/text_summary" in tags
-        else:
-            assert pictures | {"objective/frechet_distance", "loss/loss", "latent/active_units"} <= tags
+def test_trials_have_their_pictures_and_those_that_ended_early_their_reason(logdir):
+    board = Board(logdir)
+    tags = {number: board.tags(name) for number, name in board.runs().items()}
+    assert all({"objective/frechet_distance", "loss/loss", "picture"} <= tags[number] for number in (0, 2, 3))
+    assert "loss/loss" not in tags[1]
+    assert {number for number in tags if "outcome/reason/text_summary" in tags[number]} == {1, 2}
 
 
-@pytest.mark.slow
-def test_steps_are_epochs_and_a_run_is_named_by_its_parameters(search_with_a_diverging_trial):
-    run, _ = search_with_a_diverging_trial
-    board = Board(run.tensorboard)
+def test_steps_are_epochs_and_a_run_is_named_by_its_parameters(logdir):
+    board = Board(logdir)
     name = board.runs()[0]
     assert name == "0000,latent_dim=16,learning_rate=0.001,kl_weight=1"
     assert [event.step for event in board.events.Tensors(name, "loss/loss")] == [1, 2, 4]
+
+
+def test_a_real_search_is_shown_as_its_study_says(finished_run: RunFiles):
+    board = Board(finished_run.tensorboard)
+    rows = table(read_study(finished_run.journal), specs.load(finished_run.spec))
+    assert board.outcomes() == {row["trial"]: row["state"] for row in rows}
+    for row in rows:
+        if row["epochs_trained"]:
+            assert PICTURES | {"objective/frechet_distance", "loss/loss"} <= board.tags(board.runs()[row["trial"]])
 
 
 def test_the_retrain_and_the_projector_stand_beside_the_trials(finished_run: RunFiles):
@@ -160,7 +152,6 @@ def test_the_retrain_and_the_projector_stand_beside_the_trials(finished_run: Run
     assert set(labels) == set("0123456789")
 
 
-def test_fractions_of_an_epoch_get_steps_of_their_own(tmp_path: Path, finished_run: RunFiles):
-    for grace, steps in ((1, 1), (0.5, 10), (0.25, 100), (0.125, 1000)):
-        spec = specs.load(finished_run.spec, [("budget.grace_epochs", grace)])
-        assert TensorBoard(tmp_path, spec).steps_per_epoch == steps
+@pytest.mark.parametrize(("grace", "steps"), [(1, 1), (0.5, 10), (0.25, 100), (0.125, 1000)])
+def test_fractions_of_an_epoch_get_steps_of_their_own(tmp_path: Path, grace, steps):
+    assert TensorBoard(tmp_path, spec_of(grace_epochs=grace)).steps_per_epoch == steps

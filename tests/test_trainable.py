@@ -1,65 +1,80 @@
-"""One trial in this process: what it reports of itself when it can't go on, and where it starts again."""
+"""One trial in this process: what it tells of itself when it can't go on, and where it starts again."""
 
-import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
-import torch
 
 from tuner.run import RunFiles, write_atomic
 from tuner.searcher import FAILURES
 from tuner.spec import Spec
 from tuner.study import BASELINE
-from tuner.trainable import Files, Shared, TrialTrainable
-from tuner.vae.data import Data
+from tuner.trainable import FileServer, Shared, TrialTrainable
+from tuner.vae.checkpoint import Checkpoint
+from tuner.vae.metrics import METRICS
 from tuner.vae.parameters import Parameters
-from tuner.vae.score import METRICS
 from tuner.workspace import Workspace, keep_extractor
 
 HALF = {"max_epochs": 1, "grace_epochs": 0.5, "reduction_factor": 2}  # rungs at half an epoch and at one
-GOOD = Parameters(latent_dim=8, learning_rate=2e-3, kl_weight=0.1, batch_size=32)
+GOOD = Parameters(latent_dim=8, width=4, learning_rate=4e-3, kl_weight=0.1, batch_size=32)
 TIMES = {"seconds_train", "seconds_score", "images_per_second"}
+NUMBER = 1
 
 Begin = Callable[..., TrialTrainable]
+Result = dict[str, Any]
 
 
-@pytest.fixture
-def begin(workspace: Workspace, ray_cluster: str, tmp_path: Path) -> Begin:
-    """A function that sets up a trial of a run in tmp_path: its number, its parameters, its data."""
+@pytest.fixture(scope="module")
+def run(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> RunFiles:
+    run = RunFiles(tmp_path_factory.mktemp("trials"))
+    keep_extractor(run, workspace.data, "search", workspace.extractors["search"])
+    return run
 
-    def make(
-        parameters: Parameters = GOOD, number: int = 1, data: Data = workspace.data, **budget: Any
-    ) -> TrialTrainable:
+
+@pytest.fixture(scope="module")
+def begin(workspace: Workspace, ray_cluster: str, run: RunFiles) -> Begin:
+    """A function that sets up a trial of the run: its parameters, its number, its budget."""
+    files = ray.remote(FileServer).options(num_cpus=0).remote(run)
+    data = ray.put(workspace.data)
+
+    def make(parameters: Parameters = GOOD, number: int = NUMBER, **budget: Any) -> TrialTrainable:
         spec = Spec.model_validate({"space": {"latent_dim": {"choices": [4, 8]}}, "budget": HALF | budget})
-        run = RunFiles(tmp_path)
-        keep_extractor(run, workspace.data, "search", workspace.extractors["search"])
         trial = TrialTrainable.__new__(TrialTrainable)  # Tune's own beginning makes a log folder at home
-        trial.setup(
-            {"trial": number, "parameters": parameters.model_dump()},
-            Shared(spec, ray.remote(Files).options(num_cpus=0).remote(run), ray.put(data)),
-        )
+        trial.setup({"trial": number, "parameters": parameters.model_dump()}, Shared(spec, files, data))
         return trial
 
     return make
 
 
-def numbers(report: dict[str, Any]) -> dict[str, Any]:
-    """A report without its times and its tensors."""
-    return {key: value for key, value in report.items() if key not in TIMES | {"checkpoint", "image_grids"}}
+@pytest.fixture(scope="module")
+def straight(begin: Begin) -> tuple[Result, Result]:
+    """The results of a trial that nothing disturbed."""
+    trial = begin()
+    return trial.step(), trial.step()
 
 
-def check_failure(report: dict[str, Any], outcome: str, number: int = 1) -> None:
-    assert (report["trial"], report["outcome"], report["done"]) == (number, outcome, True)
+@pytest.fixture
+def saved(run: RunFiles) -> Iterator[Callable[[bytes], None]]:
+    """Writes the trial's checkpoint, for one test."""
+    yield lambda content: write_atomic(run.checkpoint(NUMBER), content)
+    run.checkpoint(NUMBER).unlink()
+
+
+def numbers(result: Result) -> Result:
+    """A result without its times, pictures and bytes."""
+    return {key: value for key, value in result.items() if key not in TIMES | {"checkpoint", "pictures"}}
+
+
+def check_failure(result: Result, outcome: str) -> None:
+    assert (result["trial"], result["outcome"], result["done"]) == (NUMBER, outcome, True)
     assert outcome in FAILURES
-    assert report["reason"].startswith(f"{outcome}: ")
-    assert len(report["reason"].splitlines()) == 1
-    assert "checkpoint" not in report
-    assert "frechet_distance" in report  # Tune insists on it
+    assert result["reason"].startswith(f"{outcome}: ")
+    assert len(result["reason"].splitlines()) == 1
+    assert "checkpoint" not in result
+    assert "frechet_distance" in result  # Tune insists on it
 
 
 # What goes wrong
@@ -67,19 +82,22 @@ def check_failure(report: dict[str, Any], outcome: str, number: int = 1) -> None
 
 def test_a_trial_that_uses_no_latent_unit_has_collapsed_but_the_baseline_never_has(begin):
     dead = GOOD.model_copy(update={"kl_weight": 1e6})
-    report = begin(dead, grace_epochs=1).step()
-    check_failure(report, "collapsed")
-    assert report["active_units"] == 0
-    assert math.isfinite(report["frechet_distance"])
+    result = begin(dead, grace_epochs=1).step()
+    check_failure(result, "collapsed")
+    assert result["active_units"] == 0
+    assert math.isfinite(result["frechet_distance"])
+    assert result["pictures"]
 
-    report = begin(dead, number=BASELINE, grace_epochs=1).step()
-    assert report["active_units"] == 0
-    assert (report["outcome"], report["done"]) == ("complete", True)
-    assert report["checkpoint"]
+    result = begin(dead, number=BASELINE, grace_epochs=1).step()
+    assert result["active_units"] == 0
+    assert (result["outcome"], result["done"]) == ("complete", True)
+    assert result["checkpoint"]
 
 
 def test_a_trial_whose_loss_is_not_finite_has_diverged(begin):
-    check_failure(begin(GOOD.model_copy(update={"learning_rate": 1e12})).step(), "diverged")
+    result = begin(GOOD.model_copy(update={"learning_rate": 1e12})).step()
+    check_failure(result, "diverged")
+    assert "traceback" not in result, "it is no fault of the program"
 
 
 def test_what_needs_more_memory_than_there_is_is_out_of_memory(begin, workspace):
@@ -91,72 +109,56 @@ def test_what_needs_more_memory_than_there_is_is_out_of_memory(begin, workspace)
     check_failure(trial.step(), "out of memory")
 
 
-def test_any_other_exception_is_told_by_its_type_and_first_line_and_the_worker_takes_the_next_trial(begin, workspace):
+def test_any_other_exception_is_told_with_its_traceback_and_the_worker_takes_the_next_trial(begin, workspace, run):
     trial = begin()
     train = workspace.data.train
     trial.data = replace(workspace.data, train=replace(train, images=train.images[:, :, :14]))  # fits no network
-    report = trial.step()
-    check_failure(report, "error")
-    assert report["reason"].startswith("error: RuntimeError: ")
+    result = trial.step()
+    check_failure(result, "error")
+    assert result["reason"].startswith("error: RuntimeError: ")
+    assert result["reason"].endswith("(traceback in errors/0001.txt)")
+    assert run.error(NUMBER) == run.path / "errors" / "0001.txt"
+    assert result["traceback"].startswith("Traceback (most recent call last):\n")
+    assert "RuntimeError: " in result["traceback"].splitlines()[-1]
 
     trial.data = workspace.data
     assert trial.reset_config({"trial": 2, "parameters": GOOD.model_dump()})
-    report = trial.step()
-    assert (report["trial"], report["outcome"], report["rung"]) == (2, "running", 1)
+    result = trial.step()
+    assert (result["trial"], result["outcome"], result["rung"]) == (2, "running", 1)
 
 
 # Where it starts again
 
 
-@pytest.fixture(scope="module")
-def reports() -> dict[int, dict[str, Any]]:
-    """The reports of a trial that nothing disturbed, by rung: made by the first test that needs them."""
-    return {}
+def test_a_result_has_every_score_and_a_checkpoint_that_holds_them(straight):
+    for rung, result in enumerate(straight, 1):
+        assert METRICS.keys() - {"nll"} <= result.keys()
+        assert (result["rung"], result["epoch"], result["done"]) == (rung, rung / 2, rung == 2)
+        checkpoint = Checkpoint.from_bytes(result["checkpoint"])
+        assert checkpoint.parameters == GOOD
+        assert numbers(checkpoint.evaluation) == numbers(result)
+    first, second = (result["frechet_distance"] for result in straight)
+    assert checkpoint.best.epoch == (0.5 if first <= second else 1)
+    assert checkpoint.best.scores["frechet_distance"] == min(first, second)
 
 
-@pytest.fixture
-def straight(reports: dict[int, dict[str, Any]], begin: Begin) -> dict[int, dict[str, Any]]:
-    if not reports:
-        trial = begin()
-        reports |= {1: trial.step(), 2: trial.step()}
-    return reports
-
-
-def test_a_trial_with_a_checkpoint_repeats_its_report_and_ends_with_the_same_numbers(begin, straight, tmp_path):
-    write_atomic(RunFiles(tmp_path).checkpoint(1), straight[1]["checkpoint"])
+def test_a_trial_with_a_checkpoint_repeats_its_result_and_ends_with_the_same_numbers(begin, straight, saved):
+    saved(straight[0]["checkpoint"])
     trial = begin()
-    repeated = trial.step()
-    assert repeated == {key: value for key, value in straight[1].items() if key not in ("checkpoint", "image_grids")}
-    assert METRICS.keys() - {"nll"} <= repeated.keys()
+    assert trial.step() == {key: value for key, value in straight[0].items() if key not in ("checkpoint", "pictures")}
     last = trial.step()
-    assert numbers(last) == numbers(straight[2])
+    assert numbers(last) == numbers(straight[1])
     assert (last["outcome"], last["rung"]) == ("complete", 2)
 
 
-def damaged(content: bytes, how: str) -> bytes:
-    if how == "cut in half":
-        return content[: len(content) // 2]
-    if how == "one byte of a tensor turned":
-        middle = len(content) // 2
-        return content[:middle] + bytes([content[middle] ^ 0xFF]) + content[middle + 1 :]
-    if how == "text":
-        return b"no checkpoint"
-    saved = torch.load(io.BytesIO(content), weights_only=True)
-    if how == "without its moments":
-        del saved["last"]["moments"]  # the model is loaded before that is seen
-    elif how == "of another model":
-        saved["best"]["parameters"]["latent_dim"] = 4
-    buffer = io.BytesIO()
-    torch.save(saved, buffer)
-    return buffer.getvalue()
-
-
-@pytest.mark.parametrize(
-    "how",
-    ["cut in half", "one byte of a tensor turned", "text", "without its moments", "of another model"],
-)
-def test_a_damaged_checkpoint_means_training_again_from_the_start_to_the_same_numbers(begin, straight, tmp_path, how):
-    write_atomic(RunFiles(tmp_path).checkpoint(1), damaged(straight[1]["checkpoint"], how))
-    report = begin().step()
-    assert "checkpoint" in report, "it was repeated, not trained"
-    assert numbers(report) == numbers(straight[1])
+@pytest.mark.parametrize("how", ["cut in half", "of other parameters"])
+def test_a_checkpoint_that_is_no_good_means_training_again_from_the_start_to_the_same_numbers(
+    begin, straight, saved, how
+):
+    content = straight[0]["checkpoint"]
+    checkpoint = Checkpoint.from_bytes(content)
+    checkpoint.parameters = GOOD.model_copy(update={"batch_size": 64})
+    saved(content[: len(content) // 2] if how == "cut in half" else checkpoint.to_bytes())
+    result = begin().step()
+    assert "checkpoint" in result, "it was repeated, not trained"
+    assert numbers(result) == numbers(straight[0])
