@@ -299,6 +299,10 @@ def test_rungs_are_a_first_look_grace_times_powers_of_the_factor_and_the_end(gra
     assert budget.rungs == pytest.approx(rungs)
 
 
+def test_rungs_are_floats_by_default_too():
+    assert [type(rung) for rung in _spec().budget.rungs] == [float] * 3
+
+
 @pytest.mark.parametrize(
     ("written", "seconds"), [("90s", 90), ("30m", 1800), ("1.5h", 5400), (45, 45), ("45", 45), (None, None)]
 )

@@ -60,7 +60,13 @@ def _read_yaml(text: str) -> Any:
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        validate_default=True,  # a default of 9 epochs is a float as a given one is
+    )
 
 
 def parse_seconds(value: Any) -> Any:
