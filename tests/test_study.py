@@ -227,7 +227,7 @@ def test_a_journal_that_says_something_else_is_refused_in_one_line_that_names_it
 
 def test_a_score_that_is_no_number_and_an_end_without_scores_are_refused(study, journal):
     evaluate(study, 1, 1, 9.0, mse="small")
-    with pytest.raises(Refused, match="trial 1 has mse 'small'"):
+    with pytest.raises(Refused, match="mse of trial 1 is 'small'"):
         read_study(journal)
     evaluate(study, 1, 1, 9.0)
     study.tell(study.trial(0), 9.0)

@@ -113,9 +113,8 @@ def _load(journal: Path, spec: Spec | None) -> Study:
 
 
 def _check(study: Study) -> None:
-    """Raises KeyError, TypeError or ValueError where a study says less than was written to it."""
-    if not isinstance(study.user_attrs.get("floor", 0.0), int | float):
-        raise TypeError("the floor is no number")
+    """Raises whatever the damage provokes where a study says less than was written to it."""
+    _require_number("the floor", study.user_attrs.get("floor", 0.0))
     for trial in study.known():
         Parameters.model_validate(trial.user_attrs["parameters"])
         scored = evaluations(trial)
@@ -125,8 +124,13 @@ def _check(study: Study) -> None:
             raise ValueError(f"trial {trial.number} is complete without scores")
         for scores in scored:
             for key in (*NEEDED, *scores):
-                if not isinstance(scores[key], int | float):
-                    raise TypeError(f"trial {trial.number} has {key} {scores[key]!r}")
+                _require_number(f"{key} of trial {trial.number}", scores[key])
+
+
+def _require_number(name: str, value: object) -> None:
+    if not isinstance(value, int | float):
+        raise TypeError(f"{name} is {value!r}")
+    float(value)  # a whole number may be too large for one
 
 
 def distributions(spec: Spec) -> dict[str, BaseDistribution]:

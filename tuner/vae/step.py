@@ -5,6 +5,7 @@ the definition; `WrittenOutStep` computes the same to rounding and is held to th
 """
 
 import copy
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -46,7 +47,7 @@ class State:
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         self.model.load_state_dict(saved["model"])
         self.averages.copy_(saved["averages"])
-        self.step = saved["step"]
+        self.step = operator.index(saved["step"])
 
 
 class Factors(NamedTuple):

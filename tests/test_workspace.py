@@ -1,0 +1,157 @@
+"""What every stage begins with: checkpoints, extractors and data of a run, or one line that says what is wrong."""
+
+import io
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tuner.run import Refused, RunFiles, write_atomic
+from tuner.study import BASELINE
+from tuner.vae.checkpoint import Checkpoint
+from tuner.vae.fitted import FittedModel
+from tuner.vae.model import build
+from tuner.vae.parameters import Parameters
+from tuner.vae.prior import fit_mixture, standard_normal
+from tuner.vae.step import State
+from tuner.workspace import baseline_of, best_of, keep_extractor, load_extractors, open_workspace, read_checkpoint
+
+SMALL = Parameters(latent_dim=2, width=2, prior="gaussian_mixture", prior_components=1)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFiles:
+    return RunFiles(tmp_path, shown="s3://bucket/run")
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> Checkpoint:
+    """Of a small model that trained on after its best evaluation."""
+    latents = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
+    best = FittedModel(build(SMALL, seed=0), SMALL, fit_mixture(latents, 1, seed=0), 0.5, 1.0, {"mse": 0.25})
+    return Checkpoint(SMALL, State.of(build(SMALL, seed=1)), best, {"epoch": 2.0})
+
+
+def saved(content: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def test_a_checkpoint_gives_its_best_model_and_the_baseline_where_its_training_stands(run, checkpoint):
+    path = run.checkpoint(BASELINE)
+    write_atomic(path, checkpoint.to_bytes())
+    best, baseline = best_of(run, path), baseline_of(run)
+    assert (best.parameters, best.temperature, best.epoch, best.scores) == (SMALL, 0.5, 1.0, {"mse": 0.25})
+    assert torch.equal(best.model.mean.weight, checkpoint.best.model.mean.weight)
+    assert torch.equal(best.prior.covariances, checkpoint.best.prior.covariances)
+    assert torch.equal(baseline.model.mean.weight, checkpoint.state.model.mean.weight)
+    assert torch.equal(baseline.prior.covariances, standard_normal(2).covariances)
+    assert (baseline.parameters.prior, baseline.temperature) == ("standard_normal", 1.0)
+
+
+def test_a_checkpoint_without_a_scored_model_has_no_best(run, checkpoint):
+    path = run.checkpoint(3)
+    write_atomic(path, Checkpoint(SMALL, checkpoint.state).to_bytes())
+    assert read_checkpoint(run, path).best is None
+    with pytest.raises(Refused, match=r"^s3://bucket/run/checkpoints/0003\.pt: holds no scored model$"):
+        best_of(run, path)
+
+
+class Code:
+    """What a pickle can make its reader do."""
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("never made",)
+
+
+def archive() -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
+        file.writestr("archive/data.pkl", b"nonsense")
+    return buffer.getvalue()
+
+
+def array() -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, np.zeros(3))
+    return buffer.getvalue()
+
+
+OTHERS: dict[str, Callable[[], bytes | None]] = {
+    "nothing": lambda: b"",
+    "text": lambda: b"hello\nworld\n",
+    "a tensor": lambda: saved(torch.zeros(3)),
+    "a list": lambda: saved([1, 2]),
+    "an empty mapping": lambda: saved({}),
+    "empty parts": lambda: saved({"parameters": {}, "state": {}, "best": {}, "evaluation": {}}),
+    "nothing in parts": lambda: saved({"parameters": None, "state": None, "best": None, "evaluation": None}),
+    "code": lambda: saved(Code()),
+    "a pickle with code": lambda: pickle.dumps(Code()),
+    "a module": lambda: saved(torch.nn.Linear(2, 2)),
+    "an array": array,
+    "an archive": archive,
+    "a folder": lambda: None,
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PyTorch, of what is no checkpoint
+@pytest.mark.parametrize("kind", OTHERS)
+def test_what_is_no_checkpoint_is_refused_in_one_line_that_names_it_and_nothing_in_it_is_run(
+    run, kind, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    content, path = OTHERS[kind](), run.checkpoint(3)
+    path.mkdir(parents=True) if content is None else write_atomic(path, content)
+    with pytest.raises(Refused) as error:
+        read_checkpoint(run, path)
+    assert str(error.value).startswith("s3://bucket/run/checkpoints/0003.pt: not readable as a checkpoint: ")
+    assert len(str(error.value).splitlines()) == 1
+    assert not Path("never made").exists()
+
+
+def test_a_checkpoint_that_is_gone_is_refused_by_its_name(run):
+    with pytest.raises(Refused, match=r"checkpoints/0000\.pt: not readable as a checkpoint: .*No such file"):
+        baseline_of(run)
+
+
+def test_an_extractor_comes_back_as_it_was_kept_and_another_file_in_its_place_is_refused(run, workspace):
+    kept = workspace.extractors["second"]
+    keep_extractor(run, workspace.data, "second", kept)
+    found = load_extractors(run)["second"].state_dict()
+    assert all(torch.equal(weight, found[name]) for name, weight in kept.state_dict().items())
+    described = run.summary().extractors["second"]
+    assert (described.width, described.deep) == (kept.width, kept.deep)
+    write_atomic(run.extractor("second"), run.extractor("second").read_bytes() + b" ")
+    with pytest.raises(ValueError, match=rf"{re.escape(str(run.extractor('second')))}: not the extractor this run"):
+        load_extractors(run)
+    run.extractor("second").unlink()
+    with pytest.raises(ValueError, match=r"second\.safetensors: No such file"):
+        load_extractors(run)
+
+
+def test_a_workspace_is_what_its_run_was_made_with(workspace, finished_run):
+    assert workspace.spec.data.name == "digits"
+    assert workspace.extractors.keys() == finished_run.summary().extractors.keys() == {"search", "second"}
+
+
+def test_a_folder_without_a_spec_is_no_workspace(tmp_path):
+    with pytest.raises(ValueError, match=r"not a run directory \(no spec\.yaml\)"):
+        open_workspace(RunFiles(tmp_path))
+
+
+def test_what_is_exported_is_guided_by_the_extractor_that_scores_nothing_any_more(workspace):
+    assert workspace.fitter().guide is workspace.extractors["second"]
+    assert workspace.scorer().extractor is workspace.extractors["search"]
+
+
+def test_a_scorer_for_another_split_draws_independent_samples(workspace):
+    other = workspace.scorer(held_out=workspace.data.train)
+    assert (workspace.scorer().quasi_random, other.quasi_random) == (True, False)
