@@ -44,8 +44,10 @@ def study(run: RunFiles) -> Study:
     return study
 
 
-def ray_trial(number: int) -> Any:
-    return SimpleNamespace(config={"trial": number, "parameters": CLASSIC.model_dump()})
+def told(number: int) -> dict[str, Any]:
+    """What Ray tells of a trial."""
+    trial = SimpleNamespace(config={"trial": number, "parameters": CLASSIC.model_dump()})
+    return {"iteration": 1, "trials": [trial], "trial": trial}
 
 
 def end(study: Study, number: int, distance: float, state: TrialState = TrialState.PRUNED, reason: str = "") -> None:
@@ -61,7 +63,7 @@ def test_the_table_is_written_at_once_and_with_each_start_and_end(run, study):
     kept = KeepTable(run, SPEC, study)
     assert len(run.trials.read_text().splitlines()) == 1 + 8
     end(study, 3, 5.0)
-    kept.on_trial_complete(1, [], ray_trial(3))
+    kept.on_trial_complete(**told(3))
     with run.trials.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert (rows[3]["state"], rows[3]["frechet_distance"]) == ("pruned", "5.0")
@@ -72,18 +74,18 @@ def test_checkpoints_of_the_baseline_of_contenders_and_of_what_still_runs_are_ke
     table = KeepTable(run, SPEC, study)
     kept = KeepCheckpoints(run, SPEC, table)
     for number in range(8):
-        kept.on_trial_result(1, [], ray_trial(number), {"trial": number, "checkpoint": b"%d" % number})
+        kept.on_trial_result(**told(number), result={"trial": number, "checkpoint": b"%d" % number})
     assert len(list(run.checkpoints.iterdir())) == 8
     end(study, 0, 90.0, TrialState.COMPLETE)
     end(study, 1, 0.0, TrialState.FAIL)
     for number, distance in enumerate([80.0, 20.0, 30.0, 40.0, 50.0], 2):
         end(study, number, distance)
     table.write()
-    kept.on_trial_complete(1, [], ray_trial(6))
+    kept.on_trial_complete(**told(6))
     assert {path.name for path in run.checkpoints.iterdir()} == {f"{number:04d}.pt" for number in (0, 2, 3, 4, 5, 6, 7)}
     end(study, 7, 10.0, TrialState.COMPLETE)
     table.write()
-    kept.on_trial_complete(1, [], ray_trial(7))
+    kept.on_trial_complete(**told(7))
     best = [3, 4, 5, 6, 7]
     assert len(best) == CONTENDERS
     assert {path.name for path in run.checkpoints.iterdir()} == {f"{number:04d}.pt" for number in (0, *best)}
@@ -102,7 +104,7 @@ def test_what_a_killed_driver_left_of_trials_that_are_out_is_removed_at_the_next
 def test_the_traceback_of_a_trial_that_failed_lies_where_its_reason_says(run, study):
     kept = KeepCheckpoints(run, SPEC, KeepTable(run, SPEC, study))
     result = {"trial": 3, "reason": "error: KeyError: 'x' (traceback in errors/0003.txt)", "traceback": "Traceback é\n"}
-    kept.on_trial_result(1, [], ray_trial(3), result)
+    kept.on_trial_result(**told(3), result=result)
     assert (run.path / "errors" / "0003.txt").read_text() == "Traceback é\n"
     assert "traceback" not in result, "what comes after has no use for it"
     assert not run.checkpoints.exists()
@@ -112,7 +114,7 @@ def test_what_can_not_be_written_ends_the_command_and_not_the_trial(run, study):
     kept = KeepCheckpoints(run, SPEC, KeepTable(run, SPEC, study))
     run.checkpoints.write_text("a file in the place of the folder")
     with pytest.raises(Fatal) as error:
-        kept.on_trial_result(1, [], ray_trial(3), {"trial": 3, "checkpoint": b"3"})
+        kept.on_trial_result(**told(3), result={"trial": 3, "checkpoint": b"3"})
     assert isinstance(error.value.__cause__, OSError)
 
 
@@ -123,11 +125,11 @@ def test_the_first_extractor_tells_the_floor_once_and_the_second_begins_with_the
         kept = KeepExtractors(SPEC, study, extractors)
         assert study.floor == search_scorer(SPEC, workspace.data, workspace.extractors["search"]).floor
         written = run.journal.read_bytes()
-        kept.on_step_end(1, [])
+        kept.on_step_end()
         assert run.journal.read_bytes() == written
-        kept.on_trial_start(1, [], ray_trial(4))
+        kept.on_trial_start(**told(4))
         assert not extractors.training
-        kept.on_trial_start(1, [], ray_trial(5))
+        kept.on_trial_start(**told(5))
         assert list(extractors.training) == ["second"]
 
 
@@ -141,19 +143,27 @@ def test_a_trial_whose_worker_was_lost_is_shown_as_running_until_it_ends(run, st
     table = KeepTable(run, SPEC, study)
     with Progress("search") as progress:
         shown = ShowTrials(SPEC, table, board, progress)
-        shown.on_trial_start(1, [], ray_trial(3))
+        shown.on_trial_start(**told(3))
         scores = {"trial": 3, "epoch": 1.0, "frechet_distance": 5.0}
         result = scores | {"pictures": {"samples": np.zeros((28, 28), np.uint8)}}
-        shown.on_trial_result(1, [], ray_trial(3), result)
+        shown.on_trial_result(**told(3), result=result)
         assert result == scores, "what comes after has no use for pictures"
-        shown.on_trial_result(1, [], ray_trial(3), result)  # repeated, so without any
-        shown.on_trial_error(1, [], ray_trial(3))
+        shown.on_trial_result(**told(3), result=result)  # repeated, so without any
+        shown.on_trial_error(**told(3))
         assert board.writers, "its files stay open"
         end(study, 3, 5.0, reason="among the weaker at epoch 1")
         table.write()
-        shown.on_trial_complete(1, [], ray_trial(3))
+        shown.on_trial_complete(**told(3))
         assert not board.writers
         assert shown.line().startswith("1/8 trials | 7 running, 1 pruned | best frechet_distance 5 (trial 3)")
+
+
+def test_a_trial_that_the_time_limit_ended_before_its_start_is_shown_all_the_same(run, study, tmp_path):
+    board = TensorBoard(tmp_path / "tensorboard", SPEC)
+    study.tell(study.trial(3), state=TrialState.PRUNED)
+    with Progress("search") as progress:
+        ShowTrials(SPEC, KeepTable(run, SPEC, study), board, progress).on_trial_complete(**told(3))
+    assert len(list((tmp_path / "tensorboard").glob("0003,*/events*"))) == 1
 
 
 def test_ray_may_pickle_a_callback_which_comes_back_as_none_of_ours(run, study):

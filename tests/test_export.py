@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -160,6 +161,7 @@ def test_the_weights_are_those_of_the_plain_network(export, kept):
 WITHOUT_THIS_PACKAGE = """
 import sys
 import numpy as np
+import onnx
 import onnxruntime
 
 export, work = sys.argv[1:]
@@ -216,14 +218,26 @@ def test_a_file_that_differs_from_the_checkpoint_is_not_let_through(run_copy, ke
         check_files(kept, digits, run_copy.export)
 
 
-def test_another_models_onnx_is_not_let_through(run_copy, digits):
+def test_another_models_program_is_not_let_through(run_copy, digits):
     other = best_of(run_copy, run_copy.checkpoint(run_copy.summary().best.trial))
     with pytest.raises(RuntimeError, match="encoder as safetensors differs"):
         check_files(other, digits, run_copy.export)
     state = {name: value.contiguous() for name, value in other.model.state_dict().items()}
     save_file(state, run_copy.export / "weights.safetensors")
-    with pytest.raises(RuntimeError, match="encoder as onnx differs"):
+    with pytest.raises(RuntimeError, match="encoder as pt2 differs"):
         check_files(other, digits, run_copy.export)
+
+
+def test_an_onnx_file_with_other_weights_is_not_let_through(run_copy, kept, digits):
+    path = run_copy.export / "decoder.onnx"
+    program = onnx.load(path)
+    for tensor in program.graph.initializer:
+        if len(tensor.dims) > 1:
+            weights = 1.01 * onnx.numpy_helper.to_array(tensor)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(weights.astype(np.float32), tensor.name))
+    onnx.save(program, path)
+    with pytest.raises(RuntimeError, match="decoder as onnx differs"):
+        check_files(kept, digits, run_copy.export)
 
 
 def test_the_accuracy_of_the_latents_neighbours_is_scikit_learns(workspace, finished_run, loaded, tested):

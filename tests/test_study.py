@@ -48,15 +48,13 @@ def evaluate(study: Study, number: int, rung: int, distance: float, **more: floa
 
 
 def test_no_file_but_the_journal_is_made(study, journal):
-    study.keep_floor(1.0)
+    study.set_user_attr("floor", 1.0)
     assert [path.name for path in journal.parent.iterdir()] == [journal.name]
 
 
 def test_the_floor_survives_reopening(study, journal):
     assert math.isnan(study.floor)
-    for floor in (2.5, 2.5):
-        study.keep_floor(floor)
-    assert journal.read_text().count("floor") == 1, "the same floor is written once"
+    study.set_user_attr("floor", 2.5)
     assert open_study(journal, SPEC).floor == read_study(journal).floor == 2.5
 
 
@@ -68,7 +66,7 @@ def test_a_trial_is_written_to_by_its_number(study, journal):
 
 
 def test_the_closed_gap_appears_once_the_baseline_ended_and_compares_with_its_last_distance(study):
-    study.keep_floor(2.0)
+    study.set_user_attr("floor", 2.0)
     evaluate(study, 0, 1, 50.0)
     evaluate(study, 0, 2, 51.0)
     evaluate(study, 1, 1, 27.0)
@@ -220,7 +218,7 @@ def test_what_is_written_meanwhile_is_read(study, journal):
 def test_a_journal_that_says_something_else_is_refused_in_one_line_that_names_it(study, journal, key, value):
     (study if key == "floor" else study.trial(1)).set_user_attr(key, value)
     for read in (read_study, lambda journal: open_study(journal, SPEC)):
-        with pytest.raises(Refused, match=rf"{journal}: not readable as an Optuna journal: ") as error:
+        with pytest.raises(Refused, match=rf"{journal}: not the journal of a search: ") as error:
             read(journal)
         assert len(str(error.value).splitlines()) == 1
 

@@ -107,13 +107,13 @@ def _load(journal: Path, spec: Spec | None) -> Study:
         raise Refused(f"{journal}: not readable as an Optuna journal: {one_line(error)}") from error
     try:
         _check(study)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise Refused(f"{journal}: not the journal of a search: {one_line(error)}") from error
     return study
 
 
 def _check(study: Study) -> None:
-    """Raises whatever the damage provokes where a study says less than was written to it."""
+    """Raises KeyError, TypeError, ValueError or OverflowError where a study says less than was written to it."""
     _require_number("the floor", study.user_attrs.get("floor", 0.0))
     for trial in study.known():
         Parameters.model_validate(trial.user_attrs["parameters"])
