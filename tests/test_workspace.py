@@ -117,6 +117,14 @@ def test_what_is_no_checkpoint_is_refused_in_one_line_that_names_it_and_nothing_
     assert not Path("never made").exists()
 
 
+@pytest.mark.parametrize("step", [-1, 1.5, "3", None])
+def test_a_checkpoint_of_a_step_that_there_is_not_is_refused(run, checkpoint, step):
+    path, state = run.checkpoint(3), checkpoint.state
+    write_atomic(path, Checkpoint(SMALL, State(state.model, state.averages, step)).to_bytes())
+    with pytest.raises(Refused, match=r"checkpoints/0003\.pt: not readable as a checkpoint: "):
+        read_checkpoint(run, path)
+
+
 def test_a_checkpoint_that_is_gone_is_refused_by_its_name(run):
     with pytest.raises(Refused, match=r"checkpoints/0000\.pt: not readable as a checkpoint: .*No such file"):
         baseline_of(run)

@@ -44,6 +44,8 @@ class Checkpoint:
             state.load_state_dict(saved["state"])
             best = None if saved["best"] is None else FittedModel.from_state_dict(saved["best"])
             evaluation = dict(saved["evaluation"])
+            if state.step < 0:
+                raise ValueError(f"step is {state.step}")
         except Exception as error:  # whatever it holds in the place of something else
             raise ValueError(f"it holds something else: {' '.join(str(error).split())[:200]}") from error
         return cls(parameters, state, best, evaluation)
