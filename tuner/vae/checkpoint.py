@@ -46,7 +46,7 @@ class Checkpoint:
             evaluation = dict(saved["evaluation"])
             if state.step < 0:
                 raise ValueError(f"step is {state.step}")
-        except Exception as error:  # whatever it holds in the place of something else
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError) as error:
             raise ValueError(f"it holds something else: {' '.join(str(error).split())[:200]}") from error
         return cls(parameters, state, best, evaluation)
 
