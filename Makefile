@@ -1,6 +1,6 @@
 # make search: install into .venv and run the main job on the embedded digits.
-# make test:   install into .venv and run the tests.
-# make check:  the whole gate, exactly as CI runs it.
+# make test:   install into .venv and run the quick tests, among them one run through all stages; under four minutes.
+# make check:  the whole gate, exactly as CI runs it: lint, types, import contracts and all tests but the long; ten minutes.
 # make docs:   docs/spec.md and the schema, anew from the code.
 # make long:   the tests that take the gate beyond ten minutes.
 # make bench-step, bench-search, bench-fused: the training step, the search and fused trials against plain references;
@@ -24,7 +24,8 @@ search: install
 test: install
 	$(BIN)/python -m pytest
 
-check: lint types contracts test
+check: lint types contracts
+	$(BIN)/python -m pytest -m "not long"
 
 docs: install
 	$(BIN)/python docs/spec_reference.py > docs/spec.md
@@ -34,7 +35,7 @@ long: install
 	$(BIN)/python -m pytest -m long -n0
 
 chaos: install
-	$(BIN)/python tests/chaos/chaos.py --rounds 30 --seed 0
+	$(BIN)/python -m benchmarks.chaos --rounds 30 --seed 0
 
 bench-step bench-search bench-fused: bench-%: install
 	$(BIN)/python -m benchmarks.$* $(if $(QUICK),--quick) $(if $(DATA),--data-dir $(DATA))

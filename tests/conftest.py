@@ -1,5 +1,6 @@
-"""One small real run, finished once a session; and a Ray cluster for the tests of one module."""
+"""One small real run that all workers of a session share; and a Ray cluster for the tests of one module."""
 
+import fcntl
 import os
 import re
 import shutil
@@ -16,10 +17,11 @@ import ray
 
 from tuner.cluster import cluster
 from tuner.run import RunFiles
-from tuner.search import main
 from tuner.spec import Resources
 from tuner.vae.process import settle
 from tuner.workspace import Workspace, open_workspace
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -50,11 +52,22 @@ def small_flags() -> list[str]:
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory, small_flags: list[str]) -> RunFiles:
-    """A run that went through all stages. To be read only: `run_copy` is there to be changed."""
-    assert not ray.is_initialized(), "main() opens a cluster of its own"
-    path = tmp_path_factory.mktemp("finished") / "run"
-    assert main(["--run", str(path), *small_flags]) == 0
-    return RunFiles(path)
+    """A run that went through all stages. To be read only: `run_copy` is there to be changed.
+
+    The first of pytest-xdist's workers to ask makes it, the others wait for it. It is made in a process of its own:
+    whoever asks may have a cluster open.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # each worker has a folder of its own in it
+    run = RunFiles(folder / "finished" / "run")
+    with (folder / "finished.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not run.report.exists():
+            command = [sys.executable, "-m", "tuner.search", "--run", str(run.path), *small_flags]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+    return run
 
 
 @pytest.fixture(scope="session")
@@ -70,10 +83,7 @@ def run_copy(finished_run: RunFiles, tmp_path: Path) -> RunFiles:
 
 @pytest.fixture(scope="module")
 def ray_cluster() -> Iterator[str]:
-    """The address of a local cluster with room for four trials at once, shut down after the module.
-
-    A test that needs `finished_run` too gets that first: pytest sets up the wider scope before.
-    """
+    """The address of a local cluster with room for four trials at once, shut down after the module."""
     assert not ray.is_initialized()
     with cluster(None, 4, Resources()):
         yield ray.get_runtime_context().gcs_address

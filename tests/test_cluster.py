@@ -1,464 +1,178 @@
-"""A search on several Ray nodes, which come and go: real nodes on loopback addresses, each a session of its own.
+"""The cluster of a search: one of its own or one that runs already, with room for a trial, and alive.
 
-Where the kernel lets us, workers see neither the run directory nor the data: what they need, the cluster brings.
+One search on nodes that come and go is in test_nodes.
 """
 
-import json
-import os
-import random
+import inspect
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
-import time
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from pathlib import Path
-from typing import Any
 
 import pytest
-import sklearn.datasets
-import yaml
-from optuna.trial import FrozenTrial, TrialState
-from ray import cloudpickle, tune
+import ray
+from ray._private import ray_constants
+from ray._private.services import resolve_ip_for_localhost
+from ray._private.utils import get_num_cpus
+from ray.autoscaler.v2.sdk import get_cluster_status
 
-import tuner
-from tuner.cluster import cluster
-from tuner.extractors import FeatureExtractors
-from tuner.run import RunFiles
-from tuner.search import load_spec, parse
-from tuner.spec import Resources, Spec
-from tuner.study import evaluations, open_study, read_study
-from tuner.trials import run_trials, search_stage
-from tuner.vae import data as datasets
-from tuner.vae.score import METRICS
-
-ROOT = Path(tuner.__file__).parents[1]
-RAY = Path(sys.executable).with_name("ray")
-# Six trials of two epochs at most, all of them named: which one is proposed never depends on who was faster.
-POINTS = [
-    {"latent_dim": 16, "learning_rate": 0.002, "kl_weight": 0.05},
-    {"latent_dim": 8, "learning_rate": 0.003, "kl_weight": 0.1},
-    {"latent_dim": 12, "learning_rate": 0.002, "kl_weight": 0.1},
-    {"latent_dim": 24, "learning_rate": 0.004, "kl_weight": 0.02},
-    {"latent_dim": 6, "learning_rate": 0.005, "kl_weight": 0.2},
-]
-SMALL = [
-    "--trials=6",
-    "--max-epochs=2",
-    "--set=budget.grace_epochs=1",
-    "--set=budget.reduction_factor=2",
-    f"--set=points_to_evaluate={json.dumps(POINTS)}",
-    "--no-retrain",
-]
-
-pytestmark = pytest.mark.slow
+from tuner.cluster import NO_AUTOSCALER, alive, cluster, dead_processes, require_ray, slots
+from tuner.run import Refused
+from tuner.search import main
+from tuner.spec import Resources
 
 
-def wait_for(condition: Callable[[], Any], seconds: float, what: str) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, what
-        time.sleep(0.05)
-    return found
+def refusal(address: str | None, wanted: Resources, concurrency: int | None = None) -> str:
+    with pytest.raises(Refused) as refused, cluster(address, concurrency, wanted):
+        pytest.fail("it was opened")
+    assert not ray.is_initialized()
+    (line,) = str(refused.value).splitlines()
+    return line
 
 
-def free_port(address: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((address, 0))
-        return probe.getsockname()[1]
+# Places for trials
 
 
-class Nodes:
-    """A cluster whose head takes no work, on loopback addresses that nobody else on this machine is likely to use."""
+@pytest.mark.parametrize(
+    ("node", "wanted", "places"),
+    [
+        ({"CPU": 4.0}, Resources(), 4),
+        ({"CPU": 3.0}, Resources(cpu=2), 1),
+        ({"CPU": 1.0}, Resources(cpu=2), 0),
+        ({"CPU": 1.0}, Resources(cpu=0.25), 4),
+        ({"CPU": 8.0, "GPU": 2.0}, Resources(cpu=1, gpu=1), 2),
+        ({"CPU": 1.0, "GPU": 2.0}, Resources(cpu=1, gpu=0.5), 1),
+        ({"CPU": 8.0}, Resources(cpu=1, gpu=1), 0),
+        ({"memory": 1e9}, Resources(), 0),
+    ],
+)
+def test_a_node_holds_as_many_trials_as_each_of_its_resources_allows(node, wanted, places):
+    assert slots(node, wanted) == places
 
-    def __init__(self, folder: Path, hidden: list[Path]):
-        self.network = f"127.{random.randint(10, 250)}.{random.randint(10, 250)}"
-        self.folder = folder
-        self.hidden = hidden
-        self.temporary = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # the paths of its sockets must be short
-        self.environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)]),
-            "RAY_AUTH_MODE": "disabled",
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_TMPDIR": self.temporary,
-            "RAY_raylet_start_wait_time_s": "120",
-            "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "2",
-        }
-        self.processes: dict[str, subprocess.Popen[bytes]] = {}
-        self.metrics: dict[str, int] = {}
-        head = f"{self.network}.2"
-        self.address = f"{head}:{free_port(head)}"
-        self.dashboard = f"http://{head}:{free_port(head)}"
-        self.isolated = subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode == 0
 
-    def start_head(self) -> None:
-        port, dashboard = self.address.split(":")[1], self.dashboard.rpartition(":")[2]
-        host = f"{self.network}.2"
-        self._start(
-            host,
-            *("--head", f"--port={port}", "--num-cpus=0"),
-            *(f"--dashboard-host={host}", f"--dashboard-port={dashboard}", "--disable-usage-stats"),
+# A cluster of its own
+
+
+def test_it_is_one_node_on_loopback_with_a_place_for_each_trial_that_is_to_run_at_once():
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with cluster(None, 3, Resources()):
+        (node,) = alive()
+        assert node["NodeManagerAddress"] == "127.0.0.1"
+        assert slots(node["Resources"], Resources()) == max(3, get_num_cpus())
+        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+        assert dead_processes() == []
+        require_ray()  # raises nothing
+    assert not ray.is_initialized()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["raylet", "gcs_server"])
+def test_the_death_of_one_of_its_processes_is_told_by_its_name_at_once(kind):
+    """In a process of its own, which Ray may end in its C++ a while later."""
+    code = f"""
+import os, ray, signal, time
+from tuner.cluster import cluster, dead_processes, require_ray
+from tuner.spec import Resources
+with cluster(None, 1, Resources()):
+    process = ray._private.worker._global_node.all_processes[{kind!r}][0].process
+    process.send_signal(signal.SIGKILL)
+    while not dead_processes():
+        time.sleep(0.001)
+    try:
+        require_ray()
+    except Exception as error:
+        print(type(error).__name__, error, flush=True)
+        os._exit(0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == f"CutOff Ray's {kind} died\n", done.stderr
+
+
+# One that runs already
+
+
+@pytest.mark.slow
+def test_it_is_joined_as_it_is_and_goes_on_without_us(other_cluster):
+    address, environment = other_cluster
+    code = f"""
+import ray
+from tuner.cluster import alive, cluster, dead_processes
+from tuner.spec import Resources
+with cluster({address!r}, 8, Resources()):
+    (node,) = alive()
+    print(node["NodeManagerAddress"], node["Resources"]["CPU"], dead_processes(), ray.is_initialized())
+print(ray.is_initialized())
+"""
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
         )
-
-    def start_worker(self, last: int) -> str:
-        """Add a node of one CPU at `network.last` -> its address."""
-        host = f"{self.network}.{last}"
-        self._start(host, f"--address={self.address}", "--num-cpus=1", hidden=self.hidden)
-        return host
-
-    def _start(self, host: str, *flags: str, hidden: list[Path] | None = None) -> None:
-        self.metrics[host] = free_port(host)
-        arguments = [
-            *(str(RAY), "start", "--block", f"--node-ip-address={host}", "--object-store-memory=200000000", *flags),
-            f"--metrics-export-port={self.metrics[host]}",
-            f"--dashboard-agent-listen-port={free_port(host)}",
-            f"--dashboard-agent-grpc-port={free_port(host)}",
-            f"--runtime-env-agent-port={free_port(host)}",
-        ]
-        if hidden and self.isolated:
-            mounts = "".join(f"mount -t tmpfs none '{path}' && " for path in hidden)
-            arguments = ["unshare", "-m", "sh", "-c", f'{mounts} exec "$@"', "sh", *arguments]
-        with (self.folder / f"{host}.log").open("wb") as log:
-            self.processes[host] = subprocess.Popen(
-                arguments, env=self.environment, stdout=log, stderr=log, start_new_session=True
-            )
-
-        def joined() -> bool:
-            """Nodes on one machine join one after the other: two at once may choose the same names for sockets."""
-            assert self.processes[host].poll() is None, (self.folder / f"{host}.log").read_text()
-            return host in self.alive()
-
-        wait_for(joined, 150, f"{host} never joined")
-
-    def alive(self) -> set[str]:
-        """The addresses of the nodes that the head takes for alive."""
-        try:
-            return {node["node_ip"] for node in self._known("nodes") if node["state"] == "ALIVE"}
-        except OSError:
-            return set()
-
-    def account(self) -> str:
-        """What the head knows of who works and waits: for a search that stands still."""
-        kinds = ("nodes", "placement_groups", "actors", "workers")
-        return "\n".join(f"{kind}: {record}" for kind in kinds for record in self._known(kind))
-
-    def _known(self, kind: str) -> list[dict[str, Any]]:
-        with urllib.request.urlopen(f"{self.dashboard}/api/v0/{kind}?detail=1", timeout=10) as answer:
-            found: list[dict[str, Any]] = json.load(answer)["data"]["result"]["result"]
-        return found
-
-    def stop(self, host: str, number: signal.Signals) -> None:
-        """Signal all processes of a node."""
-        if self.processes[host].poll() is None:
-            os.killpg(self.processes[host].pid, number)
-
-    def stop_all(self) -> None:
-        for host in reversed(self.processes):
-            self.stop(host, signal.SIGKILL)
-            self.processes[host].wait()
-        shutil.rmtree(self.temporary, ignore_errors=True)
+        assert done.stdout == "127.0.0.2 2.0 [] True\nFalse\n", done.stderr
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where drivers work; workers don't see it."""
-    return tmp_path_factory.mktemp("driver")
+# No room
 
 
-@pytest.fixture(scope="module")
-def nodes(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
-    made = Nodes(tmp_path_factory.mktemp("logs"), [folder, Path(sklearn.datasets.__file__).resolve().parent / "data"])
-    try:
-        made.start_head()
-        yield made
-    finally:
-        made.stop_all()
+def test_a_trial_that_the_own_node_can_never_hold_is_refused_with_what_is_asked_and_what_there_is():
+    line = refusal(None, Resources(cpu=0.5, gpu=100), concurrency=3)
+    words = "no node can hold a trial: resources asks for 0.5 CPU and 100 GPU; 127.0.0.1 has"
+    assert re.fullmatch(rf"{re.escape(words)} {max(3, get_num_cpus())} CPU and \d+ GPU", line), line
 
 
-def trials(run: RunFiles) -> list[FrozenTrial]:
-    return read_study(run.journal).trials if run.journal.exists() and run.journal.stat().st_size else []
-
-
-def scores(run: RunFiles) -> dict[tuple[int, float], dict[str, float]]:
-    """By trial and epoch."""
-    return {
-        (trial.number, found["epoch"]): {name: found[name] for name in METRICS if name in found}
-        for trial in trials(run)
-        for found in evaluations(trial)
-    }
-
-
-def stamps(run: RunFiles) -> dict[tuple[int, float], int]:
-    """When each evaluation was made, by trial and epoch."""
-    return {(trial.number, found["epoch"]): found["timestamp"] for trial in trials(run) for found in evaluations(trial)}
-
-
-def workers(run: RunFiles) -> set[str]:
-    return {trial.user_attrs["worker"] for trial in trials(run) if "worker" in trial.user_attrs}
-
-
-def started(arguments: list[Any], nodes: Nodes, folder: Path, log: str) -> subprocess.Popen[bytes]:
-    with (folder / log).open("wb") as file:
-        return subprocess.Popen(
-            [str(part) for part in arguments],
-            env=nodes.environment,
-            cwd=folder,
-            stdout=file,
-            stderr=file,
-            start_new_session=True,
-        )
-
-
-def ended(process: subprocess.Popen[bytes], seconds: float) -> int:
-    """Its exit status; it is killed where it takes longer."""
-    with suppress(subprocess.TimeoutExpired):
-        return process.wait(seconds)
-    os.killpg(process.pid, signal.SIGKILL)
-    return process.wait()
-
-
-# One search: a worker killed, another one drained, another one started meanwhile
-
-
-def search_here(path: str) -> None:
-    """The same extractors and trials on this machine alone, without the stages after them."""
-    run = RunFiles(Path(path))
-    spec = load_spec(run, parse(["--run", path, *SMALL]))
-    data = datasets.load("digits", Path("never read"), False)
-    with (
-        run.claimed(),
-        FeatureExtractors(run, spec, data, Path("never read")) as extractors,
-        cluster(None, None, spec.resources),
-    ):
-        search_stage(run, spec, data, extractors, 2)
-
-
-def entrypoint(folder: Path) -> list[str]:
-    """The command of k8s/overlays/local as Kubernetes would be given it, its volumes in a folder, and made small."""
-    rendered = subprocess.run(
-        ["kubectl", "kustomize", ROOT / "k8s/overlays/local"], capture_output=True, text=True, check=True
+@pytest.mark.slow
+def test_so_is_one_that_the_cluster_it_is_sent_to_can_never_hold(other_cluster, tmp_path):
+    address, environment = other_cluster
+    arguments = ["--run", str(tmp_path / "run"), f"--address={address}", "--set=resources.cpu=1000"]
+    done = subprocess.run(
+        [sys.executable, "-m", "tuner.search", *arguments],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
-    (job,) = (part for part in yaml.safe_load_all(rendered.stdout) if part["kind"] == "RayJob")
-    places = {"/specs/": f"{ROOT}/search_spaces/", "/results/": f"{folder}/"}
-    words = job["spec"]["entrypoint"].split()
-    assert words[:3] == ["python", "-m", "tuner.search"]
-    for place, here in places.items():
-        assert any(word.startswith(place) for word in words)
-        words = [word.replace(place, here, 1) if word.startswith(place) else word for word in words]
-    return [sys.executable, *words[1:], *SMALL]
-
-
-def driver_of(run: RunFiles) -> int:
-    """The process that holds the run's lock."""
-    (pid,) = (
-        int(entry.name)
-        for entry in Path("/proc").iterdir()
-        if entry.name.isdigit() and any(link == str(run.lock) for link in _open_files(entry))
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(
+        "error: no node can hold a trial: resources asks for 1000 CPU and 0 GPU; 127.0.0.2 has 2 CPU"
     )
-    return pid
-
-
-def _open_files(process: Path) -> list[str]:
-    found = []
-    with suppress(OSError):
-        for link in (process / "fd").iterdir():
-            with suppress(OSError):
-                found.append(os.readlink(link))
-    return found
-
-
-@pytest.fixture(scope="module")
-def submitted(nodes: Nodes, folder: Path) -> tuple[RunFiles, dict[tuple[int, float], int], int, str]:
-    """A search through the Jobs API: its run, the evaluations before 5 joined, its exit status and what it said.
-
-    Its command is that of the Kubernetes manifests. The first job's driver is killed once there is an evaluation,
-    and the same command is submitted again. It starts on workers 3 and 4. Once there are more evaluations, 3 is
-    killed and 4 is asked to leave; 5 joins when both are gone, so that whatever they had begun goes on there,
-    however fast or slow this machine is.
-    """
-    run = RunFiles(folder / "digits")
-    nodes.start_worker(3)
-    nodes.start_worker(4)
-    submit = [RAY, "job", "submit", "--address", nodes.dashboard, "--", *entrypoint(folder)]
-    first = started(submit, nodes, folder, "first.log")
-    try:
-
-        def evaluated() -> Any:
-            assert first.poll() is None, (folder / "first.log").read_text()
-            return scores(run)
-
-        wait_for(evaluated, 200, "no evaluation")
-        os.kill(driver_of(run), signal.SIGKILL)
-        assert ended(first, 120) != 0
-    finally:
-        ended(first, 0.1)
-    early = stamps(run)
-    assert "best" not in run.summary()
-    job = started(submit, nodes, folder, "job.log")
-    try:
-
-        def more() -> Any:
-            assert job.poll() is None, (folder / "job.log").read_text()
-            assert early.items() <= stamps(run).items()
-            return len(scores(run)) > len(early)
-
-        wait_for(more, 200, "no further evaluation")
-        nodes.stop(f"{nodes.network}.3", signal.SIGKILL)
-        os.kill(nodes.processes[f"{nodes.network}.4"].pid, signal.SIGTERM)
-        wait_for(lambda: len(nodes.alive()) == 1, 120, "they never left")
-        before = stamps(run)
-        nodes.start_worker(5)
-        status = ended(job, 240)
-        said = (folder / "job.log").read_text() + (nodes.account() if status else "")
-    finally:
-        ended(job, 0.1)
-    return run, before, status, said
-
-
-def test_a_search_goes_on_to_its_end_when_one_worker_is_killed_one_is_drained_and_another_joins(submitted):
-    run, before, status, said = submitted
-    assert status == 0, said
-    assert "succeeded" in said
-    assert {path.name for path in run.export.iterdir()} >= {"model.json", "decoder.onnx"}
-    assert run.report.exists()
-    assert run.summary()["test"].keys() == {"baseline", "best"}
-    rows = run.read_trials()
-    assert [row["trial"] for row in rows] == list(range(6))
-    assert run.summary()["trials"]["failed"] == 0, [row["reason"] for row in rows]
-    assert {row["state"] for row in rows} <= {"complete", "pruned"}
-    assert [row["latent_dim"] for row in rows[1:]] == [point["latent_dim"] for point in POINTS]
-    assert any(trial.user_attrs.get("lost") for trial in trials(run))
-    assert len(workers(run)) >= 2
-    assert before
-    assert before.items() <= stamps(run).items(), "what was evaluated before is kept"
-
-
-@pytest.mark.long
-def test_trials_that_moved_score_to_the_last_bit_as_on_one_machine(submitted, nodes, folder):
-    run, *_ = submitted
-    here = RunFiles(folder / "here")
-    code = f"import test_cluster; test_cluster.search_here({str(here.path)!r})"
-    assert ended(started([sys.executable, "-c", code], nodes, folder, "here.log"), 200) == 0, (
-        folder / "here.log"
-    ).read_text()
-    assert {name: extractor["sha256"] for name, extractor in run.summary()["extractors"].items()} == {
-        name: extractor["sha256"] for name, extractor in here.summary()["extractors"].items()
-    }
-    there, alone = scores(run), scores(here)
-    both = there.keys() & alone.keys()
-    assert {number for number, _ in both} == set(range(6))
-    assert len(both) >= 8  # which trials go on to the second epoch depends on who was first
-    assert {key: there[key] for key in both} == {key: alone[key] for key in both}
-
-
-def test_workers_saw_neither_the_run_directory_nor_the_data(submitted, nodes):
-    if not nodes.isolated:
-        pytest.skip("this takes the right to mount")
-    host = f"{nodes.network}.5"
-    root = Path(f"/proc/{nodes.processes[host].pid}/root")
-    for path in nodes.hidden:
-        assert list(path.iterdir())
-        assert list((root / path.relative_to("/")).iterdir()) == []
-
-
-def test_data_reach_a_node_once_however_many_trials_it_runs(submitted, nodes):
-    """A node gets the four objects that all trials share, and the checkpoint of each trial that moved to it."""
-    run, before, *_ = submitted
-    host = f"{nodes.network}.5"
-    count = re.compile(r"^ray_object_store_dist_count{[^}]*ReceivedFromRemoteRaylet[^}]*} (\S+)$", re.MULTILINE)
-
-    def received() -> float:
-        with urllib.request.urlopen(f"http://{host}:{nodes.metrics[host]}/metrics", timeout=30) as answer:
-            found = count.search(answer.read().decode())
-        return float(found[1]) if found else 0.0
-
-    wait_for(received, 60, "Ray tells of no object")
-    begun = {number for number, _ in before}
-    assert len(trials(run)) - len(begun) >= 3
-    assert received() <= 4 + len(begun)
-
-
-# Capacity
-
-
-class Waiting(tune.Trainable):
-    """One evaluation at once; from the third trial on, workers first wait until two of them are at work."""
-
-    def setup(self, config: dict[str, Any], meet: Path) -> None:
-        self.meet = meet
-        self.reset_config(config)
-
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self.number = new_config["trial"]
-        return True
-
-    def step(self) -> dict[str, Any]:
-        if self.number >= 2:
-            (self.meet / str(os.getpid())).touch()
-            wait_for(lambda: len(list(self.meet.iterdir())) == 2, 240, "no other worker came")
-        scored = {"frechet_distance": 1.0, "frechet_distance_standard_normal": 1.0}
-        seconds = {"seconds_train": 0.0, "seconds_score": 0.0}
-        return {"rung": 1, "epoch": 1.0, "outcome": "complete", "done": True, **seconds, **scored}
-
-
-def search_for_another_worker(path: str, meet: str, address: str) -> None:
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    budget = {"trials": 8, "max_epochs": 1, "grace_epochs": 1}
-    space = {"learning_rate": {"type": "float", "low": 1e-4, "high": 1e-2, "log": True}}
-    spec = Spec.model_validate({"space": space, "budget": budget})
-    trainable = tune.with_parameters(Waiting, meet=Path(meet))
-    with cluster(address, None, Resources()):
-        run_trials(open_study(RunFiles(Path(path)).journal, spec), spec, trainable, Path(path) / "ray", None, [])
-
-
-def test_a_node_that_joins_midway_takes_trials(submitted, nodes, folder, tmp_path):
-    run = RunFiles(folder / "waiting")
-    run.path.mkdir()
-    arguments = f"{str(run.path)!r}, {str(tmp_path)!r}, {nodes.address!r}"
-    code = f"import test_cluster; test_cluster.search_for_another_worker({arguments})"
-    driver = started([sys.executable, "-c", code], nodes, folder, "waiting.log")
-    try:
-
-        def third_waits() -> Any:
-            assert driver.poll() is None, (folder / "waiting.log").read_text()
-            return list(tmp_path.iterdir())
-
-        wait_for(third_waits, 120, "no trial began")
-        assert len(workers(run)) == 1
-        nodes.start_worker(6)
-        status = ended(driver, 120)
-    finally:
-        ended(driver, 0.1)
-    assert status == 0, (folder / "waiting.log").read_text()
-    done = trials(run)
-    assert [trial.state for trial in done] == [TrialState.COMPLETE] * 8
-    assert len(workers(run)) == 2, "one worker a node"
 
 
 # No cluster
 
 
-@pytest.mark.parametrize("listens", [False, True], ids=["nobody listens", "who listens says nothing"])
-def test_an_address_where_no_cluster_answers_ends_the_command_in_one_line(tmp_path, listens):
+@pytest.mark.parametrize("address", ["nowhere", "host:", ":1", "host:port"])
+def test_what_is_no_address_is_refused(address):
+    assert refusal(address, Resources()) == f"--address {address}: expected HOST:PORT"
+
+
+@pytest.mark.parametrize("flag", [True, False], ids=["--address, nobody listens", "RAY_ADDRESS, who listens is silent"])
+def test_where_no_cluster_answers_the_command_ends_in_one_line(tmp_path, monkeypatch, capsys, flag):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
-        if listens:
+        if not flag:
             other.listen()
         address = f"127.0.0.1:{other.getsockname()[1]}"
-        done = subprocess.run(
-            [sys.executable, "-m", "tuner.search", "--address", address, "--run", str(tmp_path / "run")],
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-    assert done.returncode == 2, done.stderr
-    (line,) = done.stderr.splitlines()
-    assert re.match(rf"error: --address {re.escape(address)}: ", line), line
-    assert done.stdout == ""
+        monkeypatch.setenv("RAY_ADDRESS", "nowhere" if flag else address)
+        with pytest.raises(SystemExit) as left:
+            main(["--run", str(tmp_path / "run"), *([f"--address={address}"] if flag else [])])
+    assert left.value.code == 2
+    assert capsys.readouterr() == ("", f"error: --address {address}: no Ray cluster answers there\n")
+    assert not ray.is_initialized()
+
+
+# Ray itself; last, since its cluster stays open until the end of the module
+
+
+def test_what_is_used_of_rays_inner_parts_is_still_there(ray_cluster):
+    """None of it is Ray's public interface: with another version of Ray, look here first."""
+    assert "ENABLE_RAY_CLUSTER = " in inspect.getsource(ray_constants)
+    assert "ray_constants.ENABLE_RAY_CLUSTER" in inspect.getsource(ray._private.services), "which reads it when asked"
+    assert resolve_ip_for_localhost("10.1.2.3") == "10.1.2.3"
+    assert isinstance(resolve_ip_for_localhost("localhost"), str)
+    assert get_num_cpus() >= 1
+    node = ray._private.worker._global_node
+    assert {"raylet", "gcs_server"} <= node.all_processes.keys()
+    assert node.dead_processes() == []
+    assert get_cluster_status(ray_cluster).stats.autoscaler_version == NO_AUTOSCALER

@@ -1,11 +1,9 @@
 """How commands end: one line, a status, and the command to go on with. What a signal does is seen in a process."""
 
 import errno
-import json
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +13,7 @@ import pytest
 from optuna.trial import TrialState
 
 from tuner.exits import CutOff, Fatal, command, fatal, refuse, resumable
-from tuner.run import Refused, RunFiles, write_atomic
+from tuner.run import Refused
 from tuner.search import main
 from tuner.spec import load
 from tuner.study import open_study
@@ -217,38 +215,15 @@ def test_a_fatal_method_passes_arguments_and_values_and_wraps_only_exceptions():
         method(KeyboardInterrupt())
 
 
-# Whole commands
+# A whole command
 
 
-@pytest.fixture
-def searching(run_copy: RunFiles) -> RunFiles:
-    """The finished run as it was before its search ended."""
-    summary = run_copy.summary()
-    for part in ("best", "promotion", "test", "retrain"):
-        del summary[part]
-    write_atomic(run_copy.summary_file, json.dumps(summary))
-    run_copy.report.unlink()
-    return run_copy
-
-
-def test_a_journal_that_lost_whole_lines_is_refused_by_its_name(searching, capsys):
-    lines = searching.journal.read_bytes().splitlines(keepends=True)
-    searching.journal.write_bytes(b"".join(lines[: len(lines) // 2]))
-    before = searching.trials.read_bytes()
-    with pytest.raises(SystemExit) as left:
-        main(["--run", str(searching.path)])
-    assert left.value.code == 2
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith(f"error: {searching.journal}: has ")
-    assert f"finished trials where {searching.trials.name} has 5" in line
-    assert searching.trials.read_bytes() == before
-
-
-def test_a_search_in_which_every_trial_failed_ends_with_status_1_and_the_commonest_reason(searching, capsys):
-    spec = load(searching.spec)
-    searching.journal.unlink()
-    searching.trials.unlink()
-    study = open_study(searching.journal, spec)
+def test_a_search_in_which_every_trial_failed_ends_with_status_1_and_the_commonest_reason(run_copy, capsys):
+    spec, extractors = load(run_copy.spec), run_copy.summary().extractors
+    for path in (run_copy.summary_file, run_copy.journal, run_copy.trials, run_copy.report):
+        path.unlink()
+    run_copy.update_summary(extractors=extractors)
+    study = open_study(run_copy.journal, spec)
     reasons = [
         "diverged: at step 3",
         "out of memory: 7 GB",
@@ -259,20 +234,6 @@ def test_a_search_in_which_every_trial_failed_ends_with_status_1_and_the_commone
     for reason in reasons:
         told = {"reason": reason, "parameters": spec.baseline.model_dump()}
         study.add_trial(optuna.trial.create_trial(state=TrialState.FAIL, user_attrs=told))
-    assert main(["--run", str(searching.path)]) == 1
+    assert main(["--run", str(run_copy.path)]) == 1
     assert capsys.readouterr().err.splitlines()[-1] == "error: every trial failed: out of memory: 7 GB"
-    assert "best" not in searching.summary()
-
-
-@pytest.mark.parametrize("flag", [True, False], ids=["--address", "RAY_ADDRESS"])
-def test_where_no_cluster_answers_a_search_is_refused_with_the_address(tmp_path, monkeypatch, capsys, flag):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))  # and listens to nobody
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-        monkeypatch.setenv("RAY_ADDRESS", "nowhere" if flag else address)
-        with pytest.raises(SystemExit) as left:
-            main(["--run", str(tmp_path / "run"), *([f"--address={address}"] if flag else [])])
-    assert left.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ")
-    assert f"{address}: no Ray cluster answers there" in line
+    assert run_copy.summary().best is None

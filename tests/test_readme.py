@@ -1,119 +1,253 @@
-"""Every command of the README runs, and its snippet needs neither this package nor torch."""
+"""Every command, program and spec that README.md and docs/ show does what they say: each has its runner here."""
 
+import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import pytest
+import yaml
 
 import tuner.export
 import tuner.report
 import tuner.retrain
 import tuner.search
+import tuner.spec
 from tuner.run import RunFiles
-from tuner.spec import load
+from tuner.search import DEFAULT_SPEC
+from tuner.spec import Spec, load
+from tuner.vae import data as datasets
+from tuner.vae.data import IDX_FILES
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-DATA = ROOT.parent / "shared" / "data"
-TINY = ["--trials=2", "--max-epochs=1", "--no-retrain", "--set=budget.grace_epochs=1"]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+NOT_RUN = {"", "text", "mermaid"}  # what is shown, and is no command
+TINY = ["--trials=2", "--max-epochs=1", "--set=budget.grace_epochs=1", "--no-retrain"]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+class Block(NamedTuple):
+    document: Path
+    language: str
+    text: str
 
 
-COMMANDS = [line for block in blocks("bash") for line in block.splitlines()]
-
-
-def test_no_command_is_left_out_here():
-    assert COMMANDS == [
-        "make search",
-        "python -m tuner.search search_spaces/mnist.yaml --data-dir data",
-        "python -m tuner.search my_spec.yaml --run runs/mine",
-        "python -m tuner.search my_spec.yaml --run runs/short --trials 8 --max-epochs 6 --set fixed.batch_size=64",
-        "python -m tuner.spec my_spec.yaml",
-        "tensorboard --logdir runs/mine/tensorboard",
-        "python -m tuner.search --status runs/mine",
-        "python -m tuner.report runs/mine",
-        "python -m tuner.search --run runs/mine",
-        "python -m tuner.retrain runs/mine",
-        "python -m tuner.export runs/mine",
-        "python -m tuner.spec --schema",
+def blocks(*languages: str) -> list[Block]:
+    return [
+        Block(document, language, text)
+        for document in DOCUMENTS
+        for language, text in re.findall(r"^ *```(\w*)[^\n]*\n(.*?)^ *```", document.read_text(), re.DOTALL | re.M)
+        if not languages or language in languages
     ]
 
 
-def arguments(command: str) -> list[str]:
-    return command.split()[3:]
+def named(block: Block) -> str:
+    return f"{block.document.name}: {block.text.strip().splitlines()[0][:60]}"
 
 
-def test_make_targets_run_the_commands_that_are_tested():
-    planned = subprocess.run(
-        ["make", "--dry-run", "--no-print-directory", "search", "test"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert planned.stdout.splitlines()[-2:] == [".venv/bin/python -m tuner.search", ".venv/bin/python -m pytest"]
+def commands() -> list[str]:
+    """Each line of the shell blocks once, continued lines joined, without comments and what is set before it."""
+    lines = [line for block in blocks("bash", "sh") for line in block.text.replace("\\\n", " ").splitlines()]
+    bare = [shlex.join(shlex.split(line, comments=True)) for line in lines]
+    return list(dict.fromkeys(re.sub(r"^([A-Z_]+=\S* )+", "", line) for line in bare if line))
 
 
-@pytest.mark.slow
-def test_the_readmes_own_spec_is_searched(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("my_spec.yaml").write_text(blocks("yaml")[0])
-    assert load(Path("my_spec.yaml")).budget.time_limit == 1800
-    checked = subprocess.run([sys.executable, "-m", "tuner.spec", "my_spec.yaml"], capture_output=True, text=True)
-    assert checked.stdout == "my_spec.yaml: good\n"
-    assert tuner.search.main([*arguments(COMMANDS[2]), *TINY]) == 0
-    assert tuner.search.parse(arguments(COMMANDS[3])).max_epochs == 6
-    trials = RunFiles(Path("runs/mine")).read_trials()
-    assert [row["latent_dim"] for row in trials] == [16, 12]
+def own_specs() -> list[Block]:
+    """The specs that are shown whole; the first is the my_spec.yaml of the commands."""
+    return [block for block in blocks("yaml") if "space" in yaml.safe_load(block.text)]
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not DATA.is_dir(), reason="the MNIST files are not beside the project")
-def test_mnist_is_searched_from_a_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "data").symlink_to(DATA)
+# Commands
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    """The current folder, as the reader has it: with the shipped specs, the own one and no run so far."""
     (tmp_path / "search_spaces").symlink_to(ROOT / "search_spaces")
-    small = ["--trials=2", "--max-epochs=0.1", "--set=budget.grace_epochs=0.1", "--no-retrain", "--run=runs/mnist"]
-    assert tuner.search.main([*arguments(COMMANDS[1]), *small]) == 0
-    scores = RunFiles(Path("runs/mnist")).summary()["test"]
-    assert scores["baseline"]["frechet_distance"] > 10 * scores["best"]["floor"]
+    (tmp_path / "my_spec.yaml").write_text(own_specs()[0].text)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
-def test_stages_run_alone(run_copy, monkeypatch, capsys):
-    monkeypatch.chdir(run_copy.path.parent)
-    (run_copy.path.parent / "runs").mkdir()
-    (run_copy.path.parent / "runs" / "mine").symlink_to(run_copy.path)
-    assert tuner.search.main(arguments("python -m tuner.search --status runs/mine")) == 0
-    assert tuner.search.main(arguments("python -m tuner.search --run runs/mine")) == 0
-    assert tuner.report.main(["runs/mine"]) == 0
-    assert tuner.retrain.main(["runs/mine"]) == 0
-    assert tuner.export.main(["runs/mine"]) == 0
-    capsys.readouterr()
+def finished_at(name: str, finished_run: RunFiles) -> None:
+    """Put the finished run where a command looks for one, unless that is object storage."""
+    if "://" not in name and not Path(name).exists():
+        shutil.copytree(finished_run.path, name)
 
 
-def test_tensorboard_finds_the_run(finished_run):
-    command = [str(Path(sys.executable).parent / "tensorboard"), "--inspect", "--logdir", str(finished_run.tensorboard)]
+def search(words: list[str], finished_run: RunFiles) -> None:
+    """What only looks or goes on does so on a finished run; what would search for long is read, and its spec is."""
+    arguments = tuner.search.parse(words)
+    run = arguments.status or (arguments.run if arguments.spec is None and len(words) == 2 else None)
+    if run and "://" not in run:
+        finished_at(run, finished_run)
+        assert tuner.search.main(words) == 0
+    else:
+        assert isinstance(tuner.search.load_spec(RunFiles(Path("new")), arguments), Spec)
+
+
+def stage(main: Callable[[list[str]], int]) -> Callable[[list[str], RunFiles], None]:
+    def run(words: list[str], finished_run: RunFiles) -> None:
+        finished_at(words[0], finished_run)
+        assert main(words) == 0
+
+    return run
+
+
+def check_spec(words: list[str], finished_run: RunFiles) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["tuner.spec", *words])
+        assert tuner.spec.main() == 0
+
+
+def tensorboard(words: list[str], finished_run: RunFiles) -> None:
+    (folder,) = (words[i + 1] for i, word in enumerate(words) if word == "--logdir")
+    finished_at(folder.removesuffix("/tensorboard"), finished_run)
+    command = [str(Path(sys.executable).with_name("tensorboard")), "--inspect", *words]
     inspected = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "0000,latent_dim=16" in inspected.stdout
 
 
-def test_the_snippet_runs_on_an_export_without_this_package_and_torch(finished_run):
-    [snippet] = blocks("python")
-    alone = "\nimport sys\nassert not {'tuner', 'torch'} & set(sys.modules)"
+def make(words: list[str], finished_run: RunFiles) -> None:
+    """The target is there, and what it would start is there too."""
+    planned = subprocess.run(["make", "-C", str(ROOT), "--dry-run", *words], capture_output=True, text=True, check=True)
+    started = re.findall(r"^\.venv/bin/(\w[\w-]*)(?: -m (\S+))?", planned.stdout, re.MULTILINE)
+    assert started, planned.stdout
+    for program, module in started:
+        assert find_spec(module) if module else Path(sys.executable).with_name(program).exists(), (program, module)
+
+
+def activate(words: list[str], finished_run: RunFiles) -> None:
+    assert words == [".venv/bin/activate"]
+    assert ".venv" in (ROOT / "Makefile").read_text()
+
+
+RUNNERS: dict[str, Callable[[list[str], RunFiles], None]] = {
+    "python -m tuner.search": search,
+    "vae-tuner": search,
+    "python -m tuner.report": stage(tuner.report.main),
+    "python -m tuner.retrain": stage(tuner.retrain.main),
+    "python -m tuner.export": stage(tuner.export.main),
+    "python -m tuner.spec": check_spec,
+    "tensorboard": tensorboard,
+    "make": make,
+    "source": activate,
+}
+
+
+def runner(command: str) -> tuple[Callable[[list[str], RunFiles], None], list[str]]:
+    """What runs a command, and its arguments."""
+    job = re.fullmatch(r"ray job submit .*-- (python -m tuner\.search.*)", command)
+    command = job[1] if job else command
+    for start, run in RUNNERS.items():
+        if command == start or command.startswith(f"{start} "):
+            return run, shlex.split(command.removeprefix(start))
+    pytest.fail(f"nothing here runs: {command}")
+
+
+@pytest.mark.parametrize("command", commands())
+def test_a_command_does_its_work(command, place, finished_run):
+    run, words = runner(command)
+    run(words, finished_run)
+
+
+def test_a_command_that_nobody_runs_is_found():
+    with pytest.raises(pytest.fail.Exception, match="nothing here runs: python -m tuner.unknown"):
+        runner("python -m tuner.unknown runs/mine")
+
+
+def test_a_block_of_a_language_that_nobody_reads_is_found():
+    assert {block.language for block in blocks()} <= {"bash", "sh", "python", "yaml"} | NOT_RUN
+    assert commands()
+
+
+# Searches
+
+
+@pytest.mark.slow
+def test_the_own_spec_is_searched(place):
+    command = next(line for line in commands() if line.startswith("python -m tuner.search my_spec.yaml"))
+    words = shlex.split(command)[3:]
+    assert tuner.search.main([*words, *TINY]) == 0
+    run = RunFiles(Path(tuner.search.parse(words).run))
+    searched = load(run.spec)
+    assert searched.points_to_evaluate == load(Path("my_spec.yaml")).points_to_evaluate
+    assert run.summary().trials["complete"] == 2
+    assert run.report.exists()
+
+
+def write_mnist(folder: Path) -> None:
+    """The four files as they are published, of fewer and other images: the digits, moved about by a pixel or two."""
+    digits = datasets.load("digits", Path("never read")).train
+    random = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    counts = (datasets.MNIST_VALIDATION + 600, 400)
+    for count, (images_file, labels_file) in zip(counts, list(pairwise(IDX_FILES))[::2], strict=True):
+        chosen, moves = random.integers(len(digits), size=count), random.integers(-2, 3, size=(count, 2))
+        images = np.stack(
+            [np.roll(digits.images[index, 0], move, (0, 1)) for index, move in zip(chosen, moves, strict=True)]
+        )
+        for name, values in ((images_file, images), (labels_file, digits.labels[chosen].numpy())):
+            head = np.array([0x800 + values.ndim, *values.shape], ">u4")
+            (folder / name).write_bytes(head.tobytes() + values.astype(np.uint8).tobytes())
+
+
+@pytest.mark.slow
+def test_mnist_is_searched_from_a_folder(place):
+    command = next(line for line in commands() if "--data-dir" in line and "search_spaces/mnist.yaml" in line)
+    words = shlex.split(command)[3:]
+    write_mnist(tuner.search.parse(words).data_dir / "MNIST" / "raw")
+    assert tuner.search.main([*words, *TINY, "--run=runs/mnist"]) == 0
+    tested = RunFiles(Path("runs/mnist")).summary().test
+    assert tested.baseline.frechet_distance > 10 * tested.floor
+
+
+# Specs and programs
+
+
+@pytest.mark.parametrize("block", blocks("yaml"), ids=named)
+def test_a_spec_loads_whole_or_as_a_part_of_the_shipped_one(block, tmp_path):
+    parts = yaml.safe_load(block.text)
+    path = tmp_path / "spec.yaml"
+    path.write_text(block.text)
+    spec = load(path) if "space" in parts else load(DEFAULT_SPEC, list(parts.items()))
+    assert parts.keys() <= spec.model_dump().keys()
+
+
+@pytest.mark.parametrize("block", blocks("python"), ids=named)
+def test_a_program_runs_where_an_export_lies_and_needs_no_more_than_it_imports(block, place, finished_run):
+    shutil.copytree(finished_run.path, "runs/mine")
+    Path("export").symlink_to("runs/mine/export")
+    alone = not re.search(r"\b(tuner|torch)\b", block.text)
+    more = "\nimport sys\nassert not {'tuner', 'torch'} & set(sys.modules)" if alone else ""
     done = subprocess.run(
-        [sys.executable, "-I", "-c", snippet + alone], cwd=finished_run.path, capture_output=True, text=True
+        [sys.executable, *(["-I"] if alone else []), "-c", block.text + more],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
-    gap_closed, shapes = done.stdout.split(maxsplit=1)
-    assert float(gap_closed) == finished_run.summary()["test"]["retrained"]["gap_closed"]
-    assert shapes == "(1, 1, 28, 28) (64, 1, 28, 28)\n"
+    if "gap_closed" in block.text:
+        assert str(finished_run.summary().test.retrained.gap_closed) in done.stdout
 
 
-def test_links_and_numbers_have_their_files():
-    for target in re.findall(r"\]\(([^)]+)\)", README):
-        assert (ROOT / target).exists(), target
+# Links
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_what_is_linked_to_is_there(document):
+    for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):
+        if not target.startswith(("https://", "http://")):
+            path, _, heading = target.partition("#")
+            linked = document.parent / path if path else document
+            assert linked.exists(), target
+            if heading:
+                titles = re.findall(r"^#+ (.+)$", linked.read_text(), re.MULTILINE)
+                assert heading in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, target
