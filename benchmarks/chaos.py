@@ -1,6 +1,6 @@
 """Kills a small digits run at random moments, runs the same command again until it ends, and compares.
 
-`python tests/chaos/chaos.py --rounds 30 --seed 0 [--out FILE]`; `make chaos` does that. A round starts the real
+`python -m benchmarks.chaos --rounds 30 --seed 0 [--out FILE]`; `make chaos` does that. A round starts the real
 command, kills -9 a random process of it (driver, worker, raylet, gcs_server) at a random moment of a random stage,
 starts the command again, now and then kills again, and ends with an attempt that nothing disturbs. The result is
 held against a run that was never disturbed, and against every round before.
@@ -12,9 +12,9 @@ by (trial, epoch), and retrain, test and export among the runs that promoted the
 """
 
 import argparse
+import csv
 import hashlib
 import json
-import math
 import os
 import random
 import re
@@ -39,11 +39,10 @@ from tuner.promote import contenders
 from tuner.run import RunFiles
 from tuner.study import BASELINE, evaluations, read_study, table
 from tuner.vae import codec
+from tuner.vae.checkpoint import Checkpoint
 from tuner.vae.data import load_test
-from tuner.vae.score import METRICS
-from tuner.workspace import load_tensors
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 STAGES = ("extractor", "search", "promote", "retrain", "export")
 VICTIMS = ("driver", "worker", "raylet", "gcs_server")
 TRIALS = 6
@@ -193,25 +192,24 @@ class Round:
 def stage_of(run: RunFiles) -> str | None:
     """The stage a run is in, by its files; None when it is finished."""
     summary = run.summary()
-    if "extractors" not in summary:
-        return "extractor"
-    for part, stage in (("trials", "search"), ("best", "promote"), ("retrain", "retrain")):
-        if part not in summary:
+    for part, stage in (("extractors", "extractor"), ("trials", "search"), ("best", "promote"), ("retrain", "retrain")):
+        if not getattr(summary, part):
             return stage
-    return None if run.report.exists() and "retrained" in summary.get("test", {}) else "export"
+    return None if run.report.exists() and summary.test and summary.test.retrained else "export"
 
 
 def trials_of(run: RunFiles) -> list[FrozenTrial]:
     """The journal's trials; none before it holds a study."""
     if not run.journal.exists() or b"directions" not in run.journal.read_bytes().split(b"\n", 1)[0]:
         return []
-    return read_study(run.journal).get_trials(deepcopy=False)
+    study = read_study(run.journal)
+    return study.known() if study else []
 
 
 def snapshot(run: RunFiles) -> Snapshot:
     rungs = {}
     for path in run.checkpoints.glob("*.pt"):
-        rungs[int(path.stem)] = load_tensors(path.read_bytes())["report"]["rung"]
+        rungs[int(path.stem)] = Checkpoint.from_bytes(path.read_bytes()).evaluation["rung"]
     return Snapshot(trials_of(run), rungs)
 
 
@@ -232,9 +230,9 @@ class Known:
 def findings(run: RunFiles) -> Iterator[tuple[tuple[Any, ...], Any]]:
     """All numbers of a finished run, each with what it depends on."""
     summary = run.summary()
-    yield ("extractors",), summary["extractors"]
-    yield ("floor and baseline",), (summary["floor"], summary["baseline"])
-    for trial in read_study(run.journal).get_trials(deepcopy=False):
+    yield ("extractors",), summary.extractors
+    yield ("floor and baseline",), (summary.best.floor, summary.best.baseline, summary.test.floor)
+    for trial in trials_of(run):
         parameters = json.dumps(trial.user_attrs["parameters"], sort_keys=True)
         yield ("parameters", trial.number), parameters
         if trial.state == TrialState.FAIL:
@@ -243,12 +241,12 @@ def findings(run: RunFiles) -> Iterator[tuple[tuple[Any, ...], Any]]:
             if key.startswith("evaluation:"):
                 scores = {name: number for name, number in sorted(value.items()) if name not in TIMES}
                 yield (key, trial.number, parameters), scores
-    for entry in summary["promotion"]:
-        yield ("promotion", entry["trial"], entry["epoch"]), entry
-    winner = (summary["best"]["trial"], summary["best"]["epoch"])
-    for part in ("best", "retrain"):
-        yield (part, *winner), summary[part]
-    for name, scores in summary["test"].items():
+    for entry in summary.promotion:
+        yield ("promotion", entry.trial, entry.epoch), entry
+    winner = (summary.best.trial, summary.best.epoch)
+    yield ("best", *winner), summary.best
+    yield ("retrain", *winner), summary.retrain
+    for name, scores in summary.test.models.items():
         yield ("test", name, *(() if name == "baseline" else winner)), scores
     for name in ("weights.safetensors", "prior.npz", "samples.png"):
         yield (name, *winner), hashlib.sha256((run.export / name).read_bytes()).hexdigest()
@@ -263,23 +261,18 @@ def compare(known: Known, run: RunFiles) -> tuple[int, list[str]]:
 
 def accounting(run: RunFiles) -> Iterator[str]:
     """Faults in what a finished run holds: trials counted, files left and missing, the export's use."""
-    spec, summary = specs.load(run.spec), run.summary()
+    spec = specs.load(run.spec)
     study = read_study(run.journal)
-    trials, rows = study.get_trials(deepcopy=False), run.read_trials()
-    for name, numbers in (("journal", [t.number for t in trials]), ("trials.csv", [row["trial"] for row in rows])):
-        if numbers != list(range(TRIALS)):
-            yield f"{name} has trials {numbers}"
-    expected = table(study, spec, math.nan)
-    for row, wanted in zip(rows, expected, strict=False):
-        for key in ("state", "reason", "epoch", "epochs_trained", *spec.space, *METRICS):
-            if key in wanted and row.get(key, "") != wanted[key]:
-                yield f"trials.csv says {key} {row.get(key)!r} of trial {row['trial']}, the journal {wanted[key]!r}"
-    for name, states in (("journal", expected), ("trials.csv", rows)):
-        counts = Counter(row["state"] for row in states)
-        if counts["running"]:
-            yield f"{name} has {counts['running']} running trials"
-        if summary["trials"] != {state: counts[state] for state in ("complete", "pruned", "failed")}:
-            yield f"{name} counts {dict(counts)}, summary.json {summary['trials']}"
+    rows = table(study, spec) if study else []
+    if [row["trial"] for row in rows] != list(range(TRIALS)):
+        yield f"the journal has trials {[row['trial'] for row in rows]}"
+    with run.trials.open(newline="") as file:
+        written = list(csv.DictReader(file))
+    if written != [{name: str(row.get(name, "")) for name in written[0]} for row in rows]:
+        yield "trials.csv says something else than the journal"
+    counts = Counter(row["state"] for row in rows)
+    if dict(counts) != {state: count for state, count in run.summary().trials.items() if count}:
+        yield f"the journal counts {dict(counts)}, summary.json {run.summary().trials}"
     kept = {row["trial"] for row in contenders(rows, spec)} | {BASELINE}
     checkpoints = {int(path.stem) for path in run.checkpoints.iterdir()}
     if checkpoints != kept:
@@ -296,7 +289,8 @@ def accounting(run: RunFiles) -> Iterator[str]:
 
 def lost_trials(run: RunFiles) -> int:
     """Trials that failed because their workers were lost."""
-    return sum("lost" in row["reason"] or "never started" in row["reason"] for row in run.read_trials())
+    reasons = [trial.user_attrs.get("reason", "") for trial in trials_of(run)]
+    return sum("lost" in reason or "never started" in reason for reason in reasons)
 
 
 def tally(run: RunFiles, before: Snapshot) -> Iterator[str]:
@@ -432,7 +426,7 @@ class Chaos:
                 if max(lost, default=0) > 1:
                     this.faults.append(f"evaluations lost by trial: {lost}")
             this.faults += kept(before, after)
-            if before.left and "trials" in run.summary():
+            if before.left and run.summary().trials:
                 this.tallied = True
                 this.faults += tally(run, before)
             if not kill and status != 0:
@@ -442,9 +436,9 @@ class Chaos:
             if status == 0 and now is None:
                 break
             stage = self._by_duration(STAGES[STAGES.index(now or "export") :]) if self.random.random() < AGAIN else None
-        self._extractor(run, this, attempts)
+        self._finished(run, this, attempts)
 
-    def _extractor(self, run: RunFiles, this: Round, attempts: list[Attempt]) -> None:
+    def _finished(self, run: RunFiles, this: Round, attempts: list[Attempt]) -> None:
         """What is wrong with a run that says it is finished."""
         this.faults += accounting(run)
         this.lost = lost_trials(run)

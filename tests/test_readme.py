@@ -159,7 +159,7 @@ def test_a_command_does_its_work(command, place, finished_run):
 
 
 def test_a_command_that_nobody_runs_is_found():
-    with pytest.raises(pytest.fail.Exception, match="nothing here runs: python -m tuner.unknown"):
+    with pytest.raises(pytest.fail.Exception, match=r"nothing here runs: python -m tuner\.unknown"):
         runner("python -m tuner.unknown runs/mine")
 
 
