@@ -103,6 +103,7 @@ def test_a_second_signal_ends_the_process_at_once_whatever_the_body_does(number,
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_a_body_that_ignores_the_first_signal_is_ended_after_a_while():
     process = body(f"while True:\n    try:\n        {WAIT}\n    except KeyboardInterrupt:\n        pass")
     process.send_signal(signal.SIGTERM)

@@ -125,7 +125,7 @@ def planned(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> tuple
     spec = spec_with(budget=THREE_RUNGS)
     trainable = tune.with_parameters(Planned, plan=PLAN, dies_once=7, folder=directory)
     study = study_in(directory, spec)
-    study.keep_floor(0.0)
+    study.set_user_attr("floor", 0.0)
     run_trials(study, spec, trainable, directory / "ray", 1, [recorder])
     return study_in(directory, spec), spec, recorder
 
