@@ -5,7 +5,6 @@ One search on nodes that come and go is in test_nodes.
 
 import inspect
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -55,15 +54,32 @@ def test_a_node_holds_as_many_trials_as_each_of_its_resources_allows(node, wante
 
 
 def test_it_is_one_node_on_loopback_with_a_place_for_each_trial_that_is_to_run_at_once():
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with cluster(None, 3, Resources()):
         (node,) = alive()
         assert node["NodeManagerAddress"] == "127.0.0.1"
         assert slots(node["Resources"], Resources()) == max(3, get_num_cpus())
-        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
         assert dead_processes() == []
         require_ray()  # raises nothing
     assert not ray.is_initialized()
+
+
+def test_signals_do_what_they_did_before_while_it_is_open_and_afterwards():
+    """Ray's C++ has handlers of its own, of which Python knows nothing: so they are sent."""
+    code = """
+import os, signal
+from tuner.cluster import cluster
+from tuner.spec import Resources
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, frame: print(signal.Signals(number).name))
+def send():
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGTERM)
+with cluster(None, 1, Resources()):
+    send()
+send()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.split()) == (0, ["SIGINT", "SIGTERM"] * 2), done.stderr
 
 
 @pytest.mark.slow
