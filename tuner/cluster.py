@@ -53,6 +53,7 @@ def cluster(address: str | None, concurrency: int | None, wanted: Resources) -> 
         yield
     finally:
         ray.shutdown()
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's C++ has put the system's default in place
 
 
 def _require_answer(address: str) -> None:
