@@ -147,7 +147,11 @@ def test_a_file_that_is_no_mapping(refused, tmp_path, text, words):
             "loss",
             "the training loss can't be the objective while kl_weight is searched: the loss contains",
         ),
-        ("data.name", "cifar10", "data.name: Input should be 'digits' or 'mnist' (got 'cifar10')"),
+        (
+            "data.name",
+            "cifar10",
+            "data.name: Input should be 'digits', 'mnist', 'fashion_mnist' or 'kmnist' (got 'cifar10')",
+        ),
         ("budget.time_limit", "soon", "budget.time_limit: 'soon' is not a time such as 90s, 30m or 1.5h"),
         ("budget.grace_epochs", 19, "budget.grace_epochs: 19 is above max_epochs 18"),
         ("seed", -1, "seed: Input should be greater than or equal to 0 (got -1)"),

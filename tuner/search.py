@@ -94,7 +94,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("spec", nargs="?", type=Path, help="what to search (default: the embedded digits)")
     parser.add_argument("--run", metavar="DIR", help="run directory or URL (default: runs/SPEC-TIME)")
-    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="where MNIST lies or is downloaded to")
+    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="where images lie or are downloaded to")
     parser.add_argument("--trials", type=int, metavar="N", help="budget.trials")
     parser.add_argument("--max-epochs", type=float, metavar="N", help="budget.max_epochs")
     parser.add_argument("--time-limit", metavar="TIME", help="budget.time_limit, such as 30m")

@@ -87,10 +87,10 @@ Seconds = Annotated[
 class DataSpec(_Frozen):
     """On which images."""
 
-    name: Literal["digits", "mnist"] = "digits"
-    """the data set; digits comes with scikit-learn and needs no download"""
-    directory: Path = Field(Path("data"), description="the folder that MNIST is read from, or downloaded to")
-    download: bool = Field(True, description="download MNIST where its files are not in the directory")
+    name: Literal["digits", "mnist", "fashion_mnist", "kmnist"] = "digits"
+    """the data set; digits comes with scikit-learn, the others are downloaded"""
+    directory: Path = Field(Path("data"), description="the folder that images are read from, or downloaded to")
+    download: bool = Field(True, description="download images where their files are not in the directory")
 
 
 class _Range(_Frozen):

@@ -103,7 +103,7 @@ def run_alone(module: str, description: str, work: Callable[[Workspace], object]
     """
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
     parser.add_argument("run", metavar="RUN", help="run directory or URL of a search")
-    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="where MNIST lies or is downloaded to")
+    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="where images lie or are downloaded to")
     given = sys.argv[1:] if argv is None else argv
     arguments = parser.parse_args(given)
     with resumable(command(module, given)), opened(arguments.run) as run:

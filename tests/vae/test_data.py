@@ -1,16 +1,19 @@
 """Data sets: fixed, disjoint splits, and faults that name the file."""
 
+import gzip
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 
 import tuner
-from tuner.vae.data import IDX_FILES, Split, as_floats, binarize, load, load_test
+from tuner.spec import DataSpec
+from tuner.vae.data import IDX_FILES, IDX_SETS, Split, as_floats, binarize, load, load_test
 
 NOWHERE = Path("never read")
 SHARED = Path(__file__).parents[2].parent / "shared/data"
@@ -116,6 +119,31 @@ def test_images_keep_their_labels_through_the_shuffle(tmp_path):
     assert (shuffled.images[:, 0, 0, 0] % 10).tolist() == shuffled.labels.tolist()
     assert sorted(shuffled.images[:, 0, 0, 0].tolist()) == list(range(12))
     assert load_test("mnist", tmp_path, download=False).labels.tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.skipif(not (SHARED / "FashionMNIST").is_dir(), reason=f"no Fashion-MNIST in {SHARED}")
+def test_fashion_mnist_is_read_in_its_published_form():
+    fashion, test = load("fashion_mnist", SHARED, download=False), load_test("fashion_mnist", SHARED, download=False)
+    assert [len(split) for split in (fashion.train, fashion.validation, test)] == [50_000, 10_000, 10_000]
+    assert (fashion.train.labels.bincount() + fashion.validation.labels.bincount()).tolist() == [6_000] * 10
+    assert test.labels.bincount().tolist() == [1_000] * 10
+
+
+def test_compressed_files_hold_the_same_images(tmp_path):
+    raw = _write_mnist(tmp_path)
+    plain = load_test("mnist", tmp_path, download=False)
+    for name in IDX_FILES:
+        (raw / f"{name}.gz").write_bytes(gzip.compress((raw / name).read_bytes()))
+        (raw / name).unlink()
+    assert load_test("mnist", tmp_path, download=False).fingerprint() == plain.fingerprint()
+    cut = raw / f"{IDX_FILES[2]}.gz"
+    cut.write_bytes(cut.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=rf"{IDX_FILES[2]}\.gz: "):
+        load_test("mnist", tmp_path, download=False)
+
+
+def test_a_spec_names_the_data_sets_that_can_be_loaded():
+    assert set(get_args(DataSpec.model_fields["name"].annotation)) == {"digits", *IDX_SETS}
 
 
 @pytest.mark.parametrize("name", IDX_FILES)

@@ -4,8 +4,10 @@
 own, `load_test`, which only the export calls.
 """
 
+import gzip
 import hashlib
 import math
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
-MNIST_VALIDATION = 10_000
+IDX_SETS = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}  # torchvision's classes, and folders
+IDX_VALIDATION = 10_000
 DIGITS_VALIDATION = DIGITS_TEST = 400
 SPLIT_SEED = 0  # part of the data's definition: a run's own seed never moves an image to another split
 
@@ -59,23 +62,23 @@ def binarize(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def load(name: str, directory: Path, download: bool = True) -> Data:
-    """The training and validation splits of the data set `name`.
+    """The training and validation splits of `digits` or of a data set in `IDX_SETS`.
 
-    Raises ValueError, naming the folder and the files, when MNIST is neither there nor can be downloaded,
-    or when one of its files is damaged.
+    Raises ValueError, naming the folder and the files, when these are neither there nor can be downloaded,
+    or when one of them is damaged.
     """
     if name == "digits":
         train, validation, _ = _digits()
         return Data(train, validation)
-    everything = _mnist(directory, train=True, download=download)
+    everything = _idx_set(IDX_SETS[name], directory, train=True, download=download)
     order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(SPLIT_SEED))
-    held_out, rest = order[:MNIST_VALIDATION], order[MNIST_VALIDATION:]
+    held_out, rest = order[:IDX_VALIDATION], order[IDX_VALIDATION:]
     return Data(_take(everything, rest), _take(everything, held_out))
 
 
 def load_test(name: str, directory: Path, download: bool = True) -> Split:
     """The test split: for the export alone, once. Raises as `load` does."""
-    return _digits()[2] if name == "digits" else _mnist(directory, train=False, download=download)
+    return _digits()[2] if name == "digits" else _idx_set(IDX_SETS[name], directory, train=False, download=download)
 
 
 def _take(split: Split, index: Tensor | np.ndarray) -> Split:
@@ -100,39 +103,44 @@ def _digits() -> tuple[Split, Split, Split]:
     return _take(everything, train), _take(everything, validation), _take(everything, test)
 
 
-def _mnist(directory: Path, train: bool, download: bool) -> Split:
-    raw = directory / "MNIST" / "raw"
-    if not all((raw / name).exists() for name in IDX_FILES):
-        _fetch_mnist(directory, download)
+def _idx_set(kind: str, directory: Path, train: bool, download: bool) -> Split:
+    raw = directory / kind / "raw"
+    if not all((raw / name).exists() or (raw / f"{name}.gz").exists() for name in IDX_FILES):
+        _fetch(kind, directory, download)
     files = [_read_idx(raw / name) for name in IDX_FILES]  # a damaged test split is told before hours of training
     images, labels = files[:2] if train else files[2:]
     if len(labels) and int(labels.max()) > 9:
-        raise ValueError(f"{raw}: a label in {IDX_FILES[1 if train else 3]} is no digit: {int(labels.max())}")
+        raise ValueError(f"{raw}: a label in {IDX_FILES[1 if train else 3]} is above 9: {int(labels.max())}")
     if len(images) != len(labels):
         raise ValueError(f"{raw}: {len(images):,} images but {len(labels):,} labels")
     return Split(images.unsqueeze(1), labels.long())
 
 
-def _fetch_mnist(directory: Path, download: bool) -> None:
+def _fetch(kind: str, directory: Path, download: bool) -> None:
     """Have torchvision complete the files; it takes a second to import, so only where one is missing."""
-    raw = directory / "MNIST" / "raw"
     try:
-        _torchvision_datasets().MNIST(str(directory), download=download)
+        getattr(_torchvision_datasets(), kind)(str(directory), download=download)
     except (RuntimeError, OSError) as error:
         raise ValueError(
-            f"no MNIST in {raw} (wanted: {', '.join(IDX_FILES)}) and "
+            f"no {kind} in {directory / kind / 'raw'} (wanted: {', '.join(IDX_FILES)}) and "
             f"{'the download failed' if download else 'downloading is off'} ({_first_line(error)}); "
             "put the files there, or use the embedded data set: data.name=digits"
         ) from error
 
 
 def _read_idx(path: Path) -> Tensor:
-    """The uint8 numbers of an IDX file. Raises ValueError unless it is what its name and header say (LeCun)."""
+    """The uint8 numbers of an IDX file, or of its published form beside it, with .gz behind its name.
+
+    Raises ValueError unless it is what its name and header say (LeCun).
+    """
     axes = 3 if "idx3" in path.name else 1
     try:
-        content = np.fromfile(path, np.uint8)
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from error
+        if not path.exists():
+            path = path.with_name(f"{path.name}.gz")
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            content = np.frombuffer(bytearray(file.read()), np.uint8)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
     head = 4 + 4 * axes
     sizes = content[4:head].view(">u4").tolist() if len(content) >= head else []
     if content[:4].tolist() != [0, 0, 8, axes] or (axes == 3 and sizes[1:] != [28, 28]):
