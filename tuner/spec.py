@@ -28,7 +28,6 @@ from pydantic import (
 from tuner.vae.metrics import METRICS
 from tuner.vae.parameters import CLASSIC, Parameters
 
-SCHEMA_LINE = "# yaml-language-server: $schema=schema.json\n"
 Value = bool | int | float | str
 Whole = Annotated[int, Strict()]  # or true would be 1
 Real = Annotated[float, Strict()]
