@@ -214,10 +214,7 @@ def _convolve_backward(g: Tensor, images: Tensor, layer: Layer, of_images: bool 
     slots, kernels = layer.bias.shape
     torch.sum(g.view(slots, -1, kernels), 1, out=layer.bias_gradient)
     if slots == 1:
-        arguments = (None, [2, 2], [1, 1], [1, 1], False, [0, 0], 1, (of_images, True, False))
-        for_images, for_weight, _ = convolution_backward(_first(g), _first(images), _first(layer.weight[0]), *arguments)
-        layer.weight_gradient[0] = _last(for_weight)
-        return _last(for_images) if of_images else g
+        return _backward_of_one(g, images, layer, transposed=False, of_images=of_images)
     rows, g = patches(images).view(slots, -1, layer.weight[0, 0].numel()), g.view(slots, -1, kernels)
     layer.weight_gradient.copy_((g.mT @ rows).view(layer.weight.shape))
     return fold((g @ layer.weight.flatten(2)).view(-1, rows.shape[2]), *images.shape[:3]) if of_images else g
@@ -242,14 +239,20 @@ def _transpose_convolve_backward(g: Tensor, images: Tensor, layer: Layer) -> Ten
     slots, kernels = layer.bias.shape
     torch.sum(g.view(slots, -1, kernels), 1, out=layer.bias_gradient)
     if slots == 1:
-        arguments = (None, [2, 2], [1, 1], [1, 1], True, [1, 1], 1, (True, True, False))
-        for_images, for_weight, _ = convolution_backward(_first(g), _first(images), _first(layer.weight[0]), *arguments)
-        layer.weight_gradient[0] = _last(for_weight)
-        return _last(for_images)
+        return _backward_of_one(g, images, layer, transposed=True)
     rows = patches(g).view(slots, -1, 9 * kernels)
     layer.weight_gradient.copy_((images.view(slots, -1, layer.weight.shape[1]).mT @ rows).view(layer.weight.shape))
     gradient: Tensor = rows @ layer.weight.flatten(2).mT
     return gradient.view(images.shape)
+
+
+def _backward_of_one(g: Tensor, images: Tensor, layer: Layer, transposed: bool, of_images: bool = True) -> Tensor:
+    """Gradients of either convolution of a single network, by PyTorch's own kernel, but for the bias's."""
+    output_padding = [1, 1] if transposed else [0, 0]
+    arguments = (None, [2, 2], [1, 1], [1, 1], transposed, output_padding, 1, (of_images, True, False))
+    for_images, for_weight, _ = convolution_backward(_first(g), _first(images), _first(layer.weight[0]), *arguments)
+    layer.weight_gradient[0] = _last(for_weight)
+    return _last(for_images) if of_images else g
 
 
 def _first(images: Tensor) -> Tensor:
