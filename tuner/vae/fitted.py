@@ -117,8 +117,7 @@ class Fitter:
     def __init__(
         self, train: Split, *, seed: int, count: int, matching_count: int, guide: FeatureExtractor | None = None
     ):
-        order = torch.randperm(len(train), generator=generator(seed, Stream.SCORE, Scoring.IMAGES))
-        self.images = as_floats(train.images[order[:count]])
+        self.images = as_floats(train.images[shuffled(len(train), seed)[:count]])
         self.seed, self.matching_count, self.guide = seed, matching_count, guide
 
     @cached_property
@@ -166,6 +165,11 @@ class Fitter:
         if not (math.isfinite(temperature) and temperature > 0):
             raise Diverged("temperature is not finite")
         return temperature
+
+
+def shuffled(count: int, seed: int) -> Tensor:
+    """The order (count,) of training images: priors are fitted on the first, floors measured on the last."""
+    return torch.randperm(count, generator=generator(seed, Stream.SCORE, Scoring.IMAGES))
 
 
 def as_seen(images: Tensor, parameters: Parameters, seed: int) -> Tensor:

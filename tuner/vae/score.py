@@ -12,7 +12,7 @@ from torch import Tensor
 from tuner.vae.data import Split, as_floats
 from tuner.vae.distance import frechet_distance, kernel_distance, moments
 from tuner.vae.extractor import FeatureExtractor
-from tuner.vae.fitted import BATCH, FittedModel, as_seen, encode, tempered
+from tuner.vae.fitted import BATCH, FittedModel, as_seen, encode, shuffled, tempered
 from tuner.vae.iwae import importance_weighted_bound
 from tuner.vae.losses import Diverged, bernoulli_nll, calibrated_distortion, kl_divergence, squared_error
 from tuner.vae.prior import standard_normal
@@ -68,8 +68,7 @@ class Scorer:
         self.kernel_features = features[::apart][:KERNEL_IMAGES] / self.kernel_scale
         self.sharpness = laplacian_variance(everything)
         real = max(self.count, FLOOR_IMAGES) if quasi_random else self.count
-        order = torch.randperm(len(train), generator=self._generator(Scoring.IMAGES))
-        self.floor = self.distance(as_floats(train.images[order[-real:]]))
+        self.floor = self.distance(as_floats(train.images[shuffled(len(train), seed)[-real:]]))
 
     def _generator(self, purpose: Scoring) -> torch.Generator:
         return generator(self.seed, Stream.SCORE, purpose)
