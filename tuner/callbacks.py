@@ -83,6 +83,7 @@ class KeepExtractors(SearchCallback):
 
     def __init__(self, spec: Spec, study: Study, extractors: FeatureExtractors):
         self.spec, self.study, self.extractors = spec, study, extractors
+        self.tell_floor()
         self.on_step_end()
 
     @fatal
@@ -92,8 +93,11 @@ class KeepExtractors(SearchCallback):
 
     @fatal
     def on_step_end(self, **info: Any) -> None:
+        if self.extractors.keep_done():
+            self.tell_floor()
+
+    def tell_floor(self) -> None:
         """Trials wait for the first; the floor is known as soon as it is, which is before the first result."""
-        self.extractors.keep_done()
         if math.isnan(self.study.floor) and "search" in self.extractors.kept:
             scorer = search_scorer(self.spec, self.extractors.data, self.extractors.kept["search"])
             self.study.set_user_attr("floor", scorer.floor)

@@ -64,11 +64,12 @@ class FeatureExtractors:
         """How many are: while the first is, a trial more would only make both its score and the others' wait."""
         return sum(not receiver.poll() for _, receiver in self.training.values())
 
-    def keep_done(self) -> None:
-        """Write to the run what has been trained."""
-        for name, (_, receiver) in list(self.training.items()):
-            if receiver.poll():
-                self.keep(name)
+    def keep_done(self) -> list[str]:
+        """Write to the run what has been trained since -> its names."""
+        done = [name for name, (_, receiver) in self.training.items() if receiver.poll()]
+        for name in done:
+            self.keep(name)
+        return done
 
     def keep(self, name: str) -> FeatureExtractor:
         """An extractor, waited for and written to the run. Raises CutOff where the process that trains it died."""
