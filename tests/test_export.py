@@ -136,7 +136,7 @@ def test_model_json_says_what_it_is_and_where_it_comes_from(export, finished_run
     info, summary = json.loads((export / "model.json").read_text()), finished_run.summary()
     assert info["parameters"] == summary.retrain.parameters
     assert info["temperature"] == kept.temperature
-    assert info["test"] == summary.test.exported.by_name()
+    assert info["test"] == summary.test.exported.model_dump()
     saved = load_file(export / "weights.safetensors")
     assert info["weights"] == sum(weight.numel() for weight in saved.values())
     lineage = info["lineage"]
@@ -244,7 +244,7 @@ def test_the_accuracy_of_the_latents_neighbours_is_scikit_learns(workspace, fini
     train = workspace.data.train
     classifier = KNeighborsClassifier(5).fit(loaded.encode(train.images).numpy(), train.labels.numpy())
     expected = classifier.score(loaded.encode(tested.images).numpy(), tested.labels.numpy())
-    scores = finished_run.summary().test.exported.by_name()
+    scores = finished_run.summary().test.exported.model_dump()
     assert scores["knn_accuracy"] == pytest.approx(expected, abs=0.003)  # one image, should distances be equal
     assert 0 < scores["recall"] < 1.5
     assert 0 < scores["coverage"] < 1.5
@@ -280,7 +280,7 @@ def test_the_test_scores_are_those_of_the_exported_models_on_the_test_split(work
     assert summary.test.floor == pytest.approx(scorer.floor, rel=1e-9)
     baseline = summary.test.baseline.frechet_distance
     for name, fitted in models.items():
-        reported, scores = summary.test.models[name].by_name(), scorer(fitted)
+        reported, scores = summary.test.models[name].model_dump(), scorer(fitted)
         final = FINAL_METRICS.keys() if name == "retrained" else set()
         assert reported.keys() == scores.keys() | {"gap_closed"} | final
         for metric, value in scores.items():

@@ -57,7 +57,7 @@ def test_the_winners_scores_are_those_of_its_checkpoint(workspace, summary):
     best, scorer = summary.best, workspace.scorer()
     fitted = best_of(workspace.run, workspace.run.checkpoint(best.trial))
     assert fitted.parameters.model_dump() == best.parameters
-    reported = best.scores.by_name()
+    reported = best.scores.model_dump()
     for name, value in scorer(fitted).items():
         assert reported[name] == pytest.approx(value, rel=1e-9), name
     assert best.floor == pytest.approx(scorer.floor, rel=1e-9)

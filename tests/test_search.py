@@ -106,8 +106,8 @@ def test_the_test_split_was_scored_for_baseline_best_and_retrained(summary):
     assert 0 < test.floor < test.retrained.frechet_distance
     for name, found in test.models.items():
         final = FINAL_METRICS.keys() if name == "retrained" else set()
-        assert found.by_name().keys() == SCORED - {"loss"} | {"gap_closed"} | final
-        assert all(math.isfinite(value) for value in found.by_name().values())
+        assert found.model_dump().keys() == SCORED - {"loss"} | {"gap_closed"} | final
+        assert all(math.isfinite(value) for value in found.model_dump().values())
 
 
 def test_every_stage_has_its_seconds(summary):
@@ -355,7 +355,7 @@ def test_a_plain_autoencoder_goes_all_the_way_on_a_cluster_that_runs_already(oth
     assert found["frechet_distance"] < found["frechet_distance_standard_normal"] < math.inf
     summary = RunFiles(path).summary()
     assert summary.best.trial == 1
-    assert "frechet_distance_standard_normal" in summary.test.best.by_name()
+    assert "frechet_distance_standard_normal" in summary.test.best.model_dump()
 
     autoencoder = codec.load(RunFiles(path).export)
     assert not autoencoder.fitted.model.variational

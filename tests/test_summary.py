@@ -54,12 +54,12 @@ def test_what_is_not_known_is_not_in_the_file(run):
 
 
 def test_scores_keep_every_name_and_nothing_that_is_no_number():
-    assert SCORES.by_name() == {"frechet_distance": 2.0, "gap_closed": 0.5, "mse": 0.01}
+    assert SCORES.model_dump() == {"frechet_distance": 2.0, "gap_closed": 0.5, "mse": 0.01}
     assert Scores.model_validate_json(SCORES.model_dump_json()) == SCORES
     for value in (float("nan"), float("inf"), "x", None):
         for name in ("frechet_distance", "mse"):
             with pytest.raises(ValidationError):
-                Scores(**SCORES.by_name() | {name: value})
+                Scores(**SCORES.model_dump() | {name: value})
 
 
 def test_the_exported_model_is_the_last_there_is():

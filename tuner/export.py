@@ -90,7 +90,7 @@ def export(workspace: Workspace) -> Summary:
         "parameters": chosen.parameters.model_dump(),
         "temperature": chosen.temperature,
         "weights": sum(parameter.numel() for parameter in chosen.model.parameters()),
-        "test": tested.exported.by_name(),
+        "test": tested.exported.model_dump(),
         "lineage": {
             "run": run.name,
             "trial": summary.best.trial,
@@ -124,9 +124,9 @@ def score_test(workspace: Workspace, models: dict[str, FittedModel], test: Split
     baseline = scores["baseline"]["frechet_distance"]
     for found in scores.values():
         found["gap_closed"] = gap_closed(found["frechet_distance"], scorer.floor, baseline)
-    exported = models[list(models)[-1]]
+    *_, (last, exported) = models.items()
     drawn = scorer.samples(exported, NEIGHBOUR_IMAGES)
-    scores[list(models)[-1]] |= neighbourhood(exported.model, drawn, scorer.extractor, workspace.data.train, test)
+    scores[last] |= neighbourhood(exported.model, drawn, scorer.extractor, workspace.data.train, test)
     return Tested(floor=scorer.floor, **{name: Scores(**found) for name, found in scores.items()})
 
 
@@ -158,7 +158,7 @@ def beside_neighbours(fitted: FittedModel, train: Split) -> np.ndarray:
 
 def write_files(fitted: FittedModel, info: dict[str, Any], directory: Path, image: Tensor) -> None:
     """Everything of an export, into an existing directory; `image` (1, C, H, W) tells the shape."""
-    model = fitted.snapshot().model.eval().requires_grad_(False)
+    model = fitted.model.eval()
     write_atomic(directory / "weights.safetensors", save({k: v.contiguous() for k, v in model.state_dict().items()}))
     write_atomic(directory / "model.json", json.dumps(info, indent=2) + "\n")
     prior = io.BytesIO()
@@ -215,23 +215,24 @@ def check_files(fitted: FittedModel, images: Tensor, directory: Path) -> None:
         "decoder": loaded.decode,
         "prior": loaded.fitted.prior.place,
     }
-    for stem, of_weights in own.items():
-        program = torch.export.load(directory / f"{stem}.pt2").module()
-        readers: dict[str, Callable[..., Any]] = {
+    readers: dict[str, dict[str, Callable[..., Any]]] = {
+        stem: {
             "safetensors": of_weights,
-            "pt2": program,
+            "pt2": torch.export.load(directory / f"{stem}.pt2").module(),
             "onnx": _onnx(directory / f"{stem}.onnx"),
         }
-        for batch in (images[:1], images):
-            latents = fitted.model.encode(batch)[0]
-            normal, uniform = fixed_noise(len(batch))
-            noise = normal[:, : fitted.model.latent_dim].contiguous()
-            given, expected = {
-                "encoder": ((batch,), latents),
-                "decoder": ((latents,), fitted.draw(latents)),
-                "prior": ((noise, uniform), fitted.prior.place(noise, uniform)),
-            }[stem]
-            for kind, read in readers.items():
+        for stem, of_weights in own.items()
+    }
+    for batch in (images[:1], images):
+        latents = fitted.model.encode(batch)[0]
+        normal, uniform = fixed_noise(len(batch))
+        noise = normal[:, : fitted.model.latent_dim].contiguous()
+        for stem, given, expected in (
+            ("encoder", (batch,), latents),
+            ("decoder", (latents,), fitted.draw(latents)),
+            ("prior", (noise, uniform), fitted.prior.place(noise, uniform)),
+        ):
+            for kind, read in readers[stem].items():
                 found: Any = read(*given)
                 error = ((found[0] if isinstance(found, tuple) else found) - expected).abs().max().item()
                 if not error <= TOLERANCE * max(1.0, expected.abs().max().item()):

@@ -310,7 +310,7 @@ def promotion(page: Page, material: Material) -> None:
 def test_split(page: Page, material: Material) -> None:
     test = material.summary.test
     if test:
-        found = {name: scores.by_name() for name, scores in test.models.items()}
+        found = {name: scores.model_dump() for name, scores in test.models.items()}
         rows = [["score", *found, "unit", "what it says"]]
         described = METRICS | FINAL_METRICS
         for name in ("gap_closed", *described):

@@ -33,9 +33,6 @@ class Scores(_Part):
     frechet_distance: float
     gap_closed: float
 
-    def by_name(self) -> dict[str, float]:
-        return {"frechet_distance": self.frechet_distance, "gap_closed": self.gap_closed, **self.__pydantic_extra__}
-
 
 class Promoted(_Part):
     """A trial that the promotion scored again; `again` and `gap_closed` are by extractor."""
