@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tuner.vae.shape import ImageShape
+
 IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 IDX_SETS = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}  # torchvision's classes, and folders
 IDX_VALIDATION = 10_000
@@ -26,10 +28,10 @@ SPLIT_SEED = 0  # part of the data's definition: a run's own seed never moves an
 
 @dataclass(frozen=True)
 class Split:
-    """Images (N, 1, 28, 28) uint8, ink is 255; labels (N,) int64 in 0..9."""
+    """Images (N, C, H, W) uint8; labels (N,) int64 from 0, where there are any."""
 
     images: Tensor
-    labels: Tensor
+    labels: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -37,18 +39,30 @@ class Split:
     def fingerprint(self) -> str:
         """SHA-256 over pixels and labels, in hex."""
         digest = hashlib.sha256(self.images.contiguous().numpy().tobytes())
-        digest.update(self.labels.contiguous().numpy().tobytes())
+        if self.labels is not None:
+            digest.update(self.labels.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
 
 @dataclass(frozen=True)
 class Data:
+    """What a search may see of a data set: all but the test split."""
+
     train: Split
     validation: Split
 
+    @property
+    def shape(self) -> ImageShape:
+        return ImageShape(*self.train.images.shape[1:])
+
+    @property
+    def classes(self) -> int | None:
+        """How many kinds of labels there are; None without labels."""
+        return None if self.train.labels is None else int(self.train.labels.max()) + 1
+
 
 def as_floats(images: Tensor) -> Tensor:
-    """uint8 (B, 1, 28, 28) -> float32 in [0, 1]."""
+    """uint8 (B, C, H, W) -> float32 in [0, 1]."""
     return images.float().div_(255)
 
 
@@ -82,7 +96,7 @@ def load_test(name: str, directory: Path, download: bool = True) -> Split:
 
 
 def _take(split: Split, index: Tensor | np.ndarray) -> Split:
-    return Split(split.images[index], split.labels[index])
+    return Split(split.images[index], None if split.labels is None else split.labels[index])
 
 
 def _digits() -> tuple[Split, Split, Split]:
