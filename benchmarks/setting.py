@@ -26,15 +26,18 @@ from tuner.vae.data import Data, Split
 from tuner.vae.extractor import train_extractor
 from tuner.vae.fitted import FittedModel, Fitter
 from tuner.vae.metrics import gap_closed
-from tuner.vae.model import VAE, Model
+from tuner.vae.model import VAE, Builder, Model
 from tuner.vae.parameters import CLASSIC, Parameters
 from tuner.vae.prior import standard_normal
 from tuner.vae.process import settle
 from tuner.vae.score import Scorer
 from tuner.vae.seeds import Stream, derive_seed
+from tuner.vae.shape import ImageShape
 from tuner.vae.step import State
 from tuner.vae.train import train
 from tuner.workspace import EXTRACTORS, FINAL_PRIOR_IMAGES, FINAL_SAMPLES
+
+build = Builder(ImageShape(1, 28, 28))
 
 SPECS = Path(__file__).parents[1] / "search_spaces"
 MNIST = Path("data")
@@ -106,7 +109,7 @@ def models_at(
     parameters: Parameters, images: Tensor, epochs: Sequence[float], *, seed: int, trial: int
 ) -> Iterator[tuple[float, Model]]:
     """A trial's training, to the last of `epochs` -> each epoch with the model there, which training on moves."""
-    state, most = State.fresh(parameters, seed, trial), epochs[-1]
+    state, most = State.fresh(build, parameters, seed, trial), epochs[-1]
     for record in train(state, parameters, images, epochs, seed=seed, trial=trial, total_epochs=most):
         yield record.epoch, state.model
 

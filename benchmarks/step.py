@@ -26,11 +26,15 @@ from benchmarks.setting import Pictures, command_of, load_data, plain, repeated,
 from tuner.vae.data import Data
 from tuner.vae.extractor import FeatureExtractor
 from tuner.vae.fitted import Fitter
+from tuner.vae.model import Builder
 from tuner.vae.parameters import Parameters
 from tuner.vae.process import settle
 from tuner.vae.score import Scorer
+from tuner.vae.shape import ImageShape
 from tuner.vae.step import AutogradStep, State, WrittenOutStep
 from tuner.vae.train import train
+
+build = Builder(ImageShape(1, 28, 28))
 
 BATCH = 128
 MFLOP = 14.2  # a training image, forward and backward; a multiplication and an addition are two
@@ -73,7 +77,7 @@ def ours(data: Data, autograd: bool) -> tuple[float, float]:
     scorer = Scorer(extractor, data.train, data.validation, seed=0, count=count // 20)
     fitter = Fitter(data.train, seed=0, count=count // 10, matching_count=count // 100)
     parameters = Parameters(latent_dim=16, batch_size=BATCH, prior="gaussian_mixture")
-    state = State.fresh(parameters, 0, 0)
+    state = State.fresh(build, parameters, 0, 0)
     step = AutogradStep if autograd else WrittenOutStep
     seconds = [0.0, 0.0]
     images, epochs = data.train.images, range(1, EPOCHS + 1)

@@ -22,11 +22,14 @@ from tuner.vae.data import Split, as_floats, load_test
 from tuner.vae.fitted import FittedModel
 from tuner.vae.flow import Flow
 from tuner.vae.metrics import FINAL_METRICS, gap_closed
-from tuner.vae.model import build
+from tuner.vae.model import Builder
 from tuner.vae.neighbours import copied
 from tuner.vae.parameters import Parameters
 from tuner.vae.prior import Prior
+from tuner.vae.shape import ImageShape
 from tuner.workspace import baseline_of, best_of
+
+build = Builder(ImageShape(1, 28, 28))
 
 FILES = {
     "decoder.onnx",

@@ -13,10 +13,14 @@ from tuner.search import load_spec, parse
 from tuner.spec import Spec
 from tuner.trials import search_stage
 from tuner.vae.losses import Diverged
+from tuner.vae.model import Builder
 from tuner.vae.parameters import Parameters
+from tuner.vae.shape import ImageShape
 from tuner.vae.step import State
 from tuner.vae.train import train
 from tuner.workspace import keep_extractor
+
+build = Builder(ImageShape(1, 28, 28))
 
 pytestmark = pytest.mark.slow
 
@@ -60,7 +64,7 @@ def test_an_array_that_dies_starts_again_and_its_trials_go_on(workspace, ray_clu
     data = ray.put(workspace.data)
     host = fusion(SPEC.model_copy(update={"execution": "fused"}), data, concurrency=2).arrays[0]
     images = workspace.data.train.images
-    state = State.fresh(GOOD, 0, 1)
+    state = State.fresh(build, GOOD, 0, 1)
     records = train_fused(host, len(images), state, GOOD, SPEC, 1)
     assert next(records).epoch == 1
     killer = threading.Timer(0.2, ray.kill, [host], {"no_restart": False})
@@ -68,7 +72,7 @@ def test_an_array_that_dies_starts_again_and_its_trials_go_on(workspace, ray_clu
     rest = list(records)
     killer.join()
     assert [record.epoch for record in rest] == [3, 4]
-    straight = list(train(State.fresh(GOOD, 0, 1), GOOD, images, [1, 3, 4], seed=0, trial=1, total_epochs=4))
+    straight = list(train(State.fresh(build, GOOD, 0, 1), GOOD, images, [1, 3, 4], seed=0, trial=1, total_epochs=4))
     assert [record.loss for record in rest] == pytest.approx([record.loss for record in straight[1:]], rel=1e-3)
 
 
@@ -78,9 +82,9 @@ def test_a_trial_that_diverges_is_told_so_through_ray(workspace, ray_cluster):
     wild = GOOD.model_copy(update={"learning_rate": 1e10})
     images = len(workspace.data.train.images)
     with pytest.raises(Diverged, match="not finite at epoch"):
-        list(train_fused(host, images, State.fresh(wild, 0, 1), wild, SPEC, 1))
+        list(train_fused(host, images, State.fresh(build, wild, 0, 1), wild, SPEC, 1))
     other = GOOD.model_copy(update={"width": 4, "latent_dim": 5})  # another shape: an array of its own
-    assert next(train_fused(host, images, State.fresh(other, 0, 2), other, SPEC, 2)).epoch == 1
+    assert next(train_fused(host, images, State.fresh(build, other, 0, 2), other, SPEC, 2)).epoch == 1
 
 
 @pytest.mark.parametrize(("execution", "arrays"), [("process", 0), ("auto", 0), ("fused", 1)])

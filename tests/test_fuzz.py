@@ -31,11 +31,14 @@ from tuner.vae.data import IDX_FILES
 from tuner.vae.extractor import FeatureExtractor, load_extractor, to_bytes
 from tuner.vae.fitted import FittedModel
 from tuner.vae.image_grid import samples
-from tuner.vae.model import build
+from tuner.vae.model import Builder
 from tuner.vae.parameters import Parameters
 from tuner.vae.prior import standard_normal
+from tuner.vae.shape import ImageShape
 from tuner.vae.step import State, fastest_step
 from tuner.workspace import read_checkpoint
+
+build = Builder(ImageShape(1, 28, 28))
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # PyTorch, of what is no checkpoint
 

@@ -23,8 +23,11 @@ from tuner.spec import Objective, Spec
 from tuner.study import distributions
 from tuner.vae.flow import Flow
 from tuner.vae.metrics import METRICS
-from tuner.vae.model import build
+from tuner.vae.model import Builder
 from tuner.vae.parameters import CLASSIC, Parameters
+from tuner.vae.shape import ImageShape
+
+build = Builder(ImageShape(1, 28, 28))
 
 SHIPPED = sorted(DEFAULT_SPEC.parent.glob("*.yaml"))
 SEARCH = """
@@ -238,6 +241,23 @@ def test_points_to_try_first_may_leave_parameters_to_the_sampler_but_lie_in_the_
 def test_an_objective_is_a_name_a_mapping_or_a_list_and_its_direction_the_better_one(metric, form):
     spec = _spec(objective=form(metric), fixed={"likelihood": "bernoulli"})
     assert spec.objective == (Objective(metric=metric, direction=METRICS[metric].direction),)
+
+
+def test_the_calibrated_unit_of_the_kl_weight_wants_squared_errors():
+    with pytest.raises(ValidationError, match=r"kl_unit: calibrated counts in squared errors"):
+        _spec(fixed={"likelihood": "bernoulli", "kl_unit": "calibrated"})
+    _spec(fixed={"kl_unit": "calibrated"})
+
+
+def test_options_of_a_users_own_model_are_parameters_under_their_prefix():
+    spec = _spec(space={"model.depth": {"type": "int", "low": 1, "high": 4}}, fixed={"model.norm": "batch"})
+    parameters = spec.parameters({"model.depth": 3})
+    assert parameters.options == {"depth": 3, "norm": "batch"}
+    assert parameters.model_dump()["model.depth"] == 3
+    assert spec.baseline.options == {}
+    assert spec.baseline_point() is None
+    with pytest.raises(ValidationError, match=r"space\.depth: unknown parameter"):
+        _spec(space={"depth": {"type": "int", "low": 1, "high": 4}})
 
 
 def test_the_likelihood_of_binary_pixels_wants_a_bernoulli_decoder():

@@ -91,7 +91,7 @@ def test_parameters_that_no_trial_can_have_are_refused_in_one_line(run, part, va
     raw = json.loads(run.summary_file.read_text())
     raw["best"]["parameters"][part] = value
     write_atomic(run.summary_file, json.dumps(raw))
-    with pytest.raises(Refused, match=rf"summary\.json: damaged at best\.parameters\.{part}: ") as error:
+    with pytest.raises(Refused, match=rf"summary\.json: damaged at best\.parameters\b.*{part}") as error:
         run.summary()
     assert len(str(error.value).splitlines()) == 1
 

@@ -17,11 +17,14 @@ from tuner.run import Refused, RunFiles, write_atomic
 from tuner.study import BASELINE
 from tuner.vae.checkpoint import Checkpoint
 from tuner.vae.fitted import FittedModel
-from tuner.vae.model import build
+from tuner.vae.model import Builder
 from tuner.vae.parameters import Parameters
 from tuner.vae.prior import fit_mixture, standard_normal
+from tuner.vae.shape import ImageShape
 from tuner.vae.step import State
 from tuner.workspace import baseline_of, best_of, keep_extractor, load_extractors, open_workspace, read_checkpoint
+
+build = Builder(ImageShape(1, 28, 28))
 
 SMALL = Parameters(latent_dim=2, width=2, prior="gaussian_mixture", prior_components=1)
 

@@ -87,6 +87,7 @@ def export(workspace: Workspace) -> Summary:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     info = {
+        "shape": list(chosen.model.shape),
         "parameters": chosen.parameters.model_dump(),
         "temperature": chosen.temperature,
         "weights": sum(parameter.numel() for parameter in chosen.model.parameters()),

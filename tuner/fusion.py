@@ -100,7 +100,7 @@ class ArrayHost:
                 self.changed.notify_all()
 
     def _enter(self, job: Job) -> None:
-        shape = FusedShape.of(job.parameters, self.widest)
+        shape = FusedShape.of(job.state.model, job.parameters, self.widest)
         if shape not in self.arrays:
             self.arrays[shape] = Fused(shape, self.slots, self.images)
         self.arrays[shape].enter(job)

@@ -26,7 +26,7 @@ from pydantic import (
 )
 
 from tuner.vae.metrics import METRICS
-from tuner.vae.parameters import CLASSIC, Parameters
+from tuner.vae.parameters import CLASSIC, OPTION, Parameters
 
 Value = bool | int | float | str
 Whole = Annotated[int, Strict()]  # or true would be 1
@@ -296,30 +296,35 @@ class Spec(_Frozen):
         metrics = [objective.metric for objective in self.objective]
         if len(set(metrics)) < len(metrics):
             raise ValueError("objective: a metric is named twice")
-        mixed = {"kl_weight", "likelihood", "model", "kl_warmup_epochs"} & self.space.keys()
+        mixed = {"kl_weight", "kl_unit", "likelihood", "model", "kl_warmup_epochs"} & self.space.keys()
         if "loss" in metrics and mixed:
             raise ValueError(
                 f"objective.metric: the training loss can't be the objective while {min(mixed)} is searched: the loss "
                 "contains it, so the search would tune the yardstick, not the model; use frechet_distance"
             )
-        models = self.space["model"].ends() if "model" in self.space else [self.fixed.get("model", CLASSIC.model)]
         for metric in metrics:
-            if "autoencoder" in models and METRICS[metric].needs_vae:
+            if "autoencoder" in self.values("model") and METRICS[metric].needs_vae:
                 raise ValueError(f"objective.metric: {metric} is not defined for model autoencoder")
             if metric == "nll" and self.fixed.get("likelihood") != "bernoulli":
                 raise ValueError("objective.metric: nll is defined for fixed.likelihood bernoulli alone")
+        if "calibrated" in self.values("kl_unit") and "bernoulli" in self.values("likelihood"):
+            raise ValueError("kl_unit: calibrated counts in squared errors, so it needs likelihood gaussian")
         if self.budget.grace_epochs > self.budget.max_epochs:
             raise ValueError(
                 f"budget.grace_epochs: {self.budget.grace_epochs:g} is above max_epochs {self.budget.max_epochs:g}"
             )
         return self
 
+    def values(self, name: str) -> list[Value]:
+        """What a parameter can be: the ends of its range or its choices, or the one value that all trials share."""
+        if name in self.space:
+            return self.space[name].ends()
+        return [self.fixed[name] if name in self.fixed else getattr(CLASSIC, name)]
+
     @property
     def widest(self) -> int:
         """The most latents a trial can have."""
-        entry = self.space.get("latent_dim")
-        searched = [int(value) for value in entry.ends()] if entry else [self.parameters({}).latent_dim]
-        return max(*searched, self.baseline.latent_dim)
+        return max(self.baseline.latent_dim, *map(int, self.values("latent_dim")))
 
     def parameters(self, searched: dict[str, Value]) -> Parameters:
         """A trial's full parameters from the searched ones."""
@@ -337,7 +342,7 @@ class Spec(_Frozen):
 
     def baseline_point(self) -> dict[str, Value] | None:
         """The baseline as a point of the space, or None where the space can't express it."""
-        point = {name: getattr(self.baseline, name) for name in self.space}
+        point = {name: getattr(self.baseline, name, math.nan) for name in self.space}
         inside = all(self.space[name].contains(value) for name, value in point.items())
         return point if inside and self.parameters(point) == self.baseline else None
 
@@ -420,12 +425,13 @@ def schema() -> str:
             else {key: entry for key, entry in field.items() if key != "title"}
             for name, field in known.items()
         }
+        node["patternProperties"] = {f"^{re.escape(OPTION)}": value_schema if part == "space" else {}}
         node["additionalProperties"] = False
     return json.dumps(document, indent=2) + "\n"
 
 
 def _check_parameter(where: str, name: str, value: Any) -> None:
-    if name not in Parameters.model_fields:
+    if name not in Parameters.model_fields and not name.startswith(OPTION):
         raise ValueError(f"{where}: unknown parameter; known are {', '.join(Parameters.model_fields)}")
     try:
         Parameters.model_validate({name: value})

@@ -22,6 +22,7 @@ from tuner.vae.extractor import FeatureExtractor
 from tuner.vae.fitted import Fitter, better
 from tuner.vae.image_grid import image_grids
 from tuner.vae.losses import Diverged
+from tuner.vae.model import Builder
 from tuner.vae.parameters import Parameters
 from tuner.vae.process import settle
 from tuner.vae.score import Scorer
@@ -131,7 +132,9 @@ class TrialTrainable(tune.Trainable):
                 saved = None
             if saved and saved.parameters == self.parameters:
                 return saved
-        return Checkpoint(self.parameters, State.fresh(self.parameters, self.spec.seed, self.number))
+        return Checkpoint(
+            self.parameters, State.fresh(Builder(self.data.shape), self.parameters, self.spec.seed, self.number)
+        )
 
     def _train(self, state: State) -> Iterator[Record]:
         arrays, images, spec = self.shared.arrays, self.data.train.images, self.spec

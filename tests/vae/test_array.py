@@ -5,12 +5,17 @@ import torch
 
 from tuner.vae.array import Array, ArrayShape
 from tuner.vae.losses import RECONSTRUCTION, kl_divergence
-from tuner.vae.model import VAE, build
+from tuner.vae.model import VAE, Builder
 from tuner.vae.parameters import Parameters
+from tuner.vae.shape import ImageShape
+
+build = Builder(ImageShape(1, 28, 28))
 
 WIDEST = 5
 LATENTS = {1: [5], 3: [5, 2, 3]}
-KINDS = [("gaussian", "vae"), ("bernoulli", "vae"), ("gaussian", "autoencoder")]
+GREY = (1, 28, 28)
+KINDS = [("gaussian", "vae", GREY), ("bernoulli", "vae", GREY), ("gaussian", "autoencoder", GREY)]
+KINDS += [("gaussian", "vae", (3, 32, 32)), ("bernoulli", "vae", (3, 64, 64)), ("gaussian", "vae", (1, 20, 36))]
 
 
 def _size(model: VAE) -> int:
@@ -21,21 +26,23 @@ def _draw(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-def _filled(parameters: Parameters, slots: int) -> tuple[Array, list[VAE]]:
-    array = Array(ArrayShape(parameters.model == "vae", parameters.width, WIDEST, parameters.likelihood), slots)
-    models = []
-    for slot, latent_dim in enumerate(LATENTS[slots]):
-        models.append(build(parameters.model_copy(update={"latent_dim": latent_dim}), seed=slot))
+def _filled(parameters: Parameters, slots: int, builder: Builder = build) -> tuple[Array, list[VAE]]:
+    latents = LATENTS[slots]
+    models = [
+        builder(parameters.model_copy(update={"latent_dim": size}), seed=slot) for slot, size in enumerate(latents)
+    ]
+    array = Array(ArrayShape.of(models[0], parameters, WIDEST), slots)
+    for slot in range(slots):
         array.load(slot, models[slot], _draw(2, _size(models[slot])).abs())
     return array, models
 
 
-@pytest.mark.parametrize(("likelihood", "kind"), KINDS)
+@pytest.mark.parametrize(("likelihood", "kind", "shape"), KINDS)
 @pytest.mark.parametrize("slots", LATENTS)
-def test_losses_and_gradients_are_those_of_autograd_on_the_plain_network(slots, likelihood, kind):
+def test_losses_and_gradients_are_those_of_autograd_on_the_plain_network(slots, likelihood, kind, shape):
     parameters = Parameters(latent_dim=WIDEST, width=4, likelihood=likelihood, model=kind)
-    array, models = _filled(parameters, slots)
-    images = torch.sigmoid(_draw(slots, 6, 28, 28))
+    array, models = _filled(parameters, slots, Builder(ImageShape(*shape)))
+    images = torch.sigmoid(_draw(slots, 6, *shape[1:], shape[0]))
     noise, factors = torch.zeros(slots, 6, WIDEST), torch.tensor([0.3, 0.0, 2.0])[:slots]
     share = torch.tensor([1, 1, 1, 2, 0, 1]).expand(slots, 6) / 6
     for slot, latent_dim in enumerate(LATENTS[slots]):
@@ -43,7 +50,7 @@ def test_losses_and_gradients_are_those_of_autograd_on_the_plain_network(slots, 
     means = array.backward(images, share, noise, factors)
     array.flat[0] = array.flat[1]  # so that `store` hands the gradients out
     for slot, model in enumerate(models):
-        batch = images[slot].unsqueeze(1)
+        batch = images[slot].permute(0, 3, 1, 2)
         latents, log_variance = model.encode(batch)
         kl = torch.zeros(6)
         if log_variance is not None:

@@ -9,10 +9,14 @@ import torch
 
 from tuner.vae.checkpoint import Checkpoint
 from tuner.vae.fitted import FittedModel
+from tuner.vae.model import Builder
 from tuner.vae.parameters import Parameters
 from tuner.vae.prior import fit_mixture
+from tuner.vae.shape import ImageShape
 from tuner.vae.step import State
 from tuner.vae.train import train
+
+build = Builder(ImageShape(1, 28, 28))
 
 PARAMETERS = Parameters(latent_dim=3, width=2, batch_size=16, prior="gaussian_mixture")
 EVALUATION = {"epoch": 1.5, "mse": 0.1, "parts": {"train": 2.0}}
@@ -30,7 +34,7 @@ def _train(state: State, images: torch.Tensor, epoch: float) -> State:
 
 @pytest.fixture
 def checkpoint(images) -> Checkpoint:
-    state = _train(State.fresh(PARAMETERS, 5, 1), images, 1.5)
+    state = _train(State.fresh(build, PARAMETERS, 5, 1), images, 1.5)
     latents = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
     best = FittedModel(state.model, PARAMETERS, fit_mixture(latents, 2, seed=0), 0.5, 1.5, {"mse": 0.1})
     return Checkpoint(PARAMETERS, state, best.snapshot(), EVALUATION)
@@ -48,14 +52,14 @@ def test_a_checkpoint_comes_back_whole(checkpoint):
 
 
 def test_a_checkpoint_before_the_first_evaluation_has_no_best(images):
-    state = State.fresh(PARAMETERS, 5, 1)
+    state = State.fresh(build, PARAMETERS, 5, 1)
     again = Checkpoint.from_bytes(Checkpoint(PARAMETERS, state).to_bytes())
     assert (again.best, again.evaluation, again.state.step) == (None, {}, 0)
 
 
 def test_training_goes_on_from_bytes_as_if_it_had_never_stopped(checkpoint, images):
     state = Checkpoint.from_bytes(checkpoint.to_bytes()).state
-    straight = State.fresh(PARAMETERS, 5, 1)
+    straight = State.fresh(build, PARAMETERS, 5, 1)
     for going_on in (state, straight):
         _train(going_on, images, 3)
     torch.testing.assert_close(state.state_dict(), straight.state_dict(), rtol=0, atol=0)

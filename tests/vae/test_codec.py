@@ -12,9 +12,12 @@ from safetensors.torch import save_file
 from tuner.vae.codec import load
 from tuner.vae.data import as_floats
 from tuner.vae.fitted import FittedModel
-from tuner.vae.model import VAE, build
+from tuner.vae.model import VAE, Builder
 from tuner.vae.parameters import Parameters
 from tuner.vae.prior import standard_normal
+from tuner.vae.shape import ImageShape
+
+build = Builder(ImageShape(1, 28, 28))
 
 PARAMETERS, TEMPERATURE = Parameters(latent_dim=3, width=4), 0.5
 FILES = ("model.json", "weights.safetensors", "prior.npz")
@@ -26,7 +29,14 @@ def _write(path: Path, parameters: Parameters = PARAMETERS) -> VAE:
     save_file(model.state_dict(), path / "weights.safetensors")
     np.savez(path / "prior.npz", **{name: part.numpy() for name, part in standard_normal(3).state_dict().items()})
     (path / "model.json").write_text(
-        json.dumps({"parameters": parameters.model_dump(), "temperature": TEMPERATURE, "test": {"mse": 0.5}})
+        json.dumps(
+            {
+                "shape": [1, 28, 28],
+                "parameters": parameters.model_dump(),
+                "temperature": TEMPERATURE,
+                "test": {"mse": 0.5},
+            }
+        )
     )
     return model
 
@@ -103,10 +113,13 @@ def test_a_truncated_file_is_named_in_one_line(tmp_path, name, keep):
     [
         "[]",
         "{}",
-        '{"parameters": {"latent_dim": 0, "beta": 1}, "temperature": 1}',
-        '{"parameters": null, "temperature": 1}',
-        '{"parameters": {}}',
-        *('{"parameters": {}, "temperature": ' + wrong + "}" for wrong in ("0", "-1", "NaN", "null", '"warm"')),
+        '{"shape": [1, 28, 28], "parameters": {"latent_dim": 0, "beta": 1}, "temperature": 1}',
+        '{"shape": [1, 28, 28], "parameters": null, "temperature": 1}',
+        '{"shape": [1, 28, 28], "parameters": {}}',
+        *(
+            '{"shape": [1, 28, 28], "parameters": {}, "temperature": ' + wrong + "}"
+            for wrong in ("0", "-1", "NaN", "null", '"warm"')
+        ),
     ],
 )
 def test_a_model_json_without_good_parameters_or_temperature_is_named_in_one_line(tmp_path, info):

@@ -20,10 +20,13 @@ from tuner.vae.fitted import (
     tempered,
 )
 from tuner.vae.losses import Diverged
-from tuner.vae.model import VAE, build
+from tuner.vae.model import VAE, Builder
 from tuner.vae.parameters import Parameters
 from tuner.vae.prior import standard_normal
 from tuner.vae.seeds import Scoring, Stream, generator
+from tuner.vae.shape import ImageShape
+
+build = Builder(ImageShape(1, 28, 28))
 
 VARIATIONAL = Parameters(latent_dim=4, width=4)
 PLAIN = Parameters(latent_dim=4, width=4, model="autoencoder")

@@ -13,9 +13,13 @@ from torch.utils._pytree import tree_leaves
 from tuner.vae.array import Array
 from tuner.vae.fused import Fused, FusedShape, Job
 from tuner.vae.losses import Diverged
+from tuner.vae.model import Builder
 from tuner.vae.parameters import Parameters
+from tuner.vae.shape import ImageShape
 from tuner.vae.step import State
 from tuner.vae.train import Record, train
+
+build = Builder(ImageShape(1, 28, 28))
 
 WIDEST, EPOCHS, SEED = 6, 3, 5
 COMMON = {"width": 4, "batch_size": 16}
@@ -25,25 +29,25 @@ TRIALS = {
     3: Parameters(latent_dim=1, learning_rate=8e-3, kl_weight=0.5, kl_warmup_epochs=1.0, **COMMON),
     4: Parameters(latent_dim=4, learning_rate=2e-3, kl_weight=0.0, **COMMON),
 }
-SHAPE = FusedShape.of(TRIALS[1], WIDEST)
+SHAPE = FusedShape.of(build(TRIALS[1], 0), TRIALS[1], WIDEST)
 TOLERANCE = 2e-3  # of how far the weights moved: Adam divides by gradients that are near zero
 
 
 @pytest.fixture(scope="module")
 def images(digits):
-    return digits.train.images[:50]  # four batches an epoch, the last of 2 images
+    return digits.train.images[:50].clone()  # four batches an epoch, the last of 2 images
 
 
 def _alone(trial: int, images, epoch: float = EPOCHS, **changes) -> tuple[State, Record]:
     parameters = TRIALS[trial].model_copy(update=changes)
-    state = State.fresh(parameters, SEED, trial)
+    state = State.fresh(Builder(ImageShape(*images.shape[1:])), parameters, SEED, trial)
     (record,) = train(state, parameters, images, [epoch], seed=SEED, trial=trial, total_epochs=EPOCHS)
     return state, record
 
 
 def _job(trial: int, epoch: float = EPOCHS, state: State | None = None, **changes) -> Job:
     parameters = TRIALS[trial].model_copy(update=changes)
-    return Job(trial, parameters, state or State.fresh(parameters, SEED, trial), epoch, SEED, EPOCHS)
+    return Job(trial, parameters, state or State.fresh(build, parameters, SEED, trial), epoch, SEED, EPOCHS)
 
 
 def _finish(fused: Fused) -> dict[int, Job]:
@@ -57,10 +61,24 @@ def _assert_as_alone(job: Job, images) -> None:
     state, record = _alone(job.trial, images, job.epoch, batch_size=job.parameters.batch_size)
     assert isinstance(job.record, Record)
     assert (job.record.epoch, job.record.step, job.state.step) == (record.epoch, record.step, record.step)
-    start = parameters_to_vector(State.fresh(job.parameters, SEED, job.trial).model.parameters())
+    start = parameters_to_vector(State.fresh(build, job.parameters, SEED, job.trial).model.parameters())
     ours, theirs = (parameters_to_vector(s.model.parameters()) for s in (job.state, state))
     assert (ours - theirs).norm() <= TOLERANCE * (theirs - start).norm()
     assert (job.state.averages - state.averages).norm() <= TOLERANCE * state.averages.norm()
+
+
+def test_colour_and_the_calibrated_unit_make_no_difference():
+    images = torch.randint(256, (40, 3, 32, 32), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    builder, calibrated = Builder(ImageShape(3, 32, 32)), {"kl_unit": "calibrated"}
+    first = TRIALS[1].model_copy(update=calibrated)
+    fused = Fused(FusedShape.of(builder(first, 0), first, WIDEST), 3, images)
+    for trial in TRIALS:
+        parameters = TRIALS[trial].model_copy(update=calibrated)
+        fused.enter(_job(trial, state=State.fresh(builder, parameters, SEED, trial), **calibrated))
+    for trial, job in _finish(fused).items():
+        state, record = _alone(trial, images, **calibrated)
+        assert job.record.loss == pytest.approx(record.loss, rel=1e-4)
+        assert job.state.mse == pytest.approx(state.mse, rel=1e-4)
 
 
 def test_trials_of_different_size_and_rate_get_the_scores_they_get_alone(images):
@@ -100,7 +118,7 @@ def test_a_trial_goes_on_from_a_file_in_another_array(images):
         file = io.BytesIO()
         torch.save(job.state.state_dict(), file)
         file.seek(0)
-        state = State.fresh(TRIALS[trial], 99, 99)
+        state = State.fresh(build, TRIALS[trial], 99, 99)
         state.load_state_dict(torch.load(file, weights_only=True))
         second.enter(_job(trial, state=state))
     for job in _finish(second).values():
@@ -110,7 +128,7 @@ def test_a_trial_goes_on_from_a_file_in_another_array(images):
 def test_a_trial_that_diverges_leaves_its_neighbours_alone(images):
     wild = TRIALS[2].model_copy(update={"learning_rate": 1e10})
     fused = Fused(SHAPE, 2, images)
-    fused.enter(Job(2, wild, State.fresh(wild, SEED, 2), EPOCHS, SEED, EPOCHS))
+    fused.enter(Job(2, wild, State.fresh(build, wild, SEED, 2), EPOCHS, SEED, EPOCHS))
     fused.enter(_job(1))
     fused.enter(_job(3))
     done = _finish(fused)
@@ -147,7 +165,7 @@ LARGE = 150  # a batch: what a step makes of it takes more room than an array
 
 @pytest.fixture(scope="module")
 def many(digits):
-    return digits.train.images[:LARGE]
+    return digits.train.images[:LARGE].clone()
 
 
 def _large(*trials: int) -> tuple[FusedShape, list[Job]]:

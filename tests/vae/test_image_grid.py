@@ -19,9 +19,12 @@ from tuner.vae.image_grid import (
     samples,
     traversal,
 )
-from tuner.vae.model import Model, build
+from tuner.vae.model import Builder, Model
 from tuner.vae.parameters import CLASSIC, Parameters
 from tuner.vae.prior import Prior, standard_normal
+from tuner.vae.shape import ImageShape
+
+build = Builder(ImageShape(1, 28, 28))
 
 
 def test_ink_is_dark_and_the_gap_is_paper():

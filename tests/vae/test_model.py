@@ -4,8 +4,11 @@ import pytest
 import torch
 from torch.nn.utils import parameters_to_vector
 
-from tuner.vae.model import Model, ToPixels, build
+from tuner.vae.model import Builder, ToPixels, features
 from tuner.vae.parameters import CLASSIC, Parameters
+from tuner.vae.shape import ImageShape
+
+build = Builder(ImageShape(1, 28, 28))
 
 IMAGES = torch.rand(5, 1, 28, 28, generator=torch.Generator().manual_seed(0))
 
@@ -57,13 +60,40 @@ def test_the_network_is_its_layers_in_order():
 
 
 def test_a_model_that_knows_no_better_sees_likeness_in_its_means():
-    class Mean(Model):
-        latent_dim = 1
-
+    class Mean(torch.nn.Module):
         def encode(self, images):
             return images.mean((1, 2, 3)).unsqueeze(1), None
 
-    assert torch.equal(Mean().features(IMAGES), IMAGES.mean((1, 2, 3)).unsqueeze(1))
+    assert torch.equal(features(Mean(), IMAGES), IMAGES.mean((1, 2, 3)).unsqueeze(1))
+    plain = build(Parameters(latent_dim=3, width=2), seed=0)
+    assert torch.equal(features(plain, IMAGES), plain.features(IMAGES))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [*range(16, 129, 4)])
+def test_stages_of_half_the_size_end_at_a_map_of_five_to_eight_and_come_back_to_the_image(channels, size):
+    model = Builder(ImageShape(channels, size, size))(Parameters(latent_dim=3, width=2), seed=0)
+    images = torch.rand(2, channels, size, size)
+    assert 5 <= model.map[1] == model.map[2] <= 8
+    assert model.map[0] == 2 * min(4, 2 ** (len(model.down) - 1))
+    assert model.features(images).shape == (2, 128)
+    assert model.decode(model.encode(images)[0]).shape == images.shape
+
+
+def test_a_users_own_model_needs_no_more_than_to_encode_and_decode_and_gets_its_options():
+    class Own(torch.nn.Module):
+        def __init__(self, shape, latent_dim, depth):
+            super().__init__()
+            self.depth = depth
+            self.layer = torch.nn.Linear(shape.numbers, latent_dim)
+
+    parameters = Parameters.model_validate({"model": "own", "latent_dim": 3, "model.depth": 2})
+    builder = Builder(ImageShape(3, 16, 16), Own)
+    model, again = builder(parameters, seed=1), builder(parameters, seed=1)
+    assert (model.depth, model.latent_dim, model.shape) == (2, 3, (3, 16, 16))
+    assert torch.equal(model.layer.weight, again.layer.weight)
+    with pytest.raises(ValueError, match="--model"):
+        build(parameters, seed=1)
 
 
 @pytest.mark.parametrize(("channels", "size"), [(1, 1), (3, 5), (32, 14)])

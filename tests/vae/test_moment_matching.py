@@ -7,10 +7,13 @@ import torch
 from torch import nn
 
 from tuner.vae.distance import frechet_distance, moments
-from tuner.vae.model import VAE, build
+from tuner.vae.model import VAE, Builder
 from tuner.vae.moment_matching import Observer, match
 from tuner.vae.parameters import Parameters
 from tuner.vae.prior import Prior, fit_mixture
+from tuner.vae.shape import ImageShape
+
+build = Builder(ImageShape(1, 28, 28))
 
 LATENTS = 3
 

@@ -15,10 +15,13 @@ from tuner.vae.distance import frechet_distance, moments
 from tuner.vae.fitted import FittedModel
 from tuner.vae.losses import Diverged
 from tuner.vae.metrics import METRICS
-from tuner.vae.model import VAE, Model, build
+from tuner.vae.model import VAE, Builder, Model
 from tuner.vae.parameters import Parameters
 from tuner.vae.prior import standard_normal
 from tuner.vae.score import Scorer, laplacian_variance
+from tuner.vae.shape import ImageShape
+
+build = Builder(ImageShape(1, 28, 28))
 
 PIXELS = 28 * 28
 VARIATIONAL = Parameters(latent_dim=4, width=4)

@@ -8,11 +8,15 @@ import torch
 
 from tuner.vae.extractor import FeatureExtractor
 from tuner.vae.fitted import Fitter
+from tuner.vae.model import Builder
 from tuner.vae.parameters import Parameters
 from tuner.vae.score import Scorer
 from tuner.vae.seeds import Scoring, Stream, derive_seed, generator
+from tuner.vae.shape import ImageShape
 from tuner.vae.step import State
 from tuner.vae.train import train
+
+build = Builder(ImageShape(1, 28, 28))
 
 
 def test_a_derived_seed_is_pinned():
@@ -57,7 +61,7 @@ def test_trials_fits_and_scores_of_one_seed_share_no_numbers(digits):
     sys.setprofile(watch)
     try:
         for trial in range(6):
-            state = State.fresh(parameters, 5, trial)
+            state = State.fresh(build, parameters, 5, trial)
             list(train(state, parameters, digits.train.images[:50], [1], seed=5, trial=trial, total_epochs=4))
         stage = "fitted"
         fitted = Fitter(digits.train, seed=5, count=50, matching_count=50)(state.model, parameters)

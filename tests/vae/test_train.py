@@ -10,10 +10,13 @@ from torch.nn.utils import parameters_to_vector
 
 from tuner.vae.data import as_floats
 from tuner.vae.losses import Diverged, kl_divergence, squared_error
-from tuner.vae.model import Model
+from tuner.vae.model import Builder, Model
 from tuner.vae.parameters import CLASSIC, Parameters
+from tuner.vae.shape import ImageShape
 from tuner.vae.step import State
 from tuner.vae.train import Record, StepInputs, learning_rate_factor, steps_per_epoch, stops, train
+
+build = Builder(ImageShape(1, 28, 28))
 
 SMALL = Parameters(latent_dim=3, width=4, batch_size=16, learning_rate=3e-3, schedule="cosine", warmup_steps=2)
 PER_EPOCH = 4  # 50 images in batches of 16: the last one has 2
@@ -25,7 +28,7 @@ def images(digits):
 
 
 def _run(images, epochs, parameters=SMALL, state=None, seed=5, trial=1) -> tuple[State, list[Record]]:
-    state = state or State.fresh(parameters, seed, trial)
+    state = state or State.fresh(build, parameters, seed, trial)
     return state, list(train(state, parameters, images, epochs, seed=seed, trial=trial, total_epochs=4))
 
 
@@ -33,7 +36,7 @@ def _through_a_file(state: State, parameters=SMALL) -> State:
     file = io.BytesIO()
     torch.save(state.state_dict(), file)
     file.seek(0)
-    other = State.fresh(parameters, seed=999, trial=999)
+    other = State.fresh(build, parameters, seed=999, trial=999)
     other.load_state_dict(torch.load(file, weights_only=True))
     return other
 
@@ -90,7 +93,7 @@ def test_evaluating_every_half_epoch_changes_nothing(images):
 
 def test_leaving_the_generator_between_records_changes_nothing(images):
     straight, _ = _run(images, [2])
-    state = State.fresh(SMALL, 5, 1)
+    state = State.fresh(build, SMALL, 5, 1)
     for epochs in ([0.5, 2], [0.5, 1, 2], [1.5, 2], [2]):
         next(train(state, SMALL, images, epochs, seed=5, trial=1, total_epochs=4))
     _assert_same(state, straight)

@@ -16,24 +16,36 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
-from tuner.vae.convolution import fold, patches, to_pixels
-from tuner.vae.model import HIDDEN, VAE
+from tuner.vae.convolution import fold, half, patches, transpose_convolve
+from tuner.vae.model import HIDDEN, VAE, channels_of, output_padding
+from tuner.vae.parameters import TrainingParameters
+from tuner.vae.shape import ImageShape
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # Kingma & Ba 2015
 ADAM: dict[str, Any] = {"beta1": BETAS[0], "beta2": BETAS[1], "eps": EPSILON, "weight_decay": 0.0}
 ADAM |= {"fused": True, "amsgrad": False, "maximize": False}
 mask_ = torch.ops.aten.threshold_backward.grad_input  # the backward pass of a ReLU; in place it stays in the cache
 convolution_backward = torch.ops.aten.convolution_backward
+FEW = 3  # channels to which a transposed convolution is faster as a product
+MSE_RATE = 0.02  # of the running mean: about fifty steps
 
 
 @dataclass(frozen=True)
 class ArrayShape:
     """What networks must share to lie in one array; `latent_dim` is that of the widest."""
 
+    images: ImageShape
     variational: bool
     width: int
     latent_dim: int
     likelihood: str
+    kl_unit: str
+
+    @classmethod
+    def of(cls, model: VAE, parameters: TrainingParameters, widest: int | None = None) -> "ArrayShape":
+        """For a network and those like it, of up to `widest` latents; without, as many as it has."""
+        latents = widest or model.latent_dim
+        return cls(model.shape, model.variational, model.width, latents, parameters.likelihood, parameters.kl_unit)
 
 
 @dataclass(frozen=True)
@@ -54,41 +66,45 @@ class Array:
 
     def __init__(self, shape: ArrayShape, slots: int = 1, device: torch.device | str = "cpu"):
         self.shape, self.slots = shape, slots
-        width, heads = shape.width, shape.latent_dim * (2 if shape.variational else 1)
+        heads = shape.latent_dim * (2 if shape.variational else 1)
+        self.sizes, channels = shape.images.maps(), channels_of(shape.images, shape.width)
+        flat, stages = channels[-1] * math.prod(self.sizes[-1]), range(len(channels) - 1)
         shapes = {  # of each layer's weight and bias, in the order in which they lie in a row
-            "down.0": ((width, 3, 3, 1), (width,)),
-            "down.1": ((2 * width, 3, 3, width), (2 * width,)),
-            "hidden": ((HIDDEN, 98 * width), (HIDDEN,)),
+            **{f"down.{at}": ((channels[at + 1], 3, 3, channels[at]), (channels[at + 1],)) for at in stages},
+            "hidden": ((HIDDEN, flat), (HIDDEN,)),
             "heads": ((heads, HIDDEN), (heads,)),
-            "start": ((98 * width, shape.latent_dim), (98 * width,)),
-            "up.0": ((2 * width, 3, 3, width), (width,)),
-            "up.1": ((width, 3, 3, 1), (1,)),
+            "start": ((flat, shape.latent_dim), (flat,)),
+            **{f"up.{at}": ((channels[at + 1], 3, 3, channels[at]), (channels[at],)) for at in reversed(stages)},
         }
         sizes = [math.prod(part) for pair in shapes.values() for part in pair]
         self.flat = torch.zeros(4, slots, sum(sizes), device=device)  # weights, gradients, Adam's two averages
+        self.mse = torch.zeros(slots, device=device)  # running means
         weights, gradients = (iter(rows.split(sizes, 1)) for rows in self.flat[:2])
         layers = {
             name: Layer(*(next(parts).view(slots, *shape) for parts in (weights, gradients) for shape in pair))
             for name, pair in shapes.items()
         }
-        self.down, self.up = [layers["down.0"], layers["down.1"]], [layers["up.0"], layers["up.1"]]
+        self.down = [layer for name, layer in layers.items() if name.startswith("down")]
+        self.up = [layer for name, layer in layers.items() if name.startswith("up")]
         self.hidden, self.heads, self.start = layers["hidden"], layers["heads"], layers["start"]
 
-    def load(self, slot: int, model: VAE, averages: Tensor) -> None:
-        """Put a network and Adam's averages (2, P of its own) into a slot."""
+    def load(self, slot: int, model: VAE, averages: Tensor, mse: float = 0.0) -> None:
+        """Put a network, Adam's averages (2, P of its own) and the running mean of its squared error into a slot."""
+        self.mse[slot] = mse
         index = self._index(model)
         plain = torch.stack([nn.utils.parameters_to_vector(model.parameters()).detach(), *averages])
         padded = F.pad(plain, (0, 1)).to(self.flat.device)
         self.flat[[0, 2, 3], slot] = padded[:, index]
 
     @torch.no_grad()
-    def store(self, slot: int, model: VAE, averages: Tensor) -> None:
-        """The inverse of `load`, into a network of the size that was loaded."""
+    def store(self, slot: int, model: VAE, averages: Tensor) -> float:
+        """The inverse of `load`, into a network of the size that was loaded -> the running mean."""
         index = self._index(model)
         plain = torch.empty(3, averages.shape[1] + 1)
         plain[:, index] = self.flat[[0, 2, 3], slot].cpu()
         nn.utils.vector_to_parameters(plain[0, :-1].clone(), model.parameters())
         averages.copy_(plain[1:, :-1])
+        return self.mse[slot].item()
 
     def _index(self, model: VAE) -> Tensor:
         """Where in the plain network's weights, end to end and then a zero, each of a row's weights is."""
@@ -106,16 +122,14 @@ class Array:
             return [plain[f"{layer}.weight"].permute(0, 2, 3, 1), plain[f"{layer}.bias"]]
 
         row = [
-            *channels_last("down.0"),
-            *channels_last("down.1"),
+            *(part for at in range(len(self.down)) for part in channels_last(f"down.{at}")),
             plain["hidden.weight"].view(HIDDEN, -1, places).transpose(1, 2),
             plain["hidden.bias"],
             *(pad(plain[f"{head}.weight"], 0, 0, 0, spare) for head in heads),
             *(pad(plain[f"{head}.bias"], 0, spare) for head in heads),
             pad(plain["start.weight"].view(-1, places, model.latent_dim).transpose(0, 1), 0, spare),
             plain["start.bias"].view(-1, places).t(),
-            *channels_last("up.0"),
-            *channels_last("up.1"),
+            *(part for at in range(len(self.up)) for part in channels_last(f"up.{at}")),
         ]
         return torch.cat([part.reshape(-1) for part in row])
 
@@ -123,14 +137,15 @@ class Array:
     def backward(self, images: Tensor, share: Tensor, noise: Tensor, kl_factor: Tensor) -> Tensor:
         """Gradients of every network's loss -> (M, 3): the loss, its reconstruction and its KL term.
 
-        images (M, B, 28, 28) floats in [0, 1]; share (M, B): what an image counts in its network's mean; noise
-        (M, B, Z), zero beyond a network's own latents; kl_factor (M,).
+        images (M, B, H, W, C) floats in [0, 1]; share (M, B): what an image counts in its network's mean; noise
+        (M, B, Z), zero beyond a network's own latents; kl_factor (M,), in the unit of `kl_unit`.
         """
         m, b = share.shape
-        given = images.view(m * b, 28, 28, 1)
-        first = _convolve(given, self.down[0]).relu_()
-        second = _convolve(first, self.down[1]).relu_().view(m, b, -1)
-        hidden = _dense(second, self.hidden).relu_()
+        maps = [images.reshape(m * b, *images.shape[2:])]  # from the image to the smallest map
+        for layer in self.down:
+            maps.append(_convolve(maps[-1], layer).relu_())
+        flat = maps[-1].view(m, b, -1)
+        hidden = _dense(flat, self.hidden).relu_()
         heads = _dense(hidden, self.heads)
         mean, log_variance = heads, heads
         latents = mean
@@ -139,11 +154,14 @@ class Array:
             noise = noise * torch.exp(0.5 * log_variance)
             latents = mean + noise
         start = _dense(latents, self.start).relu_()
-        grown = _transpose_convolve(start.view(m * b, 7, 7, -1), self.up[0]).relu_()
-        logits = _transpose_convolve(grown, self.up[1]).view(m, b, 784)
+        grown = [start.view(maps[-1].shape)]  # from the smallest map to the image
+        for layer, size in zip(self.up, self.sizes[-2::-1], strict=True):
+            out = _transpose_convolve(grown[-1], layer, size)
+            grown.append(out if layer is self.up[-1] else out.relu_())
+        logits = grown.pop().view(m, b, -1)
 
         drawn = torch.sigmoid(logits)
-        target = images.view(m, b, 784)
+        target = images.reshape(m, b, -1)
         error = drawn - target
         if self.shape.likelihood == "gaussian":
             reconstruction = error.square().sum(2)
@@ -151,9 +169,13 @@ class Array:
         else:
             reconstruction = (F.softplus(logits) - logits * target).sum(2)
             error.mul_(share.unsqueeze(2))
-        g = _transpose_convolve_backward(error.view(m * b, 28, 28, 1), grown, self.up[1])
-        g = mask_(g, grown, 0, grad_input=g)
-        g = _transpose_convolve_backward(g, start.view(m * b, 7, 7, -1), self.up[0]).view(m, b, -1)
+        if self.shape.kl_unit == "calibrated":
+            self.mse.copy_(running_mse(self.mse, (reconstruction * share).sum(1), self.shape.images))
+            kl_factor = kl_factor * 2 * self.mse
+        g = _transpose_convolve_backward(error.view(m * b, *images.shape[2:]), grown[-1], self.up[-1])
+        for layer, inputs, outputs in zip(self.up[-2::-1], grown[-2::-1], grown[:0:-1], strict=True):
+            g = _transpose_convolve_backward(mask_(g, outputs, 0, grad_input=g), inputs, layer)
+        g = g.view(m, b, -1)
         g = _dense_backward(mask_(g, start, 0, grad_input=g), latents, self.start)
         kl = torch.zeros_like(share)
         if self.shape.variational:
@@ -162,10 +184,9 @@ class Array:
             factor = (share * kl_factor.unsqueeze(1)).unsqueeze(2)
             g = torch.cat([g + factor * mean, 0.5 * (g * noise + factor * excess)], 2)
         g = _dense_backward(g, hidden, self.heads)
-        g = _dense_backward(mask_(g, hidden, 0, grad_input=g), second, self.hidden)
-        g = mask_(g, second, 0, grad_input=g)
-        g = _convolve_backward(g.view(m * b, 7, 7, -1), first, self.down[1])
-        _convolve_backward(mask_(g, first, 0, grad_input=g), given, self.down[0], of_images=False)
+        g = _dense_backward(mask_(g, hidden, 0, grad_input=g), flat, self.hidden).view(maps[-1].shape)
+        for layer, inputs, outputs in zip(self.down[::-1], maps[-2::-1], maps[:0:-1], strict=True):
+            g = _convolve_backward(mask_(g, outputs, 0, grad_input=g), inputs, layer, of_images=inputs is not maps[0])
         means = (torch.stack([reconstruction, kl], 2) * share.unsqueeze(2)).sum(1)
         return torch.cat([means[:, :1] + kl_factor.unsqueeze(1) * means[:, 1:], means], 1)
 
@@ -187,6 +208,15 @@ class Array:
         weights.sub_(root.reciprocal_().mul_(first).mul_(rate.float()))
 
 
+def running_mse(mean: Tensor, squared_error: Tensor, shape: ImageShape) -> Tensor:
+    """The running mean, over steps, of the squared error a pixel, where a batch had this one an image; both (M,).
+
+    The first batch gives the mean to begin with, which is zero before.
+    """
+    found = squared_error / shape.numbers
+    return torch.where(mean > 0, mean.lerp(found, MSE_RATE), found)
+
+
 def _dense(inputs: Tensor, layer: Layer) -> Tensor:
     """(M, B, I) -> (M, B, O)."""
     return torch.baddbmm(layer.bias.unsqueeze(1), inputs, layer.weight.mT)
@@ -200,13 +230,13 @@ def _dense_backward(g: Tensor, inputs: Tensor, layer: Layer) -> Tensor:
 
 
 def _convolve(images: Tensor, layer: Layer) -> Tensor:
-    """A convolution of (M B, H, W, C) with its bias -> (M B, H/2, W/2, K)."""
+    """A convolution of (M B, H, W, C) with its bias -> (M B, h, w, K)."""
     slots, kernels = layer.bias.shape
     if slots == 1:
         return _last(F.conv2d(_first(images), _first(layer.weight[0]), layer.bias[0], 2, 1))
     rows = patches(images).view(slots, -1, layer.weight[0, 0].numel())
     out = torch.baddbmm(layer.bias.unsqueeze(1), rows, layer.weight.flatten(2).mT)
-    return out.view(len(images), images.shape[1] // 2, images.shape[2] // 2, kernels)
+    return out.view(len(images), half(images.shape[1]), half(images.shape[2]), kernels)
 
 
 def _convolve_backward(g: Tensor, images: Tensor, layer: Layer, of_images: bool = True) -> Tensor:
@@ -214,22 +244,22 @@ def _convolve_backward(g: Tensor, images: Tensor, layer: Layer, of_images: bool 
     slots, kernels = layer.bias.shape
     torch.sum(g.view(slots, -1, kernels), 1, out=layer.bias_gradient)
     if slots == 1:
-        return _backward_of_one(g, images, layer, transposed=False, of_images=of_images)
+        return _backward_of_one(g, images, layer, of_images=of_images)
     rows, g = patches(images).view(slots, -1, layer.weight[0, 0].numel()), g.view(slots, -1, kernels)
     layer.weight_gradient.copy_((g.mT @ rows).view(layer.weight.shape))
     return fold((g @ layer.weight.flatten(2)).view(-1, rows.shape[2]), *images.shape[:3]) if of_images else g
 
 
-def _transpose_convolve(images: Tensor, layer: Layer) -> Tensor:
-    """A transposed convolution of (M B, H/2, W/2, C) with its bias -> (M B, H, W, K)."""
+def _transpose_convolve(images: Tensor, layer: Layer, size: tuple[int, int]) -> Tensor:
+    """A transposed convolution of (M B, h, w, C) with its bias -> (M B, H, W, K) of `size` (H, W)."""
     slots, kernels = layer.bias.shape
-    count, height, width, channels = images.shape
-    if slots == 1 and kernels == 1:
-        return to_pixels(images, layer.weight.view(channels, 9), layer.bias)
+    if slots == 1 and kernels <= FEW:
+        return transpose_convolve(images, layer.weight[0], layer.bias, size)
     if slots == 1:
-        return _last(F.conv_transpose2d(_first(images), _first(layer.weight[0]), layer.bias[0], 2, 1, 1))
-    taps = images.view(slots, -1, channels) @ layer.weight.flatten(2)
-    out = fold(taps.view(-1, taps.shape[2]), count, 2 * height, 2 * width)
+        weight, bias, padding = _first(layer.weight[0]), layer.bias[0], output_padding(size)
+        return _last(F.conv_transpose2d(_first(images), weight, bias, 2, 1, padding))
+    taps = images.view(slots, -1, images.shape[3]) @ layer.weight.flatten(2)
+    out = fold(taps.view(-1, taps.shape[2]), len(images), *size)
     out.view(slots, -1, kernels).add_(layer.bias.unsqueeze(1))
     return out
 
@@ -239,17 +269,22 @@ def _transpose_convolve_backward(g: Tensor, images: Tensor, layer: Layer) -> Ten
     slots, kernels = layer.bias.shape
     torch.sum(g.view(slots, -1, kernels), 1, out=layer.bias_gradient)
     if slots == 1:
-        return _backward_of_one(g, images, layer, transposed=True)
+        return _backward_of_one(g, images, layer, output_padding(g.shape[1:3]))
     rows = patches(g).view(slots, -1, 9 * kernels)
     layer.weight_gradient.copy_((images.view(slots, -1, layer.weight.shape[1]).mT @ rows).view(layer.weight.shape))
     gradient: Tensor = rows @ layer.weight.flatten(2).mT
     return gradient.view(images.shape)
 
 
-def _backward_of_one(g: Tensor, images: Tensor, layer: Layer, transposed: bool, of_images: bool = True) -> Tensor:
-    """Gradients of either convolution of a single network, by PyTorch's own kernel, but for the bias's."""
-    output_padding = [1, 1] if transposed else [0, 0]
-    arguments = (None, [2, 2], [1, 1], [1, 1], transposed, output_padding, 1, (of_images, True, False))
+def _backward_of_one(
+    g: Tensor, images: Tensor, layer: Layer, transposed: tuple[int, int] | None = None, of_images: bool = True
+) -> Tensor:
+    """Gradients of either convolution of a single network, by PyTorch's own kernel, but for the bias's.
+
+    A transposed one is told by its output padding.
+    """
+    which = (transposed is not None, list(transposed or (0, 0)), 1, (of_images, True, False))
+    arguments = (None, [2, 2], [1, 1], [1, 1], *which)
     for_images, for_weight, _ = convolution_backward(_first(g), _first(images), _first(layer.weight[0]), *arguments)
     layer.weight_gradient[0] = _last(for_weight)
     return _last(for_images) if of_images else g

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from tuner.vae.fitted import FittedModel
-from tuner.vae.model import build
+from tuner.vae.model import Builder, OwnModel
 from tuner.vae.parameters import Parameters
+from tuner.vae.shape import ImageShape
 from tuner.vae.step import State
 
 
@@ -26,6 +27,7 @@ class Checkpoint:
         """Tensors, numbers and plain containers in PyTorch's format."""
         buffer = io.BytesIO()
         saved = {
+            "shape": list(self.state.model.shape),
             "parameters": self.parameters.model_dump(),
             "state": self.state.state_dict(),
             "best": None if self.best is None else self.best.state_dict(),
@@ -35,14 +37,17 @@ class Checkpoint:
         return buffer.getvalue()
 
     @classmethod
-    def from_bytes(cls, content: bytes) -> "Checkpoint":
-        """What `to_bytes` wrote; nothing in it is run. Raises ValueError, one line, on anything else."""
+    def from_bytes(cls, content: bytes, own: OwnModel | None = None) -> "Checkpoint":
+        """What `to_bytes` wrote; nothing in it is run. Raises ValueError, one line, on anything else.
+
+        `own` is the code that a user's own model was made by.
+        """
         saved = _load(content)
         try:
             parameters = Parameters.model_validate(saved["parameters"])
-            state = State.of(build(parameters, seed=0))
+            state = State.of(Builder(ImageShape(*saved["shape"]), own)(parameters, seed=0))
             state.load_state_dict(saved["state"])
-            best = None if saved["best"] is None else FittedModel.from_state_dict(saved["best"])
+            best = None if saved["best"] is None else FittedModel.from_state_dict(saved["best"], own)
             evaluation = dict(saved["evaluation"])
             if state.step < 0:
                 raise ValueError(f"step is {state.step}")

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from tuner.vae.data import as_floats
 from tuner.vae.fitted import FittedModel
-from tuner.vae.model import build
+from tuner.vae.model import Builder
 from tuner.vae.parameters import Parameters
 from tuner.vae.prior import Prior
+from tuner.vae.shape import ImageShape
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def load(path: Path | str) -> Codec:
         parameters, temperature = Parameters.model_validate(info["parameters"]), float(info["temperature"])
         if not temperature > 0:
             raise ValueError(f"temperature is {temperature}")
-        model = build(parameters, seed=0)
+        model = Builder(ImageShape(*info["shape"]))(parameters, seed=0)
     with _reading(path / "weights.safetensors") as file:
         model.load_state_dict(load_file(file))
     with _reading(path / "prior.npz") as file:

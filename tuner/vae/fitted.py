@@ -17,11 +17,12 @@ from torch import Tensor
 from tuner.vae.data import Split, as_floats, binarize
 from tuner.vae.extractor import FeatureExtractor
 from tuner.vae.losses import Diverged
-from tuner.vae.model import Model, build
+from tuner.vae.model import Builder, Model, OwnModel, features
 from tuner.vae.moment_matching import match
 from tuner.vae.parameters import Parameters
 from tuner.vae.prior import Prior, fit_flow, fit_mixture, standard_normal
 from tuner.vae.seeds import Scoring, Stream, derive_seed, generator
+from tuner.vae.shape import ImageShape
 
 BATCH = 100  # a decoder's activations at this size stay in the cache
 GREY = 0.1  # pixels above this and below 1 minus it
@@ -52,6 +53,7 @@ class FittedModel:
     def state_dict(self) -> dict[str, Any]:
         """Tensors, numbers and plain containers only."""
         return {
+            "shape": list(self.model.shape),
             "parameters": self.parameters.model_dump(),
             "model": {name: tensor.clone() for name, tensor in self.model.state_dict().items()},
             "prior": self.prior.state_dict(),
@@ -61,10 +63,10 @@ class FittedModel:
         }
 
     @classmethod
-    def from_state_dict(cls, saved: dict[str, Any]) -> "FittedModel":
+    def from_state_dict(cls, saved: dict[str, Any], own: OwnModel | None = None) -> "FittedModel":
         """Raises KeyError, TypeError, ValueError or RuntimeError on what is no such mapping."""
         parameters = Parameters.model_validate(saved["parameters"])
-        model = build(parameters, seed=0)
+        model = Builder(ImageShape(*saved["shape"]), own)(parameters, seed=0)
         model.load_state_dict(saved["model"])
         prior = Prior.from_state_dict(saved["prior"])
         prior.place(torch.zeros(1, parameters.latent_dim), torch.zeros(1))
@@ -133,7 +135,7 @@ class Fitter:
         prior = self._prior(model, parameters)
         temperature = self._temperature(model, parameters, prior)
         if parameters.prior == "matched_mixture":
-            observers = [model.features] + ([self.guide.trunk] if self.guide else [])
+            observers = [partial(features, model)] + ([self.guide.trunk] if self.guide else [])
             seed = derive_seed(self.seed, Stream.SCORE, Scoring.MATCHING)
             draw = partial(_draw, model, temperature)
             prior = match(prior, draw, self.images, observers, self.matching_count, seed)

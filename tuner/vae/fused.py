@@ -19,7 +19,7 @@ from torch import Tensor
 from tuner.vae.array import Array, ArrayShape
 from tuner.vae.data import as_floats
 from tuner.vae.losses import Diverged
-from tuner.vae.model import VAE
+from tuner.vae.model import VAE, Model
 from tuner.vae.parameters import Parameters
 from tuner.vae.step import State
 from tuner.vae.train import Record, StepInputs, steps_per_epoch, stops
@@ -59,21 +59,20 @@ class FusedShape(NamedTuple):
     batch_size: int
 
     @classmethod
-    def of(cls, parameters: Parameters, widest: int) -> "FusedShape":
+    def of(cls, model: Model, parameters: Parameters, widest: int) -> "FusedShape":
         """The array that a trial belongs in, with room for up to `widest` latents."""
-        variational = parameters.model == "vae"
-        return cls(ArrayShape(variational, parameters.width, widest, parameters.likelihood), parameters.batch_size)
+        return cls(ArrayShape.of(_built_in(model), parameters, widest), parameters.batch_size)
 
 
 class Fused:
-    """Up to `slots` trials of one shape at once, on the device of `images` (N, 1, 28, 28) uint8; others wait.
+    """Up to `slots` trials of one shape at once, on the device of `images` (N, C, H, W) uint8; others wait.
 
     Where memory runs out, half as many slots are tried: those that no longer fit wait. A trial that does not even
     fit alone gets the error as its record.
     """
 
     def __init__(self, shape: FusedShape, slots: int, images: Tensor):
-        self.shape, self.images = shape, images
+        self.shape, self.images = shape, images.permute(0, 2, 3, 1).contiguous()  # as arrays take them
         self.per_epoch = steps_per_epoch(len(images), shape.batch_size)
         self.waiting: deque[Job] = deque()
         self.pool = ThreadPoolExecutor(DRAWING_THREADS)  # draws the next epochs while the device is busy
@@ -159,7 +158,7 @@ class Fused:
         inputs = StepInputs(job.parameters, count, latent_dim, seed=job.seed, trial=job.trial, total_epochs=total)
         (last_step,) = stops(job.parameters, count, [job.epoch])
         slot = self.slots[number] = _Slot(job, inputs, job.state.step, last_step, time.perf_counter())
-        self.array.load(number, _network(job), job.state.averages)
+        self.array.load(number, _built_in(job.state.model), job.state.averages, job.state.mse)
         schedule = torch.tensor([inputs.factors(step) for step in range(last_step)]).T
         if last_step > self.schedule.shape[2]:
             longer = torch.zeros(2, len(self.slots), max(last_step, inputs.total_steps), device=self.schedule.device)
@@ -193,7 +192,7 @@ class Fused:
         place = (self.step % self.per_epoch * size).unsqueeze(1) + torch.arange(size, device=self.step.device)
         there = (place < count) & self.active.unsqueeze(1)
         place = place.clamp(max=count - 1)
-        batch = as_floats(self.images[self.order.gather(1, place), 0])
+        batch = as_floats(self.images[self.order.gather(1, place)])
         noise = self.noise.gather(1, place.unsqueeze(2).expand(-1, -1, self.shape.networks.latent_dim))
         images = there.sum(1, keepdim=True)
         at = self.step.clamp(max=self.schedule.shape[2] - 1).expand(2, 1, -1).mT
@@ -215,7 +214,7 @@ class Fused:
             if not finite[number]:
                 job.record = Diverged(f"training loss not finite at epoch {job.state.step / self.per_epoch:.3g}")
             elif job.state.step == slot.last_step:
-                self.array.store(number, _network(job), job.state.averages)
+                job.state.mse = self.array.store(number, _built_in(job.state.model), job.state.averages)
                 seen = self._images_at(slot.last_step) - self._images_at(slot.first_step)
                 loss, reconstruction, kl = (self.sums[number] / seen).tolist()
                 seconds = time.perf_counter() - slot.started
@@ -245,6 +244,8 @@ class Fused:
         self._allocate(slots)
 
 
-def _network(job: Job) -> VAE:
-    assert isinstance(job.state.model, VAE)  # of no other family are there arrays
-    return job.state.model
+def _built_in(model: Model) -> VAE:
+    """Raises ValueError on a model of another family: there are no arrays of those."""
+    if not isinstance(model, VAE):
+        raise ValueError("only the built-in models are trained as an array: execution process")
+    return model

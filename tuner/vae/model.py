@@ -1,23 +1,35 @@
-"""What the tuner asks of a model, and the built-in one: the convolutional VAE of the classic MNIST tutorials.
+"""What the tuner asks of a model, and the built-in family: the convolutional VAE of the classic MNIST tutorials.
 
-Axes: B batch, C channels, H/W pixels, Z latent. Images are (B, 1, 28, 28) floats in [0, 1].
+Axes: B batch, C channels, H/W pixels, Z latent. Images are (B, C, H, W) floats in [0, 1].
 """
 
 from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tuner.vae.convolution import to_pixels
+from tuner.vae.convolution import transpose_convolve
 from tuner.vae.parameters import ModelParameters
+from tuner.vae.shape import ImageShape
 
 HIDDEN = 128
+MOST_CHANNELS = 4  # times the width
+
+OwnModel = Callable[..., nn.Module]  # a user's build(shape, latent_dim, **options)
 
 
 class Model(nn.Module):
-    """The model protocol: a module with these three is trained, scored, fitted and exported like the built-in one."""
+    """The model protocol: a module with these is trained, scored, fitted and exported like the built-in one.
 
+    A user's own needs no more than `encode` and `decode`, and need not inherit from this.
+    """
+
+    shape: ImageShape
     latent_dim: int
 
     @abstractmethod
@@ -28,34 +40,40 @@ class Model(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """(B, Z) -> logits (B, C, H, W); their sigmoid is what is learned to be the image."""
 
-    def features(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) in [0, 1] -> (B, D), where alike images are near: the means, unless a model knows better."""
-        return self.encode(images)[0]
+
+def features(model: Model, images: Tensor) -> Tensor:
+    """Images (B, C, H, W) in [0, 1] -> (B, D), where alike ones are near: what a model's own `features` says, or else
+    the means of its latents."""
+    known: Callable[[Tensor], Tensor] | None = getattr(model, "features", None)
+    return known(images) if known else model.encode(images)[0]
 
 
 class VAE(Model):
-    """Encoder: conv 1 -> width -> 2 width (3x3, stride 2), fully connected 128, two heads. Decoder: its mirror.
+    """Encoder: 3x3 convolutions of stride 2 until the map is 8 or less, fully connected 128, two heads.
 
-    With `variational=False` it is the plain autoencoder that it is taught against: one head, the latent is the mean.
+    Decoder: its mirror.
+
+    The first convolution has `width` channels, each next twice as many, 4 width at most: at 28x28 there are two, as in
+    the tutorials. With `variational=False` it is the plain autoencoder that it is taught against: one head, the latent
+    is the mean.
     """
 
-    def __init__(self, latent_dim: int, width: int = 32, variational: bool = True):
+    def __init__(self, shape: ImageShape, latent_dim: int, width: int = 32, variational: bool = True):
         super().__init__()
-        self.latent_dim, self.width, self.variational = latent_dim, width, variational
-        self.map = (2 * width, 7, 7)
-        flat = 2 * width * 7 * 7
-        self.down = nn.ModuleList(
-            [nn.Conv2d(1, width, 3, stride=2, padding=1), nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)]
-        )
+        self.shape, self.latent_dim, self.width, self.variational = shape, latent_dim, width, variational
+        sizes, channels = shape.maps(), channels_of(shape, width)
+        self.map = (channels[-1], *sizes[-1])
+        flat = channels[-1] * sizes[-1][0] * sizes[-1][1]
+        self.down = nn.ModuleList(nn.Conv2d(*pair, 3, stride=2, padding=1) for pair in pairwise(channels))
         self.hidden = nn.Linear(flat, HIDDEN)
         self.mean = nn.Linear(HIDDEN, latent_dim)
         self.log_variance = nn.Linear(HIDDEN, latent_dim) if variational else None
         self.start = nn.Linear(latent_dim, flat)
         self.up = nn.ModuleList(
-            [
-                nn.ConvTranspose2d(2 * width, width, 3, stride=2, padding=1, output_padding=1),
-                ToPixels(width, 1, 3, stride=2, padding=1, output_padding=1),
-            ]
+            (ToPixels if kernels == shape.channels else nn.ConvTranspose2d)(
+                inputs, kernels, 3, stride=2, padding=1, output_padding=output_padding(size)
+            )
+            for kernels, inputs, size in reversed([*zip(channels, channels[1:], sizes, strict=False)])
         )
 
     def features(self, images: Tensor) -> Tensor:
@@ -76,18 +94,48 @@ class VAE(Model):
         return logits
 
 
-def build(parameters: ModelParameters, seed: int) -> Model:
-    """The untrained network of a trial; the same `seed` gives the same weights, whatever ran before."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return VAE(parameters.latent_dim, parameters.width, parameters.model == "vae")
+def channels_of(shape: ImageShape, width: int) -> list[int]:
+    """Of the image and of each map after it, from the largest to the smallest."""
+    return [shape.channels, *(width * min(2**stage, MOST_CHANNELS) for stage in range(len(shape.maps()) - 1))]
+
+
+def output_padding(size: Sequence[int]) -> tuple[int, int]:
+    """What PyTorch's transposed convolution needs to be told to give a map of `size`, not one that is less by one."""
+    return 1 - size[0] % 2, 1 - size[1] % 2
 
 
 class ToPixels(nn.ConvTranspose2d):
-    """A transposed convolution to one channel (3x3, stride 2, padding 1): (B, C, H, W) -> (B, 1, 2H, 2W)."""
+    """The last transposed convolution (3x3, stride 2, padding 1), to few channels: (B, C, h, w) -> (B, K, H, W)."""
 
     def forward(self, images: Tensor, output_size: list[int] | None = None) -> Tensor:
         if images.device.type != "cpu" or torch.compiler.is_exporting():
             return super().forward(images, output_size)
         assert self.bias is not None
-        return to_pixels(images.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+        rows, columns = (
+            2 * size - 1 + int(more) for size, more in zip(images.shape[2:], self.output_padding, strict=True)
+        )
+        last, weight = images.permute(0, 2, 3, 1), self.weight.permute(0, 2, 3, 1)
+        return transpose_convolve(last, weight, self.bias, (rows, columns)).permute(0, 3, 1, 2)
+
+
+@dataclass(frozen=True)
+class Builder:
+    """Makes the networks of a run: for images of `shape`; those whose parameters ask for the user's own by `own`."""
+
+    shape: ImageShape
+    own: OwnModel | None = None
+
+    def __call__(self, parameters: ModelParameters, seed: int) -> Model:
+        """The untrained network of a trial; the same `seed` gives the same weights, whatever ran before.
+
+        Raises ValueError where it is to be the user's own and there is none.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            if parameters.model != "own":
+                return VAE(self.shape, parameters.latent_dim, parameters.width, parameters.model == "vae")
+            if self.own is None:
+                raise ValueError("the model is a user's own: its code is wanted (--model MODULE:FUNCTION)")
+            model = cast(Model, self.own(self.shape, parameters.latent_dim, **parameters.options))
+        model.shape, model.latent_dim = self.shape, parameters.latent_dim
+        return model

@@ -6,7 +6,10 @@ rest. They stand apart from their readers so that a spec is checked without impo
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+OPTION = "model."  # what the options of a user's own model begin with
+Option = bool | int | float | str
 
 
 class _Strict(BaseModel):
@@ -21,13 +24,31 @@ class _Strict(BaseModel):
 
 
 class ModelParameters(_Strict):
-    """What the network is: read by `model.build`."""
+    """What the network is: read by `model.Builder`.
 
-    model: Literal["vae", "autoencoder"] = "vae"
-    """autoencoder: the plain autoencoder, its latent not sampled, without a KL term"""
+    A user's own model may take options, each a parameter `model.NAME` here and everywhere.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Option] = Field(init=False)
+
+    model: Literal["vae", "autoencoder", "own"] = "vae"
+    """autoencoder: the plain autoencoder, its latent not sampled, without a KL term; own: that of --model"""
     latent_dim: int = Field(16, ge=1, le=512, description="numbers in the latent vector")
     width: int = Field(32, ge=1, le=512)
-    """channels after the first convolution; twice as many after the second"""
+    """channels after the first convolution; each next has twice as many, four times width at most"""
+
+    @model_validator(mode="after")
+    def _options_alone(self) -> "ModelParameters":
+        unknown = [name for name in self.model_extra or {} if not name.startswith(OPTION)]
+        if unknown:
+            raise ValueError(f"unknown parameters {', '.join(unknown)}")
+        return self
+
+    @property
+    def options(self) -> dict[str, Option]:
+        """Of a user's own model, by the names that its function gives them."""
+        return {name.removeprefix(OPTION): value for name, value in (self.model_extra or {}).items()}
 
 
 class TrainingParameters(_Strict):
@@ -45,6 +66,9 @@ class TrainingParameters(_Strict):
     batch_size: int = Field(128, ge=1, description="images a step")
     kl_weight: float = Field(1.0, ge=0)
     """factor on the KL term against the summed reconstruction error of an image; 1 in the classic loss"""
+    kl_unit: Literal["absolute", "calibrated"] = "absolute"
+    """what kl_weight is counted in; calibrated: in twice the mean squared error a pixel, as far as training has come,
+    which makes 1 the weight of a Gaussian decoder whose variance is fitted, on any images"""
     kl_warmup_epochs: float = Field(0.0, ge=0)
     """epochs over which the factor rises linearly from 0 to kl_weight"""
 

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from tuner.vae.array import BETAS, EPSILON, Array, ArrayShape
+from tuner.vae.array import BETAS, EPSILON, Array, ArrayShape, running_mse
 from tuner.vae.losses import RECONSTRUCTION, kl_divergence
-from tuner.vae.model import VAE, Model, build
-from tuner.vae.parameters import ModelParameters
+from tuner.vae.model import VAE, Builder, Model
+from tuner.vae.parameters import ModelParameters, TrainingParameters
 from tuner.vae.seeds import Stream, derive_seed
 
 
@@ -24,16 +24,18 @@ from tuner.vae.seeds import Stream, derive_seed
 class State:
     """All that training needs to go on: with the trial's parameters and seeds it determines every later number.
 
-    `averages` (2, P) are Adam's running means of the gradients and of their squares, of the weights end to end.
+    `averages` (2, P) are Adam's running means of the gradients and of their squares, of the weights end to end; `mse`
+    is that of the squared error a pixel, kept where the KL weight is counted in it.
     """
 
     model: Model
     averages: Tensor
     step: int = 0
+    mse: float = 0.0
 
     @classmethod
-    def fresh(cls, parameters: ModelParameters, seed: int, trial: int) -> "State":
-        return cls.of(build(parameters, derive_seed(seed, Stream.INITIALISATION, trial)))
+    def fresh(cls, builder: Builder, parameters: ModelParameters, seed: int, trial: int) -> "State":
+        return cls.of(builder(parameters, derive_seed(seed, Stream.INITIALISATION, trial)))
 
     @classmethod
     def of(cls, model: Model) -> "State":
@@ -42,19 +44,19 @@ class State:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, numbers and plain containers only: `torch.load(weights_only=True)` reads it back."""
-        return {"model": self.model.state_dict(), "averages": self.averages, "step": self.step}
+        return {"model": self.model.state_dict(), "averages": self.averages, "step": self.step, "mse": self.mse}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         self.model.load_state_dict(saved["model"])
         self.averages.copy_(saved["averages"])
-        self.step = operator.index(saved["step"])
+        self.step, self.mse = operator.index(saved["step"]), float(saved["mse"])
 
 
 class Factors(NamedTuple):
     """What changes from step to step beside the images."""
 
     learning_rate: float
-    kl: float  # on the KL term against the summed reconstruction error
+    kl: float  # on the KL term against the summed reconstruction error, in the unit of `kl_unit`
 
 
 class Step(Protocol):
@@ -67,19 +69,20 @@ class Step(Protocol):
         """Write weights, averages and the number of steps back into the state."""
 
 
-StepMaker = Callable[[State, str, torch.device], Step]  # from a state, a likelihood and the device to train on
+StepMaker = Callable[[State, TrainingParameters, torch.device], Step]
 
 
-def fastest_step(state: State, likelihood: str, device: torch.device) -> Step:
+def fastest_step(state: State, parameters: TrainingParameters, device: torch.device) -> Step:
     """The written-out step for the built-in family, the reference for any other model."""
-    return (WrittenOutStep if isinstance(state.model, VAE) else AutogradStep)(state, likelihood, device)
+    return (WrittenOutStep if isinstance(state.model, VAE) else AutogradStep)(state, parameters, device)
 
 
 class AutogradStep:
     """The reference: the losses of `losses.py`, autograd and PyTorch's fused Adam."""
 
-    def __init__(self, state: State, likelihood: str, device: torch.device):
-        self.state, self.reconstruction = state, RECONSTRUCTION[likelihood]
+    def __init__(self, state: State, parameters: TrainingParameters, device: torch.device):
+        self.state, self.reconstruction = state, RECONSTRUCTION[parameters.likelihood]
+        self.calibrated, self.mse = parameters.kl_unit == "calibrated", torch.tensor(state.mse, device=device)
         self.model = copy.deepcopy(state.model).to(device).train()
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = torch.optim.Adam(self.model.parameters(), betas=BETAS, eps=EPSILON, fused=True)
@@ -96,7 +99,11 @@ class AutogradStep:
         latents = mean if log_variance is None else mean + torch.exp(0.5 * log_variance) * noise
         reconstruction = self.reconstruction(self.model.decode(latents), images).mean()
         kl = mean.new_zeros(()) if log_variance is None else kl_divergence(mean, log_variance).mean()
-        loss = reconstruction + factors.kl * kl
+        factor: float | Tensor = factors.kl
+        if self.calibrated:
+            self.mse = running_mse(self.mse, reconstruction.detach(), self.model.shape)
+            factor = factors.kl * 2 * self.mse
+        loss = reconstruction + factor * kl
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.param_groups[0]["lr"] = factors.learning_rate
@@ -110,29 +117,28 @@ class AutogradStep:
         kept = [self.optimizer.state[weight] for weight in self.model.parameters()]
         for row, name in zip(self.state.averages, ("exp_avg", "exp_avg_sq"), strict=True):
             row.copy_(torch.cat([of_weight[name].flatten() for of_weight in kept]))
-        self.state.step = self.steps
+        self.state.step, self.state.mse = self.steps, self.mse.item()
 
 
 class WrittenOutStep:
     """An array of one."""
 
-    def __init__(self, state: State, likelihood: str, device: torch.device):
+    def __init__(self, state: State, parameters: TrainingParameters, device: torch.device):
         model = state.model
         assert isinstance(model, VAE)
         self.state, self.model, self.steps = state, model, state.step
-        shape = ArrayShape(model.variational, model.width, model.latent_dim, likelihood)
-        self.array = Array(shape, device=device)
-        self.array.load(0, model, state.averages)
+        self.array = Array(ArrayShape.of(model, parameters), device=device)
+        self.array.load(0, model, state.averages, state.mse)
 
     def __call__(self, images: Tensor, noise: Tensor, factors: Factors) -> Tensor:
-        count, _, height, width = images.shape
-        share = torch.full((1, count), 1 / count, device=images.device)
+        share = torch.full((1, len(images)), 1 / len(images), device=images.device)
         kl_factor = torch.tensor([factors.kl], device=images.device)
-        means = self.array.backward(images.view(1, count, height, width), share, noise.unsqueeze(0), kl_factor)
+        given = images.permute(0, 2, 3, 1).unsqueeze(0)
+        means = self.array.backward(given, share, noise.unsqueeze(0), kl_factor)
         self.array.update(0, factors.learning_rate, self.steps)
         self.steps += 1
         return means[0]
 
     def store(self) -> None:
-        self.array.store(0, self.model, self.state.averages)
+        self.state.mse = self.array.store(0, self.model, self.state.averages)
         self.state.step = self.steps

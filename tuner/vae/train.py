@@ -118,7 +118,7 @@ def train(
     """
     latent_dim, device = state.model.latent_dim, images.device
     inputs = StepInputs(parameters, len(images), latent_dim, seed=seed, trial=trial, total_epochs=total_epochs)
-    take_step = make_step(state, parameters.likelihood, device)
+    take_step = make_step(state, parameters, device)
     for last_step, epoch in stops(parameters, len(images), epochs, state.step).items():
         started = time.perf_counter()
         sums = torch.zeros(3, device=device)  # loss, reconstruction, KL
