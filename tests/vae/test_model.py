@@ -76,7 +76,7 @@ def test_stages_of_half_the_size_end_at_a_map_of_five_to_eight_and_come_back_to_
     images = torch.rand(2, channels, size, size)
     assert 5 <= model.map[1] == model.map[2] <= 8
     assert model.map[0] == 2 * min(4, 2 ** (len(model.down) - 1))
-    assert model.features(images).shape == (2, 128)
+    assert model.features(images).shape == (2, {1: 128, 3: 512}[channels])
     assert model.decode(model.encode(images)[0]).shape == images.shape
 
 

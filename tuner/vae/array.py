@@ -66,13 +66,13 @@ class Array:
 
     def __init__(self, shape: ArrayShape, slots: int = 1, device: torch.device | str = "cpu"):
         self.shape, self.slots = shape, slots
-        heads = shape.latent_dim * (2 if shape.variational else 1)
+        hidden, heads = HIDDEN[shape.images.channels], shape.latent_dim * (2 if shape.variational else 1)
         self.sizes, channels = shape.images.maps(), channels_of(shape.images, shape.width)
         flat, stages = channels[-1] * math.prod(self.sizes[-1]), range(len(channels) - 1)
         shapes = {  # of each layer's weight and bias, in the order in which they lie in a row
             **{f"down.{at}": ((channels[at + 1], 3, 3, channels[at]), (channels[at + 1],)) for at in stages},
-            "hidden": ((HIDDEN, flat), (HIDDEN,)),
-            "heads": ((heads, HIDDEN), (heads,)),
+            "hidden": ((hidden, flat), (hidden,)),
+            "heads": ((heads, hidden), (heads,)),
             "start": ((flat, shape.latent_dim), (flat,)),
             **{f"up.{at}": ((channels[at + 1], 3, 3, channels[at]), (channels[at],)) for at in reversed(stages)},
         }
@@ -123,7 +123,7 @@ class Array:
 
         row = [
             *(part for at in range(len(self.down)) for part in channels_last(f"down.{at}")),
-            plain["hidden.weight"].view(HIDDEN, -1, places).transpose(1, 2),
+            plain["hidden.weight"].unflatten(1, (-1, places)).transpose(1, 2),
             plain["hidden.bias"],
             *(pad(plain[f"{head}.weight"], 0, 0, 0, spare) for head in heads),
             *(pad(plain[f"{head}.bias"], 0, spare) for head in heads),

@@ -17,7 +17,7 @@ from tuner.vae.convolution import transpose_convolve
 from tuner.vae.parameters import ModelParameters
 from tuner.vae.shape import ImageShape
 
-HIDDEN = 128
+HIDDEN = {1: 128, 3: 512}  # by channels: with fewer, colour reconstructs worse
 MOST_CHANNELS = 4  # times the width
 
 OwnModel = Callable[..., nn.Module]  # a user's build(shape, latent_dim, **options)
@@ -49,7 +49,7 @@ def features(model: Model, images: Tensor) -> Tensor:
 
 
 class VAE(Model):
-    """Encoder: 3x3 convolutions of stride 2 until the map is 8 or less, fully connected 128, two heads.
+    """Encoder: 3x3 convolutions of stride 2 until the map is 8 or less, fully connected 128 (colour 512), two heads.
 
     Decoder: its mirror.
 
@@ -65,9 +65,9 @@ class VAE(Model):
         self.map = (channels[-1], *sizes[-1])
         flat = channels[-1] * sizes[-1][0] * sizes[-1][1]
         self.down = nn.ModuleList(nn.Conv2d(*pair, 3, stride=2, padding=1) for pair in pairwise(channels))
-        self.hidden = nn.Linear(flat, HIDDEN)
-        self.mean = nn.Linear(HIDDEN, latent_dim)
-        self.log_variance = nn.Linear(HIDDEN, latent_dim) if variational else None
+        self.hidden = nn.Linear(flat, HIDDEN[shape.channels])
+        self.mean = nn.Linear(HIDDEN[shape.channels], latent_dim)
+        self.log_variance = nn.Linear(HIDDEN[shape.channels], latent_dim) if variational else None
         self.start = nn.Linear(latent_dim, flat)
         self.up = nn.ModuleList(
             (ToPixels if kernels == shape.channels else nn.ConvTranspose2d)(
@@ -77,7 +77,7 @@ class VAE(Model):
         )
 
     def features(self, images: Tensor) -> Tensor:
-        """The 128 numbers that both heads read."""
+        """(B, C, H, W) -> (B, 128), or (B, 512) in colour: what both heads read."""
         for convolution in self.down:
             images = F.relu(convolution(images), inplace=True)
         return F.relu(self.hidden(images.flatten(1)), inplace=True)
