@@ -34,13 +34,14 @@ from typing import Any
 import torch
 from optuna.trial import FrozenTrial, TrialState
 
+from tuner import sources
 from tuner import spec as specs
+from tuner.data_spec import DigitsSpec
 from tuner.promote import contenders
 from tuner.run import RunFiles
 from tuner.study import BASELINE, evaluations, read_study, table
 from tuner.vae import codec
 from tuner.vae.checkpoint import Checkpoint
-from tuner.vae.data import load_test
 
 ROOT = Path(__file__).parents[1]
 STAGES = ("extractor", "search", "promote", "retrain", "export")
@@ -281,7 +282,7 @@ def accounting(run: RunFiles) -> Iterator[str]:
     if left:
         yield f"half written files left: {left}"
     model = codec.load(run.export)
-    latents = model.encode(load_test("digits", Path("never read")).images[:8])
+    latents = model.encode(sources.load_test(DigitsSpec()).images[:8])
     for name, images in (("decoded", model.decode(latents)), ("sampled", model.sample(8))):
         if images.shape != (8, 1, 28, 28) or not bool(torch.isfinite(images).all()):
             yield f"the export {name} {tuple(images.shape)}, finite: {bool(torch.isfinite(images).all())}"

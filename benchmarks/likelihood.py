@@ -15,9 +15,11 @@ from pathlib import Path
 import torch
 
 from benchmarks.setting import MNIST, parser, say
+from tuner import sources
+from tuner.data_spec import IdxSpec
 from tuner.run import RunFiles
 from tuner.vae import codec
-from tuner.vae.data import as_floats, binarize, load_test
+from tuner.vae.data import as_floats, binarize
 from tuner.vae.iwae import importance_weighted_bound
 from tuner.vae.prior import standard_normal
 from tuner.vae.process import settle
@@ -33,7 +35,7 @@ def main() -> None:
     arguments = options.parse_args()
     settle()
     fitted = codec.load(RunFiles(arguments.run).export).fitted
-    test = load_test("mnist", arguments.data_dir, download=False)
+    test = sources.load_test(IdxSpec(name="mnist", directory=arguments.data_dir))
     images = as_floats(binarize(test.images, torch.Generator().manual_seed(0)))
     priors = {fitted.parameters.prior: fitted.prior, "standard_normal": standard_normal(fitted.model.latent_dim)}
     for name, prior in priors.items():

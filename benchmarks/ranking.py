@@ -12,11 +12,11 @@ import optuna
 from scipy.stats import spearmanr
 
 from benchmarks.setting import MNIST, models_at, parser, say
+from tuner import sources
 from tuner import spec as specs
 from tuner.search import DEFAULT_SPEC
 from tuner.study import distributions
 from tuner.trainable import search_fitter, search_scorer
-from tuner.vae import data as datasets
 from tuner.vae.extractor import train_extractor
 from tuner.vae.process import settle
 from tuner.vae.seeds import Stream, derive_seed
@@ -28,8 +28,8 @@ def main() -> None:
     options.add_argument("--trials", type=int, default=30)
     arguments = options.parse_args()
     settle()
-    spec = specs.load(arguments.spec)
-    data = datasets.load(spec.data.name, arguments.data_dir, download=False)
+    spec = specs.load(arguments.spec).with_data_at(arguments.data_dir)
+    data = sources.load(spec.data)
     fitter = search_fitter(spec, data)
     scorer = search_scorer(spec, data, train_extractor(data, derive_seed(spec.seed, Stream.EXTRACTOR, 0)))
     objective, rungs = spec.objective[0], spec.budget.rungs

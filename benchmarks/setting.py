@@ -18,9 +18,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from tuner import sources
 from tuner import spec as specs
+from tuner.sources.torchvision import torchvision_datasets
 from tuner.spec import Spec
-from tuner.vae import data as datasets
 from tuner.vae.checkpoint import Checkpoint
 from tuner.vae.data import Data, Split
 from tuner.vae.extractor import train_extractor
@@ -84,7 +85,7 @@ def spec_file(data_dir: Path | None) -> Path:
 
 def load_data(data_dir: Path | None) -> Data:
     """MNIST where there is a directory, else the embedded digits."""
-    return datasets.load("mnist" if data_dir else "digits", data_dir or Path(), download=False)
+    return sources.load(specs.load(spec_file(data_dir)).with_data_at(data_dir).data)
 
 
 def load_spec(data_dir: Path | None) -> tuple[Spec, Data]:
@@ -154,7 +155,7 @@ class Pictures(Dataset[tuple[Tensor, int]]):
     """As torchvision's MNIST hands them out."""
 
     def __init__(self, split: Split):
-        datasets._torchvision_datasets()  # torchvision beside a CPU build of torch
+        torchvision_datasets()  # torchvision beside a CPU build of torch
         from torchvision.transforms import ToTensor
 
         self.split, self.transform = split, ToTensor()

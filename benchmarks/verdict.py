@@ -20,10 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.setting import MNIST, parser, say, trained
+from tuner import sources
 from tuner.run import RunFiles
 from tuner.study import BASELINE
 from tuner.vae import codec
-from tuner.vae.data import Data, load_test
+from tuner.vae.data import Data
 from tuner.vae.extractor import FEATURES, FeatureExtractor, fit
 from tuner.vae.fitted import FittedModel
 from tuner.vae.metrics import FINAL_METRICS, gap_closed
@@ -93,7 +94,7 @@ def main() -> None:
     runs = [RunFiles(path) for path in arguments.runs]
     workspace = open_workspace(runs[0], arguments.data_dir)
     spec, data = workspace.spec, workspace.data
-    test = load_test(spec.data.name, arguments.data_dir, download=False)
+    test = sources.load_test(spec.data)
 
     baseline = baseline_of(runs[0])
     pictures = {"classic": drawn(baseline)}

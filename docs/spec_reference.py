@@ -19,7 +19,7 @@ HEADER = ("type", "default", "range", "meaning")
 INTRODUCTION = """\
 # The spec
 
-<!-- Made by `make docs` from the schema. Change the descriptions in tuner/spec.py and tuner/vae/parameters.py. -->
+<!-- Made by `make docs` from the schema. Change the descriptions in spec.py, data_spec.py and vae/parameters.py. -->
 
 A spec is a YAML file that says what is searched, on which images, for which objective, with which budget. Only `space`
 is required. An unknown key, a key given twice and a value of the wrong type are refused in one line that names them.
@@ -70,8 +70,13 @@ Besides these ranges:
 - A trial is scored at its rungs: `grace_epochs`, then each time `reduction_factor` times as many epochs while that is
   below 95 % of `max_epochs`, then `max_epochs`; and at `grace_epochs / reduction_factor` where that is an epoch or
   more, a first look at which nobody is stopped.
-- A run goes on with another `data.directory`, `data.download`, `budget.time_limit`, `resources` or `execution` than it
-  began with, and with no other difference.
+- A run goes on with another `data.directory`, `data.file`, `data.download`, `budget.time_limit`, `resources` or
+  `execution` than it began with, and with no other difference.
+"""
+
+IMAGES = """\
+What stands below `data`: keys by `name`, which is `digits` where it is left out. `--data-dir` stands for `directory` or
+`file`.
 """
 
 PARAMETERS = """\
@@ -102,6 +107,11 @@ def reference() -> str:
     document = json.loads(specs.schema())
     definitions = document["$defs"]
     parts = [INTRODUCTION, "## Keys", KEYS, table("key", keys(document, definitions)), RULES]
+    parts += ["## Images", IMAGES]
+    for source in (resolved(part, definitions) for part in document["properties"]["data"]["oneOf"]):
+        names = source["properties"]["name"]
+        title = ", ".join(f"`{name}`" for name in names.get("enum", [names.get("const")]))
+        parts += [f"### {title}", source["description"], table("key", keys(source, definitions))]
     parts += ["## Entries of the space", ENTRIES]
     for title, name in (("Whole numbers", "IntRange"), ("Real numbers", "FloatRange"), ("A list", "Choices")):
         parts += [f"### {title}", table("key", keys(definitions[name], definitions))]
@@ -155,6 +165,8 @@ def kind(name: str, entry: Node) -> str:
     """The type of a value in words."""
     if name == "objective":
         return "metric, or list of metrics"
+    if "discriminator" in entry:
+        return "mapping"
     if name in ("space", "fixed"):
         return {"space": "mapping of parameters to entries", "fixed": "mapping of parameters to values"}[name]
     if "enum" in entry:
@@ -170,6 +182,8 @@ def kind(name: str, entry: Node) -> str:
 
 def bounds(entry: Node) -> str:
     """What values are allowed."""
+    if "discriminator" in entry:
+        return "[by name](#images)"
     if "enum" in entry:
         return ", ".join(f"`{value}`" for value in entry["enum"])
     if "const" in entry:

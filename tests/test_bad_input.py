@@ -17,8 +17,8 @@ import tuner.search
 from tuner import spec as specs
 from tuner.run import RunFiles
 from tuner.search import DEFAULT_SPEC
+from tuner.sources.idx import IDX_FILES
 from tuner.summary import Best, ExtractorInfo, Promoted, Scores
-from tuner.vae.data import IDX_FILES
 from tuner.vae.parameters import CLASSIC
 
 MNIST = DEFAULT_SPEC.parent / "mnist.yaml"
@@ -67,11 +67,11 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
 
 def _write_mnist(directory: Path) -> Path:
-    """Four whole IDX files of three blank images each -> the folder they are in."""
+    """Four whole IDX files of 300 blank images each -> the folder they are in."""
     raw = directory / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for name in IDX_FILES:
-        sizes = (3, 28, 28) if "images" in name else (3,)
+        sizes = (300, 28, 28) if "images" in name else (300,)
         header = bytes([0, 0, 8, len(sizes)]) + b"".join(size.to_bytes(4, "big") for size in sizes)
         (raw / name).write_bytes(header + bytes(math.prod(sizes)))
     return raw
@@ -147,11 +147,9 @@ def test_a_file_that_is_no_mapping(refused, tmp_path, text, words):
             "loss",
             "the training loss can't be the objective while kl_weight is searched: the loss contains",
         ),
-        (
-            "data.name",
-            "cifar10",
-            "data.name: Input should be 'digits', 'mnist', 'fashion_mnist' or 'kmnist' (got 'cifar10')",
-        ),
+        ("data.name", "cifar", "data.name: 'cifar' is none of 'digits', 'mnist', 'fashion_mnist', 'kmnist', "),
+        ("data", {"name": "folder"}, "data.directory: Field required"),
+        ("data", {"name": "folder", "directory": "there", "size": 30}, "data.size: Input should be a multiple of 4"),
         ("budget.time_limit", "soon", "budget.time_limit: 'soon' is not a time such as 90s, 30m or 1.5h"),
         ("budget.grace_epochs", 19, "budget.grace_epochs: 19 is above max_epochs 18"),
         ("seed", -1, "seed: Input should be greater than or equal to 0 (got -1)"),

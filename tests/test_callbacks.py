@@ -120,7 +120,7 @@ def test_what_can_not_be_written_ends_the_command_and_not_the_trial(run, study):
 
 def test_the_first_extractor_tells_the_floor_once_and_the_second_begins_with_the_last_quarter(run, study, workspace):
     keep_extractor(run, workspace.data, "search", workspace.extractors["search"])
-    extractors = FeatureExtractors(run, SPEC, workspace.data, workspace.data_directory)
+    extractors = FeatureExtractors(run, SPEC, workspace.data)
     with extractors:
         kept = KeepExtractors(SPEC, study, extractors)
         assert study.floor == search_scorer(SPEC, workspace.data, workspace.extractors["search"]).floor
@@ -134,7 +134,7 @@ def test_the_first_extractor_tells_the_floor_once_and_the_second_begins_with_the
 
 
 def test_before_there_is_an_extractor_there_is_no_floor(run, study, workspace):
-    KeepExtractors(SPEC, study, FeatureExtractors(run, SPEC, workspace.data, workspace.data_directory))
+    KeepExtractors(SPEC, study, FeatureExtractors(run, SPEC, workspace.data))
     assert math.isnan(study.floor)
 
 

@@ -16,9 +16,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.neighbors import KNeighborsClassifier
 
+from tuner import sources
+from tuner.data_spec import DigitsSpec
 from tuner.export import VERSIONS, check_files, neighbourhood, write_files
 from tuner.vae import codec
-from tuner.vae.data import Split, as_floats, load_test
+from tuner.vae.data import Split, as_floats
 from tuner.vae.fitted import FittedModel
 from tuner.vae.flow import Flow
 from tuner.vae.metrics import FINAL_METRICS, gap_closed
@@ -64,7 +66,7 @@ def kept(finished_run) -> FittedModel:
 
 @pytest.fixture(scope="module")
 def tested() -> Split:
-    return load_test("digits", Path("never read"))
+    return sources.load_test(DigitsSpec())
 
 
 @pytest.fixture(scope="module")

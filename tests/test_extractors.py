@@ -3,7 +3,6 @@
 import os
 import signal
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,13 +17,12 @@ from tuner.vae.seeds import Stream, derive_seed
 from tuner.workspace import EXTRACTORS, load_extractors
 
 SPEC = Spec.model_validate({"space": {"latent_dim": {"choices": [4, 8]}}, "seed": 3})
-NEVER_READ = Path("never read")
 
 
 @pytest.mark.slow
 def test_an_extractor_trained_beside_the_driver_is_the_one_that_its_seed_gives_here_and_is_kept(workspace, tmp_path):
     run = RunFiles(tmp_path)
-    with FeatureExtractors(run, SPEC, workspace.data, NEVER_READ) as extractors:
+    with FeatureExtractors(run, SPEC, workspace.data) as extractors:
         assert extractors.in_training() == 1
         while not extractors.kept:
             extractors.keep_done()
@@ -36,13 +34,13 @@ def test_an_extractor_trained_beside_the_driver_is_the_one_that_its_seed_gives_h
     ).state_dict()
     for kept in (extractors.kept["search"], load_extractors(run)["search"]):
         assert all(torch.equal(kept.state_dict()[key], here[key]) for key in here)
-    with FeatureExtractors(run, SPEC, workspace.data, NEVER_READ) as again:
+    with FeatureExtractors(run, SPEC, workspace.data) as again:
         assert again.in_training() == 0
         assert again.kept.keys() == {"search"}
 
 
 def test_an_extractor_whose_process_dies_cuts_the_command_off(workspace, tmp_path):
-    with FeatureExtractors(RunFiles(tmp_path), SPEC, workspace.data, NEVER_READ) as extractors:
+    with FeatureExtractors(RunFiles(tmp_path), SPEC, workspace.data) as extractors:
         process, _ = extractors.training["search"]
         os.kill(process.pid, signal.SIGKILL)
         with pytest.raises(CutOff, match=r"^the process that trains the search extractor died \(-9\)$"):
@@ -51,7 +49,7 @@ def test_an_extractor_whose_process_dies_cuts_the_command_off(workspace, tmp_pat
 
 
 def test_what_still_trains_at_the_end_is_ended(workspace, tmp_path):
-    with FeatureExtractors(RunFiles(tmp_path), SPEC, workspace.data, NEVER_READ) as extractors:
+    with FeatureExtractors(RunFiles(tmp_path), SPEC, workspace.data) as extractors:
         process, _ = extractors.training["search"]
         assert process.is_alive()
     assert not process.is_alive()

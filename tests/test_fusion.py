@@ -46,7 +46,7 @@ def rows_of(workspace, folder: Path, execution: str) -> list[dict]:
     spec = load_spec(run, parse([*SMALL, f"--set=execution={execution}"]))
     for name, extractor in workspace.extractors.items():
         keep_extractor(run, workspace.data, name, extractor)
-    with FeatureExtractors(run, spec, workspace.data, workspace.data_directory) as extractors:
+    with FeatureExtractors(run, spec, workspace.data) as extractors:
         return search_stage(run, spec, workspace.data, extractors, 2)
 
 

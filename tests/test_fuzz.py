@@ -19,15 +19,17 @@ import tuner.export
 import tuner.report
 import tuner.retrain
 import tuner.search
+from tuner import sources
 from tuner import spec as specs
+from tuner.data_spec import IdxSpec
 from tuner.run import RunFiles
+from tuner.sources.idx import IDX_FILES
 from tuner.spec import Spec
 from tuner.study import STATES, Study, open_study, read_study, table
 from tuner.summary import Summary
 from tuner.terminal import as_table, promotion_rows, result_rows, search_line, trials_rows
-from tuner.vae import codec, data
+from tuner.vae import codec
 from tuner.vae.checkpoint import Checkpoint
-from tuner.vae.data import IDX_FILES
 from tuner.vae.extractor import FeatureExtractor, load_extractor, to_bytes
 from tuner.vae.fitted import FittedModel
 from tuner.vae.image_grid import samples
@@ -276,10 +278,11 @@ def test_a_damaged_idx_file(run, name, damage):
     raw = run.path / "MNIST" / "raw"
     raw.mkdir(parents=True, exist_ok=True)
     for other in IDX_FILES:
-        content = idx(other, 12 if other.startswith("train") else 5)
+        content = idx(other, 300 if other.startswith("train") else 70)
         (raw / other).write_bytes(content if other != name else damaged(content, damage))
-    found = result_of(lambda: data.load("mnist", run.path, download=False), name, f"{raw}: ")
-    test = result_of(lambda: data.load_test("mnist", run.path, download=False), name, f"{raw}: ")
+    images = IdxSpec(name="mnist", directory=run.path, download=False)
+    found = result_of(lambda: sources.load(images), name, f"{raw}: ")
+    test = result_of(lambda: sources.load_test(images), name, f"{raw}: ")
     for split in ([found.train, found.validation] if found else []) + ([test] if test else []):
         assert (split.images.shape, split.images.dtype) == ((len(split), 1, 28, 28), torch.uint8)
         assert split.labels.shape == (len(split),)
@@ -290,7 +293,7 @@ def test_a_folder_in_the_place_of_an_idx_file(tmp_path: Path):
     raw = tmp_path / "MNIST" / "raw"
     for name in IDX_FILES:
         (raw / name).mkdir(parents=True)
-    assert result_of(lambda: data.load("mnist", tmp_path, download=False), str(raw)) is None
+    assert result_of(lambda: sources.load(IdxSpec(name="mnist", directory=tmp_path, download=False)), str(raw)) is None
 
 
 # Whole commands

@@ -26,6 +26,7 @@ import yaml
 from optuna.trial import FrozenTrial
 
 import tuner
+from tuner import sources
 from tuner.cluster import cluster
 from tuner.extractors import FeatureExtractors
 from tuner.run import RunFiles
@@ -33,7 +34,6 @@ from tuner.search import load_spec, parse
 from tuner.spec import load
 from tuner.study import evaluations, read_study, table
 from tuner.trials import search_stage
-from tuner.vae import data as datasets
 from tuner.vae.metrics import METRICS
 
 ROOT = Path(tuner.__file__).parents[1]
@@ -232,10 +232,10 @@ def search_here(path: str) -> None:
     """The same extractors and trials on this machine alone, without the stages after them."""
     run = RunFiles(Path(path))
     spec = load_spec(run, parse(["--run", path, *SMALL]))
-    data = datasets.load("digits", Path("never read"), False)
+    data = sources.load(spec.data)
     with (
         run.claimed(),
-        FeatureExtractors(run, spec, data, Path("never read")) as extractors,
+        FeatureExtractors(run, spec, data) as extractors,
         cluster(None, None, spec.resources),
     ):
         search_stage(run, spec, data, extractors, 2)

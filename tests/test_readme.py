@@ -24,11 +24,12 @@ import tuner.report
 import tuner.retrain
 import tuner.search
 import tuner.spec
+from tuner import sources
+from tuner.data_spec import DigitsSpec
 from tuner.run import RunFiles
 from tuner.search import DEFAULT_SPEC
+from tuner.sources.idx import IDX_FILES
 from tuner.spec import Spec, load
-from tuner.vae import data as datasets
-from tuner.vae.data import IDX_FILES
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -191,10 +192,10 @@ def test_the_own_spec_is_searched(place):
 
 def write_mnist(folder: Path) -> None:
     """The four files as they are published, of fewer and other images: the digits, moved about by a pixel or two."""
-    digits = datasets.load("digits", Path("never read")).train
+    digits = sources.load(DigitsSpec()).train
     random = np.random.default_rng(0)
     folder.mkdir(parents=True)
-    counts = (datasets.IDX_VALIDATION + 600, 400)
+    counts = (600, 400)
     for count, (images_file, labels_file) in zip(counts, list(pairwise(IDX_FILES))[::2], strict=True):
         chosen, moves = random.integers(len(digits), size=count), random.integers(-2, 3, size=(count, 2))
         images = np.stack(

@@ -293,7 +293,7 @@ def tiny(workspace, ray_cluster, tmp_path_factory) -> Callable[[int], RunFiles]:
         spec = load_spec(run, parse(TINY))
         for name, extractor in workspace.extractors.items():
             keep_extractor(run, workspace.data, name, extractor)
-        with FeatureExtractors(run, spec, workspace.data, workspace.data_directory) as extractors:
+        with FeatureExtractors(run, spec, workspace.data) as extractors:
             search_stage(run, spec, workspace.data, extractors, concurrency)
         return run
 

@@ -22,12 +22,13 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from tuner import sources
 from tuner.run import sync_directory, write_atomic
 from tuner.summary import Scores, Summary, Tested
 from tuner.tensorboard import TensorBoard
 from tuner.terminal import stage
 from tuner.vae import codec
-from tuner.vae.data import Split, as_floats, load_test
+from tuner.vae.data import Split, as_floats
 from tuner.vae.extractor import FeatureExtractor
 from tuner.vae.fitted import FittedModel, encode, tempered
 from tuner.vae.image_grid import fixed_noise, grid, interleaved, png, samples
@@ -81,7 +82,7 @@ def export(workspace: Workspace) -> Summary:
         models["retrained"] = best_of(run, run.retrain_checkpoint)
     chosen = models.get("retrained", models["best"])
 
-    test = load_test(spec.data.name, workspace.data_directory, spec.data.download)
+    test = sources.load_test(spec.data)
     tested = score_test(workspace, models, test)
     temporary = run.export.with_name(f".{run.export.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -6,13 +6,13 @@ from contextlib import suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from types import TracebackType
 
+from tuner import sources
+from tuner.data_spec import DataSpec
 from tuner.exits import CutOff
 from tuner.run import RunFiles
 from tuner.spec import Spec
-from tuner.vae import data as datasets
 from tuner.vae.data import Data
 from tuner.vae.extractor import FeatureExtractor, from_bytes, to_bytes, train_extractor
 from tuner.vae.process import settle
@@ -28,8 +28,8 @@ class FeatureExtractors:
     Raises ValueError where an extractor of the run is not the one that was frozen.
     """
 
-    def __init__(self, run: RunFiles, spec: Spec, data: Data, directory: Path):
-        self.run, self.spec, self.data, self.directory = run, spec, data, directory
+    def __init__(self, run: RunFiles, spec: Spec, data: Data):
+        self.run, self.spec, self.data = run, spec, data
         self.kept = load_extractors(run)
         self.training: dict[str, tuple[BaseProcess, Connection]] = {}
 
@@ -49,7 +49,7 @@ class FeatureExtractors:
         seed = derive_seed(self.spec.seed, Stream.EXTRACTOR, list(EXTRACTORS).index(name))
         context = get_context("spawn")  # a fork would inherit torch's and Ray's threads
         receiver, sender = context.Pipe(duplex=False)
-        arguments = (sender, self.spec.data.name, self.directory, seed, *EXTRACTORS[name])
+        arguments = (sender, self.spec.data, seed, *EXTRACTORS[name])
         process = context.Process(target=_train, args=arguments, daemon=True)
         # A Ctrl-C in the terminal is for the driver alone; a process starts with its parent's mask.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -87,9 +87,9 @@ class FeatureExtractors:
         return self.kept[name]
 
 
-def _train(sender: Connection, name: str, directory: Path, seed: int, width: int, deep: bool) -> None:
+def _train(sender: Connection, data: DataSpec, seed: int, width: int, deep: bool) -> None:
     os.nice(19)  # Ray starts meanwhile, and gives its workers 15
     settle()
-    extractor = train_extractor(datasets.load(name, directory, download=False), seed, width, deep)
+    extractor = train_extractor(sources.load(data), seed, width, deep)
     with suppress(BrokenPipeError):  # the driver was killed meanwhile
         sender.send_bytes(to_bytes(extractor))

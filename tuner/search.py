@@ -39,12 +39,12 @@ def job(run: RunFiles, arguments: argparse.Namespace) -> int:
     """All stages of a run, each skipped where it is done already -> exit status."""
     # torch and Ray take seconds to import: --help, --status and a mistyped flag don't wait for them, nor does the
     # extractor for Ray.
+    from tuner import sources
     from tuner.export import export_stage
     from tuner.extractors import FeatureExtractors
     from tuner.promote import promote_stage
     from tuner.report import report_stage
     from tuner.retrain import retrain_stage
-    from tuner.vae import data as datasets
     from tuner.workspace import Workspace, load_extractors
 
     try:
@@ -52,9 +52,8 @@ def job(run: RunFiles, arguments: argparse.Namespace) -> int:
         tested = run.summary().test
         if run.report.exists() and run.export.exists() and tested and (tested.retrained or arguments.no_retrain):
             return show(final_words(run, spec))
-        directory = arguments.data_dir or spec.data.directory
-        data = datasets.load(spec.data.name, directory, spec.data.download)
         load_extractors(run)
+        data = sources.load(spec.data)
     except ValueError as error:
         refuse(error)
 
@@ -62,7 +61,7 @@ def job(run: RunFiles, arguments: argparse.Namespace) -> int:
         if not run.spec.exists():
             write_atomic(run.spec, spec.to_yaml())
         if not run.summary().best:
-            with FeatureExtractors(run, spec, data, directory) as extractors:
+            with FeatureExtractors(run, spec, data) as extractors:
                 from tuner.cluster import cluster
                 from tuner.trials import search_stage
 
@@ -77,8 +76,8 @@ def job(run: RunFiles, arguments: argparse.Namespace) -> int:
                 subject = "every trial failed" if everything else "the baseline was never scored"
                 print(f"error: {subject}: {reasons.most_common(1)[0][0]}", file=sys.stderr)
                 return 1
-            promote_stage(Workspace(run, spec, data, load_extractors(run), directory), rows)
-        workspace = Workspace(run, spec, data, load_extractors(run), directory)
+            promote_stage(Workspace(run, spec, data, load_extractors(run)), rows)
+        workspace = Workspace(run, spec, data, load_extractors(run))
         if not (arguments.no_retrain or run.summary().retrain):
             retrain_stage(workspace)
         run.report.unlink(missing_ok=True)  # a report is the last thing a finished run gets
@@ -126,6 +125,7 @@ def load_spec(run: RunFiles, arguments: argparse.Namespace) -> Spec:
     overrides += [(key, value) for key, value in flags.items() if value is not None]
     started = run.spec.exists()
     spec = specs.load(arguments.spec or (run.spec if started else DEFAULT_SPEC), overrides)
+    spec = spec.with_data_at(arguments.data_dir)
     if started:
         differences = spec.differences(specs.load(run.spec))
         if differences:

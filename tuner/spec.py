@@ -14,9 +14,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Discriminator,
     Field,
     Strict,
@@ -25,11 +23,11 @@ from pydantic import (
     model_validator,
 )
 
+from tuner.data_spec import DataSpec, DigitsSpec, Frozen, Whole
 from tuner.vae.metrics import METRICS
 from tuner.vae.parameters import CLASSIC, OPTION, Parameters
 
 Value = bool | int | float | str
-Whole = Annotated[int, Strict()]  # or true would be 1
 Real = Annotated[float, Strict()]
 
 
@@ -58,16 +56,6 @@ def _read_yaml(text: str) -> Any:
         raise ValueError(f"not YAML: {' '.join(str(error).split())}") from error
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-        validate_default=True,  # a default of 9 epochs is a float as a given one is
-    )
-
-
 def parse_seconds(value: Any) -> Any:
     """'90s', '30m', '1.5h' or a plain number of seconds -> seconds. Raises ValueError on anything else."""
     if not isinstance(value, str):
@@ -83,16 +71,7 @@ Seconds = Annotated[
 ]
 
 
-class DataSpec(_Frozen):
-    """On which images."""
-
-    name: Literal["digits", "mnist", "fashion_mnist", "kmnist"] = "digits"
-    """the data set; digits comes with scikit-learn, the others are downloaded"""
-    directory: Path = Field(Path("data"), description="the folder that images are read from, or downloaded to")
-    download: bool = Field(True, description="download images where their files are not in the directory")
-
-
-class _Range(_Frozen):
+class _Range(Frozen):
     """Numbers from low to high, both included, `step` apart where there is one."""
 
     log: bool = Field(False, description="sample evenly on a logarithmic scale; needs low above 0, excludes step")
@@ -143,7 +122,7 @@ class FloatRange(_Range):
     step: Real | None = Field(None, gt=0, description="the distance between two values; without, any value in between")
 
 
-class Choices(_Frozen):
+class Choices(Frozen):
     """One of a list of values."""
 
     choices: tuple[Value, ...] = Field(min_length=1, description="the values")
@@ -172,7 +151,7 @@ Entry = Annotated[
 ]
 
 
-class Objective(_Frozen):
+class Objective(Frozen):
     """What is to be small or large; a metric's name alone means the metric's own direction."""
 
     metric: Literal[tuple(METRICS)] = Field(description="a metric's name")  # type: ignore[valid-type]
@@ -201,7 +180,7 @@ def _as_list(value: Any) -> Any:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-class Budget(_Frozen):
+class Budget(Frozen):
     """How much is searched, and when weak trials are stopped."""
 
     trials: Whole = Field(24, ge=1, description="trials in all, the baseline among them")
@@ -227,7 +206,7 @@ class Budget(_Frozen):
         return (*rungs, self.max_epochs)
 
 
-class FittedPrior(_Frozen):
+class FittedPrior(Frozen):
     """A prior that is fitted after training, as in a trial's parameters."""
 
     prior: Literal["gaussian_mixture", "matched_mixture", "flow"] = Field(description="as the parameter prior")
@@ -235,7 +214,7 @@ class FittedPrior(_Frozen):
     """Gaussians in the mixture"""
 
 
-class RetrainSpec(_Frozen):
+class RetrainSpec(Frozen):
     """How the promoted trial is trained on."""
 
     epochs: Whole = Field(50, ge=1, description="epochs that the promoted trial is trained on")
@@ -246,20 +225,20 @@ class RetrainSpec(_Frozen):
     trial's prior is standard_normal"""
 
 
-class Resources(_Frozen):
+class Resources(Frozen):
     """What one trial takes of a node; Ray places trials by it."""
 
     cpu: Real = Field(1, gt=0, description="CPU cores a trial; a fraction is allowed")
     gpu: Real = Field(0, ge=0, description="GPUs a trial; a fraction is allowed")
 
 
-class Spec(_Frozen):
+class Spec(Frozen):
     """What is searched, on which data, for which objective, with which budget."""
 
-    data: DataSpec = Field(DataSpec(), description="on which images")
+    data: DataSpec = Field(DigitsSpec(), description="on which images")
     space: dict[str, Entry] = Field(min_length=1)
     """searched parameters: each name with a range or choices, all ends included"""
-    fixed: dict[str, Value] = {}
+    fixed: dict[str, Value] = Field({})
     """parameters that all trials share; what is neither searched nor fixed has its default"""
     points_to_evaluate: tuple[dict[str, Value], ...] = ()
     """points of the space to run first, in this order; what a point leaves out is proposed"""
@@ -346,6 +325,10 @@ class Spec(_Frozen):
         inside = all(self.space[name].contains(value) for name, value in point.items())
         return point if inside and self.parameters(point) == self.baseline else None
 
+    def with_data_at(self, place: Path | None) -> "Spec":
+        """The same spec with its images at another place; None leaves them where they are."""
+        return self.model_copy(update={"data": self.data.at(place)})
+
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
@@ -362,7 +345,8 @@ class Spec(_Frozen):
     def differences(self, other: "Spec") -> list[str]:
         """Keys whose values differ, as 'key: ours, theirs'; places and the time limit don't count."""
         ours, theirs = _flatten(self.model_dump(mode="json")), _flatten(other.model_dump(mode="json"))
-        free = {"data.directory", "data.download", "budget.time_limit", "resources.cpu", "resources.gpu", "execution"}
+        free = {"data.directory", "data.file", "data.download"}
+        free |= {"budget.time_limit", "resources.cpu", "resources.gpu", "execution"}
         return [
             f"{key}: {ours.get(key, 'unset')} here, {theirs.get(key, 'unset')} there"
             for key in sorted(ours.keys() | theirs.keys())
@@ -451,9 +435,15 @@ def _put(raw: dict[str, Any], key: str, value: Any) -> None:
 def _one_line(error: ValidationError) -> str:
     lines = []
     for item in error.errors():
-        tags = {"int", "float", "choices"} if item["loc"][:1] == ("space",) else set()  # pydantic names the union's arm
-        where = ".".join(str(part) for part in item["loc"] if part not in tags)
+        part, *below = item["loc"] or ("",)
+        if part == "data":  # pydantic names the union's arm
+            del below[:1]
+        elif part == "space":
+            below = [name for name in below if name not in ("int", "float", "choices")]
+        where = ".".join(map(str, (part, *below)))
         message = str(item["msg"]).removeprefix("Value error, ")
+        if item["type"] == "union_tag_invalid":
+            where, message = f"{where}.name", f"{item['ctx']['tag']!r} is none of {item['ctx']['expected_tags']}"
         if item["type"] == "extra_forbidden":
             message = "unknown key"
         given = item.get("input")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tuner import sources
 from tuner import spec as specs
 from tuner.exits import command, refuse, resumable
 from tuner.run import Refused, RunFiles, one_line, write_atomic
@@ -14,7 +15,6 @@ from tuner.spec import Spec
 from tuner.storage import opened
 from tuner.study import BASELINE
 from tuner.summary import ExtractorInfo
-from tuner.vae import data as datasets
 from tuner.vae.checkpoint import Checkpoint
 from tuner.vae.data import Data, Split, as_floats
 from tuner.vae.extractor import FeatureExtractor, load_extractor, to_bytes
@@ -38,7 +38,6 @@ class Workspace:
     spec: Spec
     data: Data
     extractors: dict[str, FeatureExtractor]
-    data_directory: Path
 
     def __post_init__(self) -> None:
         settle()
@@ -86,14 +85,12 @@ def baseline_of(run: RunFiles) -> FittedModel:
     return FittedModel(model, parameters, standard_normal(model.latent_dim))
 
 
-def open_workspace(run: RunFiles, data_directory: Path | None = None) -> Workspace:
+def open_workspace(run: RunFiles, data_place: Path | None = None) -> Workspace:
     """Load what a finished search left. Raises ValueError, one line, where something is missing or damaged."""
     if not run.spec.exists():
         raise ValueError(f"{run.shown}: not a run directory (no {run.spec.name})")
-    spec = specs.load(run.spec)
-    directory = data_directory or spec.data.directory
-    data = datasets.load(spec.data.name, directory, spec.data.download)
-    return Workspace(run, spec, data, load_extractors(run), directory)
+    spec = specs.load(run.spec).with_data_at(data_place)
+    return Workspace(run, spec, sources.load(spec.data), load_extractors(run))
 
 
 def run_alone(module: str, description: str, work: Callable[[Workspace], object], argv: Sequence[str] | None) -> int:

@@ -1,21 +1,21 @@
 """The digits, one extractor, one fitter and one scorer, shared by all tests of the model side."""
 
-from pathlib import Path
-
 import pytest
 
-from tuner.vae import data
-from tuner.vae.data import Data, _torchvision_datasets
+from tuner import sources
+from tuner.data_spec import DigitsSpec
+from tuner.sources.torchvision import torchvision_datasets
+from tuner.vae.data import Data
 from tuner.vae.extractor import FeatureExtractor, train_extractor
 from tuner.vae.fitted import Fitter
 from tuner.vae.score import Scorer
 
-_torchvision_datasets()  # torchmetrics imports torchvision, which beside a CPU torch dies without this
+torchvision_datasets()  # torchmetrics imports torchvision, which beside a CPU torch dies without this
 
 
 @pytest.fixture(scope="session")
 def digits() -> Data:
-    return data.load("digits", Path("never read"))
+    return sources.load(DigitsSpec())
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,134 @@
+"""The part of a spec that says on which images: one class a kind of source, told apart by `name`."""
+
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
+
+Whole = Annotated[int, Strict()]  # or true would be 1
+
+
+class Frozen(BaseModel):
+    """What every part of a spec is."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        validate_default=True,  # a default of 9 epochs is a float as a given one is
+    )
+
+
+class _Source(Frozen):
+    name: str
+    place_key: ClassVar[str] = "directory"
+
+    @property
+    def place(self) -> Path:
+        """Where its files are: a folder or a file."""
+        return Path(getattr(self, self.place_key))
+
+    def at(self, place: Path | None) -> Self:
+        """The same images at another place; None leaves them where they are."""
+        return self if place is None else self.model_copy(update={self.place_key: place})
+
+    @property
+    def ink(self) -> bool:
+        """Whether images are bright strokes on black, which sheets show as dark on white."""
+        return True
+
+
+class _Downloaded(_Source):
+    directory: Path = Field(Path("data"), description="the folder that images are read from, or downloaded to")
+    download: bool = Field(True, description="download images where their files are not in the directory")
+
+
+class DigitsSpec(_Downloaded):
+    """The handwritten digits that come with scikit-learn: nothing is read or downloaded."""
+
+    name: Literal["digits"] = Field("digits", description="the default")
+
+
+class IdxSpec(_Downloaded):
+    """Grey 28x28 images in the four files of MNIST, plain or as `.gz`."""
+
+    name: Literal["mnist", "fashion_mnist", "kmnist"] = Field(description="the data set")
+
+    @property
+    def ink(self) -> bool:
+        return self.name != "fashion_mnist"
+
+
+class TorchvisionSpec(_Downloaded):
+    """Grey 28x28 digits, or colour 32x32 photos, as torchvision keeps them."""
+
+    name: Literal["qmnist", "cifar10", "svhn"] = Field(description="the data set")
+
+    @property
+    def ink(self) -> bool:
+        return self.name == "qmnist"
+
+
+class EmnistSpec(_Downloaded):
+    """Grey 28x28 letters and digits, as torchvision keeps them."""
+
+    name: Literal["emnist"] = Field(description="the data set")
+    split: Literal["balanced", "byclass", "bymerge", "digits", "letters", "mnist"] = Field(
+        "balanced", description="which part"
+    )
+
+
+class _Given(_Source):
+    invert: bool = Field(False, description="turn black into white: for dark strokes on white")
+
+    @property
+    def ink(self) -> bool:
+        return self.invert
+
+
+class DecodedSpec(_Given):
+    """Images as files of their own, which are decoded, scaled by the shorter side and cropped to its centre."""
+
+    size: Whole = Field(64, ge=16, le=128, multiple_of=4, description="height and width in pixels, in steps of 4")
+    channels: Literal[1, 3] = Field(3, description="1 is grey, 3 colour")
+    labels: Literal["auto", "none"] = Field("auto", description="whether to take labels where there are any")
+    on_damaged: Literal["refuse", "skip"] = Field("refuse", description="what happens where images are damaged")
+
+
+class FolderSpec(DecodedSpec):
+    """A folder or `.zip` of images. Below `train`, `validation` and `test`, where there are, folders are labels."""
+
+    name: Literal["folder"] = Field(description="images as files")
+    directory: Path = Field(description="the folder, or a .zip of it")
+
+
+class ParquetSpec(DecodedSpec):
+    """Hugging Face's data sets: a column of images, and of labels. Shards `train-*` and `test-*` are splits."""
+
+    place_key: ClassVar[str] = "file"
+
+    name: Literal["parquet"] = Field(description="images in tables")
+    file: Path = Field(description="a .parquet file, or a folder of them")
+
+
+class ArraysSpec(_Given):
+    """Arrays (N, H, W) or (N, H, W, C), C 1 or 3, of uint8 or of floats in 0 to 1."""
+
+    place_key: ClassVar[str] = "file"
+
+    name: Literal["arrays"] = Field(description="images as NumPy arrays")
+    file: Path = Field(description="an .npz, or an .npy of images alone")
+
+
+def _default_name(value: Any) -> Any:
+    return {"name": "digits"} | value if isinstance(value, dict) else value
+
+
+DataSpec = Annotated[
+    Annotated[
+        DigitsSpec | IdxSpec | TorchvisionSpec | EmnistSpec | FolderSpec | ParquetSpec | ArraysSpec,
+        Field(discriminator="name"),
+    ],
+    BeforeValidator(_default_name),
+]

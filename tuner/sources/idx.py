@@ -1,0 +1,76 @@
+"""MNIST and the sets that are published like it: four IDX files."""
+
+import gzip
+import math
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tuner.data_spec import IdxSpec
+from tuner.sources.splits import Splits, hold_out
+from tuner.sources.torchvision import first_line, torchvision_datasets
+from tuner.vae.data import Split
+
+IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+IDX_SETS = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}  # torchvision's classes, and folders
+
+
+def read(spec: IdxSpec) -> Splits:
+    """Raises ValueError, naming the folder and the files, where these are neither there nor can be downloaded, or
+    where one of them is damaged."""
+    raw = spec.directory / IDX_SETS[spec.name] / "raw"
+    if not all((raw / name).exists() or (raw / f"{name}.gz").exists() for name in IDX_FILES):
+        _fetch(spec, raw)
+    train_images, train_labels, test_images, test_labels = (_read_idx(raw / name) for name in IDX_FILES)
+    return hold_out(
+        _split(raw, train_images, train_labels, IDX_FILES[1]), _split(raw, test_images, test_labels, IDX_FILES[3])
+    )
+
+
+def _split(raw: Path, images: Tensor, labels: Tensor, labels_file: str) -> Split:
+    if len(labels) and int(labels.max()) > 9:
+        raise ValueError(f"{raw}: a label in {labels_file} is above 9: {int(labels.max())}")
+    if len(images) != len(labels):
+        raise ValueError(f"{raw}: {len(images):,} images but {len(labels):,} labels")
+    return Split(images.unsqueeze(1), labels.long())
+
+
+def _fetch(spec: IdxSpec, raw: Path) -> None:
+    """Have torchvision complete the files; it takes a second to import, so only where one is missing."""
+    kind = IDX_SETS[spec.name]
+    try:
+        getattr(torchvision_datasets(), kind)(str(spec.directory), download=spec.download)
+    except (RuntimeError, OSError) as error:
+        raise ValueError(
+            f"no {kind} in {raw} (wanted: {', '.join(IDX_FILES)}) and "
+            f"{'the download failed' if spec.download else 'downloading is off'} ({first_line(error)}); "
+            "put the files there, or use the embedded data set: data.name=digits"
+        ) from error
+
+
+def _read_idx(path: Path) -> Tensor:
+    """The uint8 numbers of an IDX file, or of its published form beside it, with .gz behind its name.
+
+    Raises ValueError unless it is what its name and header say (LeCun).
+    """
+    axes = 3 if "idx3" in path.name else 1
+    try:
+        if not path.exists():
+            path = path.with_name(f"{path.name}.gz")
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            content = np.frombuffer(bytearray(file.read()), np.uint8)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+    head = 4 + 4 * axes
+    sizes = content[4:head].view(">u4").tolist() if len(content) >= head else []
+    if content[:4].tolist() != [0, 0, 8, axes] or (axes == 3 and sizes[1:] != [28, 28]):
+        raise ValueError(
+            f"{path}: damaged IDX file, its header is not that of {'28x28 images' if axes == 3 else 'labels'}"
+        )
+    expected = head + math.prod(sizes)
+    if len(content) != expected:
+        raise ValueError(f"{path}: damaged IDX file, {len(content):,} bytes where its header says {expected:,}")
+    return torch.from_numpy(content[head:]).view(sizes)
