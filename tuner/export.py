@@ -82,7 +82,7 @@ def export(workspace: Workspace) -> Summary:
         models["retrained"] = best_of(run, run.retrain_checkpoint)
     chosen = models.get("retrained", models["best"])
 
-    test = sources.load_test(spec.data)
+    test = sources.load_test(spec.data, run.images)
     tested = score_test(workspace, models, test)
     temporary = run.export.with_name(f".{run.export.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -6,6 +6,7 @@ from contextlib import suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from types import TracebackType
 
 from tuner import sources
@@ -49,7 +50,7 @@ class FeatureExtractors:
         seed = derive_seed(self.spec.seed, Stream.EXTRACTOR, list(EXTRACTORS).index(name))
         context = get_context("spawn")  # a fork would inherit torch's and Ray's threads
         receiver, sender = context.Pipe(duplex=False)
-        arguments = (sender, self.spec.data, seed, *EXTRACTORS[name])
+        arguments = (sender, self.spec.data, self.run.images, seed, *EXTRACTORS[name])
         process = context.Process(target=_train, args=arguments, daemon=True)
         # A Ctrl-C in the terminal is for the driver alone; a process starts with its parent's mask.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -87,9 +88,9 @@ class FeatureExtractors:
         return self.kept[name]
 
 
-def _train(sender: Connection, data: DataSpec, seed: int, width: int, deep: bool) -> None:
+def _train(sender: Connection, data: DataSpec, kept: Path, seed: int, width: int, deep: bool) -> None:
     os.nice(19)  # Ray starts meanwhile, and gives its workers 15
     settle()
-    extractor = train_extractor(sources.load(data), seed, width, deep)
+    extractor = train_extractor(sources.load(data, kept), seed, width, deep)
     with suppress(BrokenPipeError):  # the driver was killed meanwhile
         sender.send_bytes(to_bytes(extractor))

@@ -59,6 +59,7 @@ class RunFiles:
         self.spec = path / "spec.yaml"
         self.journal = path / "study.journal"
         self.trials = path / "trials.csv"
+        self.images = path / "images"
         self.tensorboard = path / "tensorboard"
         self.ray = path / "ray"
         self.extractors = path / "extractors"
@@ -83,7 +84,7 @@ class RunFiles:
         if self.spec.exists() or not self.path.exists():
             return False
         return not self.path.is_dir() or any(
-            path != self.lock and path.suffix != ".tmp" for path in self.path.iterdir()
+            path not in (self.lock, self.images) and path.suffix != ".tmp" for path in self.path.iterdir()
         )
 
     @contextmanager
@@ -103,7 +104,7 @@ class RunFiles:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise Refused(f"{self.shown}: another process is working on this run") from error
-            for directory in (self.path, self.extractors, self.checkpoints, self.retrain):
+            for directory in (self.path, self.images, self.extractors, self.checkpoints, self.retrain):
                 for left in directory.glob(".*.tmp"):
                     if left.is_file() and not left.name.startswith(f".{self.report.name}"):  # written without the lock
                         left.unlink(missing_ok=True)

@@ -39,13 +39,12 @@ def job(run: RunFiles, arguments: argparse.Namespace) -> int:
     """All stages of a run, each skipped where it is done already -> exit status."""
     # torch and Ray take seconds to import: --help, --status and a mistyped flag don't wait for them, nor does the
     # extractor for Ray.
-    from tuner import sources
     from tuner.export import export_stage
     from tuner.extractors import FeatureExtractors
     from tuner.promote import promote_stage
     from tuner.report import report_stage
     from tuner.retrain import retrain_stage
-    from tuner.workspace import Workspace, load_extractors
+    from tuner.workspace import Workspace, load_data, load_extractors
 
     try:
         spec = load_spec(run, arguments)
@@ -53,7 +52,7 @@ def job(run: RunFiles, arguments: argparse.Namespace) -> int:
         if run.report.exists() and run.export.exists() and tested and (tested.retrained or arguments.no_retrain):
             return show(final_words(run, spec))
         load_extractors(run)
-        data = sources.load(spec.data)
+        data = load_data(run, spec)
     except ValueError as error:
         refuse(error)
 

@@ -15,6 +15,7 @@ from tuner.spec import Spec
 from tuner.storage import opened
 from tuner.study import BASELINE
 from tuner.summary import ExtractorInfo
+from tuner.terminal import Progress
 from tuner.vae.checkpoint import Checkpoint
 from tuner.vae.data import Data, Split, as_floats
 from tuner.vae.extractor import FeatureExtractor, load_extractor, to_bytes
@@ -90,7 +91,13 @@ def open_workspace(run: RunFiles, data_place: Path | None = None) -> Workspace:
     if not run.spec.exists():
         raise ValueError(f"{run.shown}: not a run directory (no {run.spec.name})")
     spec = specs.load(run.spec).with_data_at(data_place)
-    return Workspace(run, spec, sources.load(spec.data), load_extractors(run))
+    return Workspace(run, spec, load_data(run, spec), load_extractors(run))
+
+
+def load_data(run: RunFiles, spec: Spec) -> Data:
+    """The images, with progress on the terminal where they have to be decoded. Raises ValueError as `sources.load`."""
+    with Progress("images") as progress:
+        return sources.load(spec.data, run.images, progress.show)
 
 
 def run_alone(module: str, description: str, work: Callable[[Workspace], object], argv: Sequence[str] | None) -> int:

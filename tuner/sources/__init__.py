@@ -1,30 +1,54 @@
 """Where images come from: one small module a source, behind `load` and, for the export alone, `load_test`."""
 
-from collections.abc import Callable
-from typing import Any
+from pathlib import Path
 
-from tuner.data_spec import DataSpec, DigitsSpec, EmnistSpec, IdxSpec, TorchvisionSpec
-from tuner.sources import digits, idx, torchvision
-from tuner.sources.splits import Splits
+from tuner.data_spec import (
+    ArraysSpec,
+    DataSpec,
+    DigitsSpec,
+    EmnistSpec,
+    FolderSpec,
+    IdxSpec,
+    ParquetSpec,
+    TorchvisionSpec,
+)
+from tuner.sources import arrays, decode, digits, folder, idx, torchvision
+from tuner.sources.decode import Say
+from tuner.sources.splits import Splits, refuse_few
 from tuner.vae.data import Data, Split
 
-SOURCES: dict[type, Callable[[Any], Splits]] = {
-    DigitsSpec: digits.read,
-    IdxSpec: idx.read,
-    TorchvisionSpec: torchvision.read,
-    EmnistSpec: torchvision.read,
-}
 
+def load(spec: DataSpec, kept: Path | None = None, say: Say = lambda text: None) -> Data:
+    """The training and validation splits.
 
-def load(spec: DataSpec) -> Data:
-    """The training and validation splits. Raises ValueError, one line, where images are missing or damaged.
-
-    The test split is read, too: damage in it is told before hours of training.
+    What takes long is kept in the folder `kept`, and taken from there by the next call for the same; `say` is told how
+    far it is. Raises ValueError, one line, where images are missing, damaged, too few or too many: those of the test
+    split, too, before hours of training.
     """
-    splits = SOURCES[type(spec)](spec)
+    splits = _read(spec, ("train", "validation"), kept, say)
     return Data(splits["train"], splits["validation"])
 
 
-def load_test(spec: DataSpec) -> Split:
+def load_test(spec: DataSpec, kept: Path | None = None) -> Split:
     """The test split: for the export alone, once. Raises as `load` does."""
-    return SOURCES[type(spec)](spec)["test"]
+    return _read(spec, ("test",), kept, lambda text: None)["test"]
+
+
+def _read(spec: DataSpec, wanted: tuple[str, ...], kept: Path | None, say: Say) -> Splits:
+    match spec:
+        case FolderSpec():
+            return decode.read(folder.pictures(spec), spec, wanted, kept, say)
+        case ParquetSpec():
+            from tuner.sources import parquet  # pyarrow, which no other source needs
+
+            return decode.read(parquet.pictures(spec), spec, wanted, kept, say)
+        case DigitsSpec():
+            splits = digits.read(spec)
+        case IdxSpec():
+            splits = idx.read(spec)
+        case ArraysSpec():
+            splits = arrays.read(spec)
+        case TorchvisionSpec() | EmnistSpec():
+            splits = torchvision.read(spec)
+    refuse_few(splits, spec.place, by_hash=isinstance(spec, ArraysSpec))
+    return splits
