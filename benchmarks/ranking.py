@@ -17,7 +17,7 @@ from tuner import spec as specs
 from tuner.search import DEFAULT_SPEC
 from tuner.study import distributions
 from tuner.trainable import search_fitter, search_scorer
-from tuner.vae.extractor import train_extractor
+from tuner.vae.extractor import train_classifier
 from tuner.vae.process import settle
 from tuner.vae.seeds import Stream, derive_seed
 
@@ -31,7 +31,7 @@ def main() -> None:
     spec = specs.load(arguments.spec).with_data_at(arguments.data_dir)
     data = sources.load(spec.data)
     fitter = search_fitter(spec, data)
-    scorer = search_scorer(spec, data, train_extractor(data, derive_seed(spec.seed, Stream.EXTRACTOR, 0)))
+    scorer = search_scorer(spec, data, train_classifier(data, derive_seed(spec.seed, Stream.EXTRACTOR, 0)))
     objective, rungs = spec.objective[0], spec.budget.rungs
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=spec.seed))

@@ -38,7 +38,7 @@ from benchmarks.setting import (
 from tuner.spec import Spec
 from tuner.vae.checkpoint import Checkpoint
 from tuner.vae.data import Data
-from tuner.vae.extractor import FeatureExtractor, from_bytes, to_bytes, train_extractor
+from tuner.vae.extractor import FeatureExtractor, from_bytes, to_bytes, train_classifier
 from tuner.vae.fitted import Fitter
 from tuner.vae.model import Model
 from tuner.vae.parameters import Parameters
@@ -79,7 +79,7 @@ def evaluations(
     loop: str, parameters: Parameters, spec: Spec, data: Data, extractor: FeatureExtractor, number: int, folder: Path
 ) -> Iterator[float]:
     """Train a peer's trial, keep each epoch's model in `folder` and yield its Frechet distance."""
-    fitter = Fitter(data.train, seed=spec.seed, count=5_000, matching_count=500)
+    fitter = Fitter(data.train, seed=spec.seed, count=5_000, samples=2_500)
     scorer = Scorer(extractor, data.train, data.validation, seed=spec.seed, count=2_500, quasi_random=True)
     for epoch, model in (our_loop if loop == "ours" else tutorial_loop)(parameters, spec, data, number):
         fitted = fitter(model, parameters, epoch)
@@ -184,7 +184,7 @@ def main() -> None:
 
     settle()
     spec, data = load_spec(data_dir)
-    given = train_extractor(data, 11)
+    given = train_classifier(data, 11)
     scorer, baseline = unseen_scorer(spec, data)
     say({"floor": scorer.floor, "baseline": baseline}, 3)
 

@@ -24,7 +24,7 @@ from tuner.sources.torchvision import torchvision_datasets
 from tuner.spec import Spec
 from tuner.vae.checkpoint import Checkpoint
 from tuner.vae.data import Data, Split
-from tuner.vae.extractor import train_extractor
+from tuner.vae.extractor import train_classifier
 from tuner.vae.fitted import FittedModel, Fitter
 from tuner.vae.metrics import gap_closed
 from tuner.vae.model import VAE, Builder, Model
@@ -32,11 +32,10 @@ from tuner.vae.parameters import CLASSIC, Parameters
 from tuner.vae.prior import standard_normal
 from tuner.vae.process import settle
 from tuner.vae.score import Scorer
-from tuner.vae.seeds import Stream, derive_seed
 from tuner.vae.shape import ImageShape
 from tuner.vae.step import State
 from tuner.vae.train import train
-from tuner.workspace import EXTRACTORS, FINAL_PRIOR_IMAGES, FINAL_SAMPLES
+from tuner.workspace import EXTRACTORS, FINAL_PRIOR_IMAGES, FINAL_SAMPLES, make_extractor
 
 build = Builder(ImageShape(1, 28, 28))
 
@@ -127,11 +126,8 @@ def shipped_point(data_dir: Path) -> tuple[Parameters, Data, Fitter, Scorer]:
     """
     settle()
     spec, data = specs.load(spec_file(data_dir)), load_data(data_dir)
-    extractor, guide = (
-        train_extractor(data, derive_seed(0, Stream.EXTRACTOR, number), *shape)
-        for number, shape in enumerate(EXTRACTORS.values())
-    )
-    fitter = Fitter(data.train, seed=5, count=FINAL_PRIOR_IMAGES, matching_count=FINAL_SAMPLES // 5, guide=guide)
+    extractor, guide = (make_extractor(name, spec, data) for name in EXTRACTORS)
+    fitter = Fitter(data.train, seed=5, count=FINAL_PRIOR_IMAGES, samples=FINAL_SAMPLES, guide=guide)
     scorer = Scorer(extractor, data.train, data.validation, seed=5, count=FINAL_SAMPLES, quasi_random=True)
     say({"floor": scorer.floor}, 3)
     base = spec.parameters(spec.points_to_evaluate[-1] | spec.retrain.priors[-1].model_dump())
@@ -214,7 +210,7 @@ def watch(command: list[str], folder: Path, kept: Path, seconds: float) -> list[
 def unseen_scorer(spec: Spec, data: Data) -> tuple[Scorer, float]:
     """A scorer with noise and an extractor that nobody searched with, and the classic settings' distance under it."""
     settle()
-    scorer = Scorer(train_extractor(data, 22), data.train, data.validation, seed=33, count=5_000)
+    scorer = Scorer(train_classifier(data, 22), data.train, data.validation, seed=33, count=5_000)
     classic = CLASSIC.model_copy(update={"batch_size": spec.baseline.batch_size})
     model = trained(classic, data.train.images, spec.budget.max_epochs, seed=spec.seed, trial=0)
     fitted = FittedModel(model, classic, standard_normal(classic.latent_dim))

@@ -75,7 +75,7 @@ def ours(data: Data, autograd: bool) -> tuple[float, float]:
     count = len(data.train)
     extractor = FeatureExtractor().eval().requires_grad_(False)
     scorer = Scorer(extractor, data.train, data.validation, seed=0, count=count // 20)
-    fitter = Fitter(data.train, seed=0, count=count // 10, matching_count=count // 100)
+    fitter = Fitter(data.train, seed=0, count=count // 10, samples=count // 20)
     parameters = Parameters(latent_dim=16, batch_size=BATCH, prior="gaussian_mixture")
     state = State.fresh(build, parameters, 0, 0)
     step = AutogradStep if autograd else WrittenOutStep

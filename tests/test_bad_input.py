@@ -295,7 +295,7 @@ def test_a_run_whose_extractor_is_gone(refused, tmp_path):
     scores = Scores(frechet_distance=2.0, gap_closed=0.5)
     searched, distances = {"trial": 0, "epoch": 1.0}, {"again": {"search": 2.0}, "gap_closed": {"search": 0.5}}
     run.update_summary(
-        extractors={"search": ExtractorInfo(sha256="0" * 64, accuracy=1, width=16, deep=False)},
+        extractors={"search": ExtractorInfo(kind="classifier", sha256="0" * 64, accuracy=1)},
         promotion=(Promoted(**searched, **distances, searched=2.0, rank=1.0),),
         best=Best(**searched, parameters=CLASSIC.model_dump(), scores=scores, floor=1.0, baseline=3.0),
     )

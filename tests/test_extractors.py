@@ -11,10 +11,10 @@ from tuner.exits import CutOff
 from tuner.extractors import FeatureExtractors
 from tuner.run import RunFiles
 from tuner.spec import Spec
-from tuner.vae.extractor import train_extractor
+from tuner.vae.extractor import train_classifier
 from tuner.vae.process import settle
 from tuner.vae.seeds import Stream, derive_seed
-from tuner.workspace import EXTRACTORS, load_extractors
+from tuner.workspace import load_extractors
 
 SPEC = Spec.model_validate({"space": {"latent_dim": {"choices": [4, 8]}}, "seed": 3})
 
@@ -29,9 +29,7 @@ def test_an_extractor_trained_beside_the_driver_is_the_one_that_its_seed_gives_h
             time.sleep(0.05)
         assert extractors.in_training() == 0
     settle()
-    here = train_extractor(
-        workspace.data, derive_seed(SPEC.seed, Stream.EXTRACTOR, 0), *EXTRACTORS["search"]
-    ).state_dict()
+    here = train_classifier(workspace.data, derive_seed(SPEC.seed, Stream.EXTRACTOR, 0)).state_dict()
     for kept in (extractors.kept["search"], load_extractors(run)["search"]):
         assert all(torch.equal(kept.state_dict()[key], here[key]) for key in here)
     with FeatureExtractors(run, SPEC, workspace.data) as again:

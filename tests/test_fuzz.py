@@ -30,7 +30,7 @@ from tuner.summary import Summary
 from tuner.terminal import as_table, promotion_rows, result_rows, search_line, trials_rows
 from tuner.vae import codec
 from tuner.vae.checkpoint import Checkpoint
-from tuner.vae.extractor import FeatureExtractor, load_extractor, to_bytes
+from tuner.vae.extractor import Classifier, FeatureExtractor, load_extractor, to_bytes
 from tuner.vae.fitted import FittedModel
 from tuner.vae.image_grid import samples
 from tuner.vae.model import Builder
@@ -193,7 +193,7 @@ def files(finished_run: RunFiles) -> dict[str, bytes]:
     checkpoint = Checkpoint(parameters, State.of(build(parameters, seed=1)), best, {"epoch": 2.0})
     made = {
         "checkpoints/0003.pt": checkpoint.to_bytes(),
-        "extractors/search.safetensors": to_bytes(FeatureExtractor(width=2)),
+        "extractors/search.safetensors": to_bytes(Classifier(ImageShape(1, 28, 28), 10, width=2)),
     }
     return {name: made.get(name) or (finished_run.path / name).read_bytes() for name in READERS}
 

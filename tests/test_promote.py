@@ -77,9 +77,10 @@ def test_the_extractors_are_frozen_by_hash_and_the_second_is_another(finished_ru
     hashes = {name: hashlib.sha256(finished_run.extractor(name).read_bytes()).hexdigest() for name in EXTRACTORS}
     assert hashes == {name: info.sha256 for name, info in summary.extractors.items()}
     assert hashes["search"] != hashes["second"]
-    for name, (width, deep) in EXTRACTORS.items():
+    for name, deep in zip(EXTRACTORS, (False, True), strict=True):
         described, extractor = summary.extractors[name], workspace.extractors[name]
-        assert (described.width, described.deep) == (extractor.width, extractor.deep) == (width, deep)
+        assert described.kind == extractor.kind == "classifier"
+        assert extractor.options == {"classes": 10, "width": 16, "deep": deep}
         assert described.accuracy > 0.9
 
 

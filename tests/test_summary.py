@@ -17,7 +17,7 @@ SCORES = Scores(frechet_distance=2.0, gap_closed=0.5, mse=0.01)
 PROMOTED = Promoted(trial=1, epoch=4, searched=2, again={"search": 2.1}, gap_closed={"search": 0.4}, rank=0.5)
 BEST = Best(trial=1, epoch=4, parameters=CLASSIC.model_dump(), scores=SCORES, floor=1, baseline=3)
 RETRAINED = Retrained(epochs=9, kept_epoch=5, parameters=CLASSIC.model_dump(), scores=SCORES)
-EXTRACTORS = {"search": ExtractorInfo(sha256="00", accuracy=0.9, width=16, deep=False)}
+EXTRACTORS = {"search": ExtractorInfo(kind="classifier", sha256="00", accuracy=0.9)}
 FINISHED: dict[str, Any] = {"extractors": EXTRACTORS, "promotion": (PROMOTED,), "best": BEST, "retrain": RETRAINED}
 
 

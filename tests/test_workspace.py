@@ -138,8 +138,7 @@ def test_an_extractor_comes_back_as_it_was_kept_and_another_file_in_its_place_is
     keep_extractor(run, workspace.data, "second", kept)
     found = load_extractors(run)["second"].state_dict()
     assert all(torch.equal(weight, found[name]) for name, weight in kept.state_dict().items())
-    described = run.summary().extractors["second"]
-    assert (described.width, described.deep) == (kept.width, kept.deep)
+    assert run.summary().extractors["second"] == workspace.run.summary().extractors["second"]
     write_atomic(run.extractor("second"), run.extractor("second").read_bytes() + b" ")
     with pytest.raises(ValueError, match=rf"{re.escape(str(run.extractor('second')))}: not the extractor this run"):
         load_extractors(run)

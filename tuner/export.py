@@ -109,7 +109,8 @@ def export(workspace: Workspace) -> Summary:
     sync_directory(temporary)
     with closing(TensorBoard(run.tensorboard, spec)) as board:
         images = as_floats(test.images[:PROJECTED])
-        board.embed(encode(chosen.model, images)[0], test.labels[:PROJECTED], images)
+        labels = None if test.labels is None else test.labels[:PROJECTED]
+        board.embed(encode(chosen.model, images)[0], labels, images)
     shutil.rmtree(run.export, ignore_errors=True)
     temporary.rename(run.export)
     sync_directory(run.path)
@@ -137,17 +138,21 @@ def neighbourhood(
 ) -> dict[str, float]:
     """`FINAL_METRICS` of samples (N, C, H, W): recall and coverage in the extractor's features, copies in pixels.
 
+    Neighbours vote only where there are labels.
+
     The accuracy is that of all test images; its first thousands alone would be another number.
     """
     shown, learned = as_floats(test.images), as_floats(train.images)
-    latents, references = encode(model, shown)[0], encode(model, learned)[0]
+    scores = {}
+    if test.labels is not None and train.labels is not None:
+        latents, references = encode(model, shown)[0], encode(model, learned)[0]
+        scores["knn_accuracy"] = knn_accuracy(latents, test.labels, references, train.labels)
     shown = shown[:NEIGHBOUR_IMAGES]
-    real, fake, like = (extractor.features(images) for images in (shown, drawn, learned[:NEIGHBOUR_IMAGES]))
-    return {
+    real, fake, like = (extractor.features(images).flatten(1) for images in (shown, drawn, learned[:NEIGHBOUR_IMAGES]))
+    return scores | {
         "recall": recall(real, fake) / recall(real, like),
         "coverage": coverage(real, fake) / coverage(real, like),
         "copied": copied(drawn.flatten(1), learned.flatten(1)) - copied(shown.flatten(1), learned.flatten(1)),
-        "knn_accuracy": knn_accuracy(latents, test.labels, references, train.labels),
     }
 
 

@@ -1,4 +1,4 @@
-"""A run's extractors, each trained in a process of its own beside the driver: nothing is scored before a first rung."""
+"""A run's extractors; classifiers train in processes beside the driver: nothing is scored before a first rung."""
 
 import os
 import signal
@@ -15,14 +15,13 @@ from tuner.exits import CutOff
 from tuner.run import RunFiles
 from tuner.spec import Spec
 from tuner.vae.data import Data
-from tuner.vae.extractor import FeatureExtractor, from_bytes, to_bytes, train_extractor
+from tuner.vae.extractor import FeatureExtractor, from_bytes, to_bytes
 from tuner.vae.process import settle
-from tuner.vae.seeds import Stream, derive_seed
-from tuner.workspace import EXTRACTORS, keep_extractor, load_extractors
+from tuner.workspace import keep_extractor, load_extractors, make_extractor, needs_training
 
 
 class FeatureExtractors:
-    """Trains extractors where the driver runs, so that no node's end takes one along.
+    """Makes extractors where the driver runs, so that no node's end takes one along.
 
     As a context it begins the search's extractor; on the way out what still trains is ended.
 
@@ -44,13 +43,16 @@ class FeatureExtractors:
             process.join()
 
     def begin(self, name: str) -> None:
-        """Train an extractor, unless that was begun before."""
+        """Train an extractor, or make and keep it if it needs no training; unless that was begun before."""
         if name in self.kept or name in self.training:
             return
-        seed = derive_seed(self.spec.seed, Stream.EXTRACTOR, list(EXTRACTORS).index(name))
+        if not needs_training(name, self.spec, self.data):
+            self.kept[name] = make_extractor(name, self.spec, self.data)
+            keep_extractor(self.run, self.data, name, self.kept[name])
+            return
         context = get_context("spawn")  # a fork would inherit torch's and Ray's threads
         receiver, sender = context.Pipe(duplex=False)
-        arguments = (sender, self.spec.data, self.run.images, seed, *EXTRACTORS[name])
+        arguments = (sender, name, self.spec, self.run.images)
         process = context.Process(target=_train, args=arguments, daemon=True)
         # A Ctrl-C in the terminal is for the driver alone; a process starts with its parent's mask.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -74,8 +76,8 @@ class FeatureExtractors:
 
     def keep(self, name: str) -> FeatureExtractor:
         """An extractor, waited for and written to the run. Raises CutOff where the process that trains it died."""
+        self.begin(name)
         if name not in self.kept:
-            self.begin(name)
             process, receiver = self.training[name]
             try:
                 self.kept[name] = from_bytes(receiver.recv_bytes())
@@ -88,9 +90,9 @@ class FeatureExtractors:
         return self.kept[name]
 
 
-def _train(sender: Connection, data: DataSpec, kept: Path, seed: int, width: int, deep: bool) -> None:
+def _train(sender: Connection, name: str, spec: Spec, kept: Path) -> None:
     os.nice(19)  # Ray starts meanwhile, and gives its workers 15
     settle()
-    extractor = train_extractor(sources.load(data, kept), seed, width, deep)
+    extractor = make_extractor(name, spec, sources.load(spec.data, kept))
     with suppress(BrokenPipeError):  # the driver was killed meanwhile
         sender.send_bytes(to_bytes(extractor))

@@ -298,11 +298,11 @@ def timeline(page: Page, material: Material) -> None:
 def promotion(page: Page, material: Material) -> None:
     entries, described = material.summary.promotion, material.summary.extractors
     if entries:
-        right = ", ".join(f"{name} extractor {info.accuracy:.1%}" for name, info in described.items())
+        extractors = "; ".join(f"{name}: {info.words}" for name, info in described.items())
         page.section(
             "Promotion",
             "The best of the search, scored again with fresh noise and with an extractor the search never saw; the top "
-            f"row won. Right on validation: {right}.",
+            f"row won. The extractors are {extractors}.",
             _table(promotion_rows(entries, material.spec.selection_objective.metric)),
         )
 

@@ -122,8 +122,8 @@ class RunFiles:
     def error(self, trial: int) -> Path:
         return self.path / self.relative_error(trial)
 
-    def extractor(self, name: str) -> Path:
-        return self.extractors / f"{name}.safetensors"
+    def extractor(self, name: str, kind: str = "classifier") -> Path:
+        return self.extractors / f"{name}.{'pt2' if kind == 'program' else 'safetensors'}"
 
     def summary(self) -> Summary:
         """What is known of the run so far; empty before the first stage ended.

@@ -44,7 +44,7 @@ def job(run: RunFiles, arguments: argparse.Namespace) -> int:
     from tuner.promote import promote_stage
     from tuner.report import report_stage
     from tuner.retrain import retrain_stage
-    from tuner.workspace import Workspace, load_data, load_extractors
+    from tuner.workspace import Workspace, load_data, load_extractors, require_fit
 
     try:
         spec = load_spec(run, arguments)
@@ -53,6 +53,7 @@ def job(run: RunFiles, arguments: argparse.Namespace) -> int:
             return show(final_words(run, spec))
         load_extractors(run)
         data = load_data(run, spec)
+        require_fit(run, spec, data)
     except ValueError as error:
         refuse(error)
 

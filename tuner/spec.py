@@ -4,6 +4,7 @@ A spec is checked once, here; inside the package it is trusted. Whatever is wron
 one-line text names the file, the key and the value.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -251,8 +252,26 @@ class Spec(Frozen):
     resources: Resources = Field(Resources(), description="what one trial takes of a node")
     execution: Literal["process", "fused", "auto"] = "auto"
     """process: each trial in its own; fused: many as one array; auto: fused where there is a GPU"""
+    features: Path | None = None
+    """a feature extractor of your own that the search scores with, a program that torch.export.save wrote: images
+    (B, C, H, W) in [0, 1], B free, to features (B, D); PyTorch reads it with pickle, so it must be one you trust"""
+    features_sha256: str | None = None
+    """the SHA-256 of that file, in hex; by default that of the file as it is"""
     seed: Whole = Field(0, ge=0, lt=2**32)
     """what all random numbers of a run are derived from; the splits of the data do not depend on it"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _know_features(cls, value: Any) -> Any:
+        """A run goes on with the file it began with, wherever that lies."""
+        path = value.get("features") if isinstance(value, dict) else None
+        if not isinstance(path, str) or value.get("features_sha256"):
+            return value
+        try:
+            content = Path(path).read_bytes()
+        except (OSError, ValueError) as error:
+            raise ValueError(f"features: {path}: {getattr(error, 'strerror', None) or error}") from error
+        return value | {"features_sha256": hashlib.sha256(content).hexdigest()}
 
     @model_validator(mode="after")
     def _check(self) -> "Spec":
@@ -345,7 +364,7 @@ class Spec(Frozen):
     def differences(self, other: "Spec") -> list[str]:
         """Keys whose values differ, as 'key: ours, theirs'; places and the time limit don't count."""
         ours, theirs = _flatten(self.model_dump(mode="json")), _flatten(other.model_dump(mode="json"))
-        free = {"data.directory", "data.file", "data.download"}
+        free = {"data.directory", "data.file", "data.download", "features"}  # the program's hash says which it is
         free |= {"budget.time_limit", "resources.cpu", "resources.gpu", "execution"}
         return [
             f"{key}: {ours.get(key, 'unset')} here, {theirs.get(key, 'unset')} there"

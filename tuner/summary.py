@@ -1,6 +1,6 @@
 """What `summary.json` of a run holds: each part is there once the stage that writes it is done."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -16,12 +16,18 @@ TrialParameters = Annotated[dict[str, Any], AfterValidator(lambda found: Paramet
 
 
 class ExtractorInfo(_Part):
-    """A frozen feature extractor: its file's hash, its shape, and how often it is right on the validation split."""
+    """A frozen feature extractor: its kind, its file's hash, and how often a classifier is right on validation."""
 
+    kind: Literal["classifier", "untrained", "wavelets", "program"]
     sha256: str
-    accuracy: float
-    width: int
-    deep: bool
+    accuracy: float | None = None
+
+    @property
+    def words(self) -> str:
+        """What it is: for people."""
+        if self.accuracy is not None:
+            return f"a classifier, {self.accuracy:.1%} right"
+        return {"untrained": "untrained networks", "wavelets": "wavelet packets"}.get(self.kind, f"a {self.kind}")
 
 
 class Scores(_Part):

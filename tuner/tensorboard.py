@@ -117,11 +117,12 @@ class TensorBoard:
         self._add(writer, end)
         self.writers.pop(self.names[number]).close()
 
-    def embed(self, latents: torch.Tensor, labels: torch.Tensor, images: torch.Tensor) -> None:
-        """The projector: latents (N, Z) with labels (N,) and images (N, C, H, W) in [0, 1] as sprites."""
+    def embed(self, latents: torch.Tensor, labels: torch.Tensor | None, images: torch.Tensor) -> None:
+        """The projector: latents (N, Z), labels (N,) if there are any, images (N, C, H, W) in [0, 1] as sprites."""
         shutil.rmtree(self.directory / "projector", ignore_errors=True)  # an export that is made again
         writer = self._writer("projector")
-        writer.add_embedding(latents, [str(label) for label in labels.tolist()], 1 - images, tag="test_latents")
+        shown = None if labels is None else [str(label) for label in labels.tolist()]
+        writer.add_embedding(latents, shown, 1 - images, tag="test_latents")
         self.writers.pop("projector").close()
 
     def close(self) -> None:

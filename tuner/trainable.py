@@ -43,8 +43,7 @@ def search_scorer(spec: Spec, data: Data, extractor: FeatureExtractor) -> Scorer
 
 def search_fitter(spec: Spec, data: Data) -> Fitter:
     """What fits the priors of all trials of a search."""
-    samples = min(SEARCH_SAMPLES, len(data.train))
-    return Fitter(data.train, seed=spec.seed, count=SEARCH_PRIOR_IMAGES, matching_count=samples // 5)
+    return Fitter(data.train, seed=spec.seed, count=SEARCH_PRIOR_IMAGES, samples=SEARCH_SAMPLES)
 
 
 class FileServer:

@@ -52,8 +52,8 @@ def search_stage(
     with stage(run, "extractor") as progress:
         for name in EXTRACTORS:
             extractors.keep(name)
-        right = (f"{name} extractor {info.accuracy:.1%} right" for name, info in run.summary().extractors.items())
-        progress.done(", ".join(right))
+        described = (f"{name} extractor: {info.words}" for name, info in run.summary().extractors.items())
+        progress.done("; ".join(described))
     states = Counter(row["state"] for row in table.rows)
     run.update_summary(trials={state: states[state] for state in ENDED})
     return table.rows

@@ -18,8 +18,17 @@ from tuner.summary import ExtractorInfo
 from tuner.terminal import Progress
 from tuner.vae.checkpoint import Checkpoint
 from tuner.vae.data import Data, Split, as_floats
-from tuner.vae.extractor import FeatureExtractor, load_extractor, to_bytes
-from tuner.vae.fitted import FittedModel, Fitter
+from tuner.vae.extractor import (
+    Classifier,
+    FeatureExtractor,
+    Program,
+    WaveletPackets,
+    draw_untrained,
+    load_extractor,
+    to_bytes,
+    train_classifier,
+)
+from tuner.vae.fitted import FittedModel, Fitter, grey_share
 from tuner.vae.prior import standard_normal
 from tuner.vae.process import settle
 from tuner.vae.score import Scorer
@@ -27,8 +36,9 @@ from tuner.vae.seeds import Stream, derive_seed
 
 FINAL_SAMPLES = 10_000  # outside of the search a score may cost more
 FINAL_PRIOR_IMAGES = 50_000
-# Name: width, and whether it is deep. The search never sees the second, which sees what the first can't.
-EXTRACTORS = {"search": (16, False), "second": (16, True)}
+EXTRACTORS = ("search", "second")  # the search never sees the second, which sees what the first can't
+MOST_GREY = 0.5  # share of pixels; of MNIST's 0.09 are, of Fashion-MNIST's 0.40, of the digits' 0.42
+GREY_IMAGES = 1_000
 
 
 @dataclass(frozen=True)
@@ -55,8 +65,7 @@ class Workspace:
     def fitter(self) -> Fitter:
         """Fits what is exported, guided by the second extractor, which after the promotion scores nothing any more."""
         count, guide = FINAL_PRIOR_IMAGES, self.extractors["second"]
-        samples = min(FINAL_SAMPLES, len(self.data.train))
-        return Fitter(self.data.train, seed=self._seed, count=count, matching_count=samples // 5, guide=guide)
+        return Fitter(self.data.train, seed=self._seed, count=count, samples=FINAL_SAMPLES, guide=guide)
 
     @property
     def _seed(self) -> int:
@@ -124,16 +133,67 @@ def run_alone(module: str, description: str, work: Callable[[Workspace], object]
     return 0
 
 
+def require_fit(run: RunFiles, spec: Spec, data: Data) -> None:
+    """Raises ValueError, one line, where the spec asks for what does not go with these images."""
+    grey, refused, why = grey_share(as_floats(data.train.images[:GREY_IMAGES])), {}, "in colour"
+    if data.shape.channels > 1:
+        refused = {"temperature": "fitted", "pixels": "binary"}
+    elif grey > MOST_GREY:
+        refused, why = {"temperature": "fitted"}, f"of more grey ({grey:.0%} of their pixels) than black and white"
+    for name, value in refused.items():
+        entry = spec.space.get(name)
+        if value in (entry.ends() if entry else [spec.fixed.get(name)]):
+            raise ValueError(f"{'space' if entry else 'fixed'}.{name}: {value} does not go with images {why}")
+    if spec.features:
+        kept = load_extractors(run).get("search")
+        program = kept if isinstance(kept, Program) else read_program(spec)
+        try:
+            program.require_fit(as_floats(data.validation.images[:GREY_IMAGES]))
+        except ValueError as error:
+            raise ValueError(f"features: {spec.features} {error}") from error
+
+
+def read_program(spec: Spec) -> Program:
+    """The user's feature extractor. Raises ValueError where its file is not the one of the spec."""
+    assert spec.features
+    assert spec.features_sha256
+    program = load_extractor(spec.features, spec.features_sha256)
+    if not isinstance(program, Program):
+        raise ValueError(f"{spec.features}: no program of torch.export")
+    return program
+
+
+def needs_training(name: str, spec: Spec, data: Data) -> bool:
+    """Whether an extractor of a run is a classifier."""
+    return (data.classes or 0) > 1 and not (spec.features and name == "search")
+
+
+def make_extractor(name: str, spec: Spec, data: Data) -> FeatureExtractor:
+    """One of a run's extractors: the same spec and data give the same one.
+
+    Where there are labels, two classifiers; else untrained networks, which rank models as those do, and for the second
+    another family: wavelet packets. The user's own program takes the place of the first.
+    """
+    seed = derive_seed(spec.seed, Stream.EXTRACTOR, EXTRACTORS.index(name))
+    if needs_training(name, spec, data):
+        return train_classifier(data, seed, deep=name == "second")
+    if name == "second":
+        return WaveletPackets(data.shape)
+    return read_program(spec) if spec.features else draw_untrained(data.shape, seed)
+
+
 def keep_extractor(run: RunFiles, data: Data, name: str, extractor: FeatureExtractor) -> None:
-    """Write a frozen extractor; describe it by hash, shape and how often it is right on the validation split."""
-    content = to_bytes(extractor)
-    write_atomic(run.extractor(name), content)
-    accuracy = extractor.accuracy(as_floats(data.validation.images), data.validation.labels)
-    digest = hashlib.sha256(content).hexdigest()
-    described = ExtractorInfo(sha256=digest, accuracy=accuracy, width=extractor.width, deep=extractor.deep)
+    """Write a frozen extractor; describe it by kind, hash and how often a classifier is right on validation."""
+    content, held_out = to_bytes(extractor), data.validation
+    write_atomic(run.extractor(name, extractor.kind), content)
+    accuracy = None
+    if isinstance(extractor, Classifier) and held_out.labels is not None:
+        accuracy = extractor.accuracy(as_floats(held_out.images), held_out.labels)
+    described = ExtractorInfo(kind=extractor.kind, sha256=hashlib.sha256(content).hexdigest(), accuracy=accuracy)
     run.update_summary(extractors={name: described})
 
 
 def load_extractors(run: RunFiles) -> dict[str, FeatureExtractor]:
-    """The run's extractors; empty before they were trained. Raises ValueError where a file is not the frozen one."""
-    return {name: load_extractor(run.extractor(name), info.sha256) for name, info in run.summary().extractors.items()}
+    """The run's extractors; empty before they were made. Raises ValueError where a file is not the frozen one."""
+    described = run.summary().extractors
+    return {name: load_extractor(run.extractor(name, info.kind), info.sha256) for name, info in described.items()}

@@ -6,7 +6,7 @@ from tuner import sources
 from tuner.data_spec import DigitsSpec
 from tuner.sources.torchvision import torchvision_datasets
 from tuner.vae.data import Data
-from tuner.vae.extractor import FeatureExtractor, train_extractor
+from tuner.vae.extractor import Classifier, train_classifier
 from tuner.vae.fitted import Fitter
 from tuner.vae.score import Scorer
 
@@ -19,15 +19,15 @@ def digits() -> Data:
 
 
 @pytest.fixture(scope="session")
-def extractor(digits: Data) -> FeatureExtractor:
-    return train_extractor(digits, seed=0, width=8)
+def extractor(digits: Data) -> Classifier:
+    return train_classifier(digits, seed=0, width=8)
 
 
 @pytest.fixture(scope="session")
 def fitter(digits: Data) -> Fitter:
-    return Fitter(digits.train, seed=0, count=997, matching_count=400)
+    return Fitter(digits.train, seed=0, count=997, samples=2_000)
 
 
 @pytest.fixture(scope="session")
-def scorer(digits: Data, extractor: FeatureExtractor) -> Scorer:
+def scorer(digits: Data, extractor: Classifier) -> Scorer:
     return Scorer(extractor, digits.train, digits.validation, seed=0, count=400)

@@ -124,3 +124,29 @@ def test_frechet_distance_has_the_gradient_of_its_formula_also_where_features_ar
     step[3, 1] = 1e-5
     ahead, behind = (frechet_distance(goal, moments(features.detach() + side * step)) for side in (1, -1))
     assert features.grad[3, 1].item() == pytest.approx((ahead - behind).item() / 2e-5, rel=1e-6)
+
+
+def test_groups_are_compared_each_by_itself_and_their_distances_averaged():
+    a = torch.stack([_features(300, seed) for seed in (1, 2, 3)], 1)
+    b = torch.stack([_features(200, seed) for seed in (5, 6, 7)], 1)
+    singles = [frechet_distance(moments(x), moments(y)).item() for x, y in zip(a.unbind(1), b.unbind(1), strict=True)]
+    assert frechet_distance(moments(a), moments(b)).item() == pytest.approx(np.mean(singles), rel=1e-12)
+    kernels = [kernel_distance(x, y) for x, y in zip(a.unbind(1), b.unbind(1), strict=True)]
+    assert kernel_distance(a, b) == pytest.approx(np.mean(kernels), rel=1e-12)
+
+
+def test_one_group_alone_is_as_no_group():
+    a, b = _features(300, 1), _features(200, 2)
+    assert torch.equal(
+        frechet_distance(moments(a.unsqueeze(1)), moments(b.unsqueeze(1))), frechet_distance(moments(a), moments(b))
+    )
+
+
+def test_the_distance_of_groups_has_a_gradient():
+    goal = moments(_features(50, 8).unflatten(1, (2, 3)))
+    features = _features(40, 9).unflatten(1, (2, 3)).requires_grad_()
+    frechet_distance(goal, moments(features)).backward()
+    step = torch.zeros_like(features)
+    step[3, 1, 2] = 1e-5
+    ahead, behind = (frechet_distance(goal, moments(features.detach() + side * step)) for side in (1, -1))
+    assert features.grad[3, 1, 2].item() == pytest.approx((ahead - behind).item() / 2e-5, rel=1e-6)

@@ -139,7 +139,7 @@ def test_a_fitted_prior_of_a_vae_covers_the_posteriors_and_not_only_their_means(
 
 def test_a_matched_mixture_is_guided_by_the_encoder_and_by_the_guide(extractor, digits):
     parameters = VARIATIONAL.model_copy(update={"prior": "matched_mixture", "prior_components": 2})
-    model, options = build(parameters, seed=4), {"seed": 0, "count": 200, "matching_count": 50}
+    model, options = build(parameters, seed=4), {"seed": 0, "count": 200, "samples": 250}
     fitted = {
         name: Fitter(digits.train, **options, guide=guide)(model, wanted).prior
         for name, wanted, guide in (
@@ -154,7 +154,7 @@ def test_a_matched_mixture_is_guided_by_the_encoder_and_by_the_guide(extractor, 
 
 def test_a_matched_mixture_has_a_temperature_of_its_own(digits):
     changes = {"prior": "matched_mixture", "prior_components": 2}
-    model, fitter = _strong(FITTED), Fitter(digits.train, seed=0, count=200, matching_count=50)
+    model, fitter = _strong(FITTED), Fitter(digits.train, seed=0, count=200, samples=250)
     matched = fitter(model, FITTED.model_copy(update=changes))
     samples = matched.draw(matched.prior.sample(1_000, torch.Generator().manual_seed(3)))
     assert grey_share(samples) == pytest.approx(fitter.training_grey, rel=0.05)
@@ -170,7 +170,7 @@ def test_the_same_seed_fits_the_same_and_leaves_the_global_random_state_alone(fi
     again = fitter(_strong(parameters), parameters)
     _assert_same(again, first)
     assert torch.equal(torch.random.get_rng_state(), before)
-    other = Fitter(digits.train, seed=1, count=997, matching_count=50)(_strong(parameters), parameters)
+    other = Fitter(digits.train, seed=1, count=997, samples=250)(_strong(parameters), parameters)
     assert not torch.equal(other.prior.means, first.prior.means)
 
 

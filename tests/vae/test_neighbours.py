@@ -70,3 +70,9 @@ def test_neighbours_vote_for_a_label():
     references, known = _line(0, 0.1, 0.2, 5, 5.1, 5.2), torch.tensor([3, 3, 4, 7, 7, 3])
     labels = torch.tensor([3, 7, 4])
     assert knn_accuracy(_line(0.05, 5.05, 0.3), labels, references, known, 3) == pytest.approx(2 / 3)
+
+
+def test_a_tie_goes_to_the_smaller_label_and_there_can_be_any_number_of_labels():
+    references, known = _line(0, 0.1, 0.2, 0.3), torch.tensor([40_000, 2, 40_000, 2])
+    assert knn_accuracy(_line(0.15), torch.tensor([2]), references, known, 4) == 1
+    assert knn_accuracy(_line(0.1), torch.tensor([40_000]), references, known, 3) == 1

@@ -64,7 +64,7 @@ def test_trials_fits_and_scores_of_one_seed_share_no_numbers(digits):
             state = State.fresh(build, parameters, 5, trial)
             list(train(state, parameters, digits.train.images[:50], [1], seed=5, trial=trial, total_epochs=4))
         stage = "fitted"
-        fitted = Fitter(digits.train, seed=5, count=50, matching_count=50)(state.model, parameters)
+        fitted = Fitter(digits.train, seed=5, count=50, samples=250)(state.model, parameters)
         stage = "scored"
         Scorer(FeatureExtractor(1), digits.train, digits.validation, seed=5, count=50)(fitted)
     finally:

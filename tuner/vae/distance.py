@@ -1,13 +1,19 @@
-"""Distances between two sets of features, in float64. Axes: N and M points, D features."""
+"""Distances between two sets of features, in float64. Axes: N and M points, D features, G groups of features.
+
+Groups are compared each by itself; the distance is the mean over them.
+"""
 
 import torch
 from torch import Tensor
 
-Moments = tuple[Tensor, Tensor]  # mean (D,) and covariance (D, D)
+Moments = tuple[Tensor, Tensor]  # mean (D,) and covariance (D, D), or of groups (G, D) and (G, D, D)
 
 
 def moments(features: Tensor) -> Moments:
-    """Mean (D,) and unbiased covariance (D, D) of features (N, D)."""
+    """Mean and unbiased covariance of features (N, D), or of each group of (N, G, D)."""
+    if features.dim() == 3:
+        means, covariances = zip(*map(moments, features.unbind(1)), strict=True)
+        return torch.stack(means), torch.stack(covariances)
     points = features.double()
     return points.mean(0), points.mT.cov()
 
@@ -19,6 +25,9 @@ def frechet_distance(a: Moments, b: Moments) -> Tensor:
     differentiated by b.
     """
     (mean_a, cov_a), (mean_b, cov_b) = a, b
+    if mean_a.dim() == 2:
+        groups = zip(mean_a, cov_a, mean_b, cov_b, strict=True)
+        return torch.stack([frechet_distance((m_a, c_a), (m_b, c_b)) for m_a, c_a, m_b, c_b in groups]).mean()
     values, vectors = torch.linalg.eigh(cov_a)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.mT
     squares = torch.linalg.eigvalsh(root @ cov_b @ root)
@@ -29,6 +38,9 @@ def frechet_distance(a: Moments, b: Moments) -> Tensor:
 
 def kernel_distance(a: Tensor, b: Tensor) -> float:
     """Unbiased squared MMD of features (N, D) and (M, D), kernel (x.y / D + 1)^3. Binkowski et al. 2018, eq. 4."""
+    if a.dim() == 3:
+        groups = list(map(kernel_distance, a.unbind(1), b.unbind(1)))
+        return sum(groups) / len(groups)
     a, b = a.double(), b.double()
 
     def kernel(x: Tensor, y: Tensor) -> Tensor:

@@ -1,7 +1,16 @@
-"""The extractor: a small classifier trained on the training split and frozen; its features measure samples."""
+"""Feature extractors: frozen networks whose outputs are the space in which images are compared.
+
+Which one serves depends on what there is: a classifier where images have labels; else untrained networks and wavelet
+packets, which need none; or a program of the user's own. Axes: B images, D features, G groups of features, each of
+which is compared by itself.
+"""
 
 import hashlib
+import io
+import json
+import logging
 from pathlib import Path
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -9,85 +18,235 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from tuner.vae.data import Data, as_floats
+from tuner.vae.data import Data, Split, as_floats
+from tuner.vae.shape import ImageShape
 
 FEATURES = 64
 BATCH = 100
 MOST_STEPS, MOST_EPOCHS = 2_000, 50  # 4 epochs of MNIST: 98 % right
+AT_ONCE = 500 * 28 * 28  # numbers in a batch of images whose features are taken
+UNREADABLE = (SafetensorError, LookupError, AttributeError, TypeError, ValueError, ArithmeticError, RuntimeError)
 
 
 class FeatureExtractor(nn.Module):
-    """conv 1 -> width -> 2 width (3x3, stride 2), fully connected 64 (the features), 10 classes.
+    """A `trunk` that makes features (B, D) or (B, G, D) of images, and can be differentiated."""
 
-    A deep one has three convolutions, 1 -> width (5x5) -> 2 width -> 4 width (3x3), the largest of 2x2 after each.
-    """
-
-    def __init__(self, width: int = 16, deep: bool = False):
-        super().__init__()
-        self.width, self.deep = width, deep
-        if deep:
-            layers = [
-                *(nn.Conv2d(1, width, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
-                *(nn.Conv2d(width, 2 * width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-                *(nn.Conv2d(2 * width, 4 * width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-            ]
-        else:
-            layers = [
-                *(nn.Conv2d(1, width, 3, stride=2, padding=1), nn.ReLU()),
-                *(nn.Conv2d(width, 2 * width, 3, stride=2, padding=1), nn.ReLU()),
-            ]
-        flat = 4 * width * 3 * 3 if deep else 2 * width * 7 * 7
-        self.trunk = nn.Sequential(*layers, nn.Flatten(), nn.Linear(flat, FEATURES), nn.ReLU())
-        self.classes = nn.Linear(FEATURES, 10)
+    kind: ClassVar[str]
+    trunk: nn.Module
+    shape: ImageShape
+    options: dict[str, Any]  # what makes another one of the same layers, beside the shape
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """Images (B, 1, 28, 28) in [0, 1] -> (B, 64), the penultimate layer."""
-        return torch.cat([self.trunk(batch) for batch in images.split(500)])
+        """Images (B, C, H, W) in [0, 1], many at a time -> (B, D) or (B, G, D)."""
+        at_once = max(1, AT_ONCE // images[:1].numel()) if len(images) else 1
+        return torch.cat([self.trunk(batch) for batch in images.split(at_once)])
+
+
+class Classifier(FeatureExtractor):
+    """Convolutions (3x3, stride 2) down to the smallest map of the shape, fully connected 64 (the features), classes.
+
+    Channels are `width`, 2 width and then 4 width. A deep one has a convolution more, the first of 5x5, and takes the
+    largest of every 2x2 after each instead of striding.
+    """
+
+    kind = "classifier"
+
+    def __init__(self, shape: ImageShape, classes: int, width: int = 16, deep: bool = False):
+        super().__init__()
+        self.shape, self.options = shape, {"classes": classes, "width": width, "deep": deep}
+        layers: list[nn.Module] = []
+        maps = shape.maps()
+        before, size = shape.channels, maps[-1]
+        for depth in range(len(maps) if deep else len(maps) - 1):
+            channels = width * min(2**depth, 4)
+            if deep:
+                kernel = 3 if depth else 5
+                layers += [nn.Conv2d(before, channels, kernel, padding=kernel // 2), nn.ReLU(), nn.MaxPool2d(2)]
+            else:
+                layers += [nn.Conv2d(before, channels, 3, stride=2, padding=1), nn.ReLU()]
+            before = channels
+        if deep:
+            size = shape.height >> len(maps), shape.width >> len(maps)
+        flat = before * size[0] * size[1]
+        self.trunk = nn.Sequential(*layers, nn.Flatten(), nn.Linear(flat, FEATURES), nn.ReLU())
+        self.classes = nn.Linear(FEATURES, classes)
 
     @torch.no_grad()
     def accuracy(self, images: Tensor, labels: Tensor) -> float:
-        """Share of images (B, 1, 28, 28) whose class is right."""
+        """Share of images (B, C, H, W) whose class is right."""
         return float((self.classes(self.features(images)).argmax(1) == labels).double().mean())
 
 
-def train_extractor(data: Data, seed: int, width: int = 16, deep: bool = False) -> FeatureExtractor:
-    """Train and freeze an extractor: the same `seed` gives the same one."""
+class UntrainedNetworks(FeatureExtractor):
+    """Three convolutional networks as they are drawn: a group of 64 features each.
+
+    They need no labels, and rank generators as trained ones do (benchmarks/label_free.py).
+    """
+
+    kind = "untrained"
+
+    def __init__(self, shape: ImageShape, width: int = 32, count: int = 3):
+        super().__init__()
+        self.shape, self.options = shape, {"width": width, "count": count}
+        self.trunk = _Groups(_untrained(shape, width) for _ in range(count))
+
+
+class WaveletPackets(FeatureExtractor):
+    """The packets of a Haar wavelet transform, the groups, each of 8x8 at most. Veeramacheneni et al. 2025."""
+
+    kind = "wavelets"
+
+    def __init__(self, shape: ImageShape):
+        super().__init__()
+        self.shape, self.options = shape, {}
+        self.trunk = HaarPackets(len(shape.maps()) - 1)
+
+
+class Program(FeatureExtractor):
+    """A program that `torch.export.save` wrote, of the user's own: images (B, C, H, W) in [0, 1] -> features (B, D).
+
+    PyTorch reads such a file with pickle, so it can run any code. Raises ValueError on a file that is none.
+    """
+
+    kind = "program"
+
+    def __init__(self, content: bytes):
+        super().__init__()
+        self.content = content
+        logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # it prints a traceback before it raises
+        try:
+            self.trunk = torch.export.load(io.BytesIO(content)).module()
+        except Exception as error:  # whatever its parts raise
+            raise ValueError(f"no program of torch.export: {_one_line(error)}") from error
+
+    def __reduce__(self) -> tuple[type["Program"], tuple[bytes]]:
+        return Program, (self.content,)
+
+    def require_fit(self, images: Tensor) -> None:
+        """Raises ValueError unless such images (N, C, H, W), in batches of any size, give features to compare."""
+        for batch in (images[:1], images[:2], images):
+            try:
+                found = self.trunk(batch)
+            except Exception as error:  # whatever its own operators and guards raise
+                shape = "x".join(map(str, batch.shape))
+                raise ValueError(f"takes no images {shape}: {_one_line(error)}") from error
+            if not (isinstance(found, Tensor) and found.is_floating_point() and found.dim() == 2 and found.numel()):
+                shown = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+                raise ValueError(f"gives {shown} for {len(batch)} images; expected floats (images, features)")
+            if len(found) != len(batch):
+                raise ValueError(f"gives {len(found)} rows of features for {len(batch)} images")
+            if not bool(found.isfinite().all()):
+                raise ValueError("gives features that are not finite")
+
+
+class HaarPackets(nn.Module):
+    """Images (B, C, H, W) -> packets (B, 4^levels, C h w), orthonormal; the first holds means.
+
+    A row or column more is repeated where a side is odd.
+    """
+
+    def __init__(self, levels: int):
+        super().__init__()
+        self.levels = levels
+
+    def forward(self, images: Tensor) -> Tensor:
+        packets = images.unsqueeze(1)
+        for _ in range(self.levels):
+            height, width = packets.shape[-2:]
+            if height % 2 or width % 2:
+                flat = F.pad(packets.flatten(1, 2), (0, width % 2, 0, height % 2), mode="replicate")
+                packets = flat.unflatten(1, packets.shape[1:3])
+            a, b = packets[..., ::2, ::2], packets[..., ::2, 1::2]
+            c, d = packets[..., 1::2, ::2], packets[..., 1::2, 1::2]
+            packets = torch.cat([a + b + c + d, a - b + c - d, a + b - c - d, a - b - c + d], 1) / 2
+        return packets.flatten(2)
+
+
+class _Groups(nn.ModuleList):
+    """Images (B, C, H, W) -> what each of the networks makes of them, side by side: (B, G, D)."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.stack([network(images) for network in self], 1)
+
+
+def _untrained(shape: ImageShape, width: int) -> nn.Sequential:
+    """Convolutions as a classifier's, and a random projection."""
+    layers: list[nn.Module] = []
+    before = shape.channels
+    for depth in range(len(shape.maps()) - 1):
+        channels = width * min(2**depth, 4)
+        layers += [nn.Conv2d(before, channels, 3, stride=2, padding=1), nn.ReLU()]
+        before = channels
+    height, width = shape.maps()[-1]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(before * height * width, FEATURES))
+
+
+KINDS: dict[str, type[Any]] = {made.kind: made for made in (Classifier, UntrainedNetworks, WaveletPackets)}
+Extractor = TypeVar("Extractor", bound=FeatureExtractor)
+
+
+def frozen(extractor: Extractor) -> Extractor:
+    return extractor.eval().requires_grad_(False)
+
+
+def train_classifier(data: Data, seed: int, width: int = 16, deep: bool = False) -> Classifier:
+    """Train and freeze a classifier of labelled data: the same `seed` gives the same one."""
+    assert data.classes is not None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return fit(FeatureExtractor(width, deep), data)
+        return fit(Classifier(data.shape, data.classes, width, deep), data.train)
 
 
-def fit(extractor: FeatureExtractor, data: Data) -> FeatureExtractor:
+def fit(extractor: Classifier, train: Split) -> Classifier:
     """Train and freeze in place: Adam 4e-3 with cosine decay on the training split, no augmentation."""
-    steps = min(MOST_STEPS, MOST_EPOCHS * len(data.train) // BATCH)
+    assert train.labels is not None
+    steps = min(MOST_STEPS, MOST_EPOCHS * len(train) // BATCH)
     optimizer = torch.optim.Adam(extractor.parameters(), lr=4e-3, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     order = torch.empty(0, dtype=torch.long)
     for _ in range(steps):
         if len(order) < BATCH:
-            order = torch.cat([order, torch.randperm(len(data.train))])
+            order = torch.cat([order, torch.randperm(len(train))])
         index, order = order[:BATCH], order[BATCH:]
-        logits = extractor.classes(extractor.trunk(as_floats(data.train.images[index])))
+        logits = extractor.classes(extractor.trunk(as_floats(train.images[index])))
         optimizer.zero_grad(set_to_none=True)
-        F.cross_entropy(logits, data.train.labels[index]).backward()
+        F.cross_entropy(logits, train.labels[index]).backward()
         optimizer.step()
         schedule.step()
-    return extractor.eval().requires_grad_(False)
+    return frozen(extractor)
+
+
+def draw_untrained(shape: ImageShape, seed: int) -> UntrainedNetworks:
+    """The same `seed` gives the same networks."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return frozen(UntrainedNetworks(shape))
 
 
 def to_bytes(extractor: FeatureExtractor) -> bytes:
-    """The frozen extractor as a safetensors file."""
-    return save(extractor.state_dict())
+    """A program's own file; of the others a safetensors file that says what it is of."""
+    if isinstance(extractor, Program):
+        return extractor.content
+    described = {"kind": extractor.kind, "shape": extractor.shape, **extractor.options}
+    return save(extractor.state_dict(), metadata={"extractor": json.dumps(described)})
 
 
 def from_bytes(content: bytes) -> FeatureExtractor:
-    """What `to_bytes` wrote. Raises SafetensorError, KeyError or RuntimeError on anything else."""
+    """What `to_bytes` wrote. Raises one of `UNREADABLE` on anything else."""
+    if content.startswith(b"PK"):  # as every zip file does
+        return Program(content)
     weights = load(content)
-    convolutions = sum(weight.dim() == 4 for weight in weights.values())
-    extractor = FeatureExtractor(len(weights["trunk.0.weight"]), deep=convolutions == 3)
-    extractor.load_state_dict(weights)
-    return extractor.eval().requires_grad_(False)
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    described = json.loads(header["__metadata__"]["extractor"])
+    with torch.device("meta"):  # takes neither time nor random numbers
+        made: FeatureExtractor = KINDS[described.pop("kind")](ImageShape(*described.pop("shape")), **described)
+    made.load_state_dict(weights, assign=True)
+    return frozen(made)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def load_extractor(path: Path, sha256: str) -> FeatureExtractor:
@@ -100,5 +259,5 @@ def load_extractor(path: Path, sha256: str) -> FeatureExtractor:
         raise ValueError(f"{path}: not the extractor this run was scored with (its SHA-256 differs)")
     try:
         return from_bytes(content)
-    except (SafetensorError, KeyError, RuntimeError) as error:
-        raise ValueError(f"{path}: not readable as an extractor: {' '.join(str(error).split())[:200]}") from error
+    except UNREADABLE as error:
+        raise ValueError(f"{path}: not readable as an extractor: {_one_line(error)}") from error

@@ -113,14 +113,13 @@ class Fitter:
     """Fits what is fitted after training, on the codes of `count` training images.
 
     Randomness depends on `seed` alone. Matched mixtures are fitted by the model's own encoder and by a `guide`, an
-    extractor that must not be the one that scores them; each of their steps draws `matching_count` samples.
+    extractor that must not be the one that scores them; each of their steps draws a fifth of the `samples` of a score,
+    of which there are no more than training images.
     """
 
-    def __init__(
-        self, train: Split, *, seed: int, count: int, matching_count: int, guide: FeatureExtractor | None = None
-    ):
+    def __init__(self, train: Split, *, seed: int, count: int, samples: int, guide: FeatureExtractor | None = None):
         self.images = as_floats(train.images[shuffled(len(train), seed)[:count]])
-        self.seed, self.matching_count, self.guide = seed, matching_count, guide
+        self.seed, self.matching_count, self.guide = seed, min(samples, len(train)) // 5, guide
 
     @cached_property
     def training_grey(self) -> float:

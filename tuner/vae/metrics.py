@@ -36,7 +36,9 @@ FINAL_METRICS = {
     "recall": Metric("maximize", "ratio", "share of test images near a sample, over that of as many training images"),
     "coverage": Metric("maximize", "ratio", "share of test images with a sample near, over that of training images"),
     "copied": Metric("minimize", "share", "samples closer to a training image than its own nearest; less test's share"),
-    "knn_accuracy": Metric("maximize", "share", "test images whose 5 nearest training latents vote for their class"),
+    "knn_accuracy": Metric(
+        "maximize", "share", "test images whose 5 nearest training latents vote for their class, where there are labels"
+    ),
 }
 
 
