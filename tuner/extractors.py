@@ -10,7 +10,6 @@ from pathlib import Path
 from types import TracebackType
 
 from tuner import sources
-from tuner.data_spec import DataSpec
 from tuner.exits import CutOff
 from tuner.run import RunFiles
 from tuner.spec import Spec
