@@ -156,7 +156,7 @@ def _in_threads(function: Callable[[Any], Result], items: Sequence[Any], say: Sa
 def _tell_damaged(damaged: Sequence[str], count: int, spec: DecodedSpec) -> None:
     """Raises ValueError, or says that they are left out."""
     words = f"{spec.place}: {len(damaged):,} of {count:,} images can't be read"
-    names = ", ".join(damaged[:NAMED]) + (", ..." if len(damaged) > NAMED else "")
+    names = " ".join(", ".join([*damaged[:NAMED], "..."][: len(damaged)]).split())  # a name can hold a line break
     if spec.on_damaged == "refuse":
         raise ValueError(f"{words}: {names}; data.on_damaged=skip leaves them out")
     print(f"{words} and are left out: {names}", file=sys.stderr)
@@ -166,10 +166,14 @@ def _file(kept: Path, split: str) -> Path:
     return kept / f"{split}.safetensors"
 
 
+def _signature(key: str, name: str, split: Split) -> dict[str, str]:
+    return {"key": key, "split": name, "sha256": split.fingerprint()}
+
+
 def _keep(kept: Path, splits: Splits, key: str) -> None:
     for name, split in splits.items():
         tensors = {"images": split.images} | ({} if split.labels is None else {"labels": split.labels})
-        write_atomic(_file(kept, name), save(tensors, {"key": key, "fingerprint": split.fingerprint()}))
+        write_atomic(_file(kept, name), save(tensors, _signature(key, name, split)))
 
 
 def _read_kept(kept: Path, wanted: Sequence[str], key: str) -> Splits | None:
@@ -178,11 +182,12 @@ def _read_kept(kept: Path, wanted: Sequence[str], key: str) -> Splits | None:
     for name in wanted:
         try:
             with safe_open(_file(kept, name), "pt") as file:
-                split = Split(**{part: file.get_tensor(part) for part in file.keys()})  # noqa: SIM118
+                tensors = {part: file.get_tensor(part) for part in file.keys()}  # noqa: SIM118
                 known = file.metadata()
-        except (OSError, SafetensorError):
+            split = Split(tensors["images"], tensors.get("labels"))
+        except (OSError, SafetensorError, KeyError):
             return None
-        if known != {"key": key, "fingerprint": split.fingerprint()}:
+        if known != _signature(key, name, split):
             return None
         found[name] = split
     return found

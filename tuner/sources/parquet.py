@@ -1,5 +1,6 @@
 """Hugging Face's data sets: tables with a column of encoded images."""
 
+import os
 import re
 from functools import lru_cache, partial
 from pathlib import Path
@@ -44,7 +45,8 @@ def pictures(spec: ParquetSpec) -> list[Picture]:
             labelled = spec.labels == "auto" and LABEL in table.schema_arrow.names
             labels = table.read([LABEL]).column(0).to_pylist() if labelled else [None] * sum(groups)
         except (OSError, pa.ArrowException) as error:
-            raise ValueError(f"{path}: {getattr(error, 'strerror', None) or 'not a whole Parquet file'}") from error
+            number = getattr(error, "errno", None)
+            raise ValueError(f"{path}: {os.strerror(number) if number else 'not a whole Parquet file'}") from error
         places = [(group, row) for group, count in enumerate(groups) for row in range(count)]
         for number, (place_of, label) in enumerate(zip(places, labels, strict=True)):
             listed.append(Picture(f"{name} row {number}", partial(content, path, *place_of), split, label))

@@ -1,0 +1,65 @@
+"""Where images come from, as a spec says it."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import TypeAdapter, ValidationError
+
+from tuner.data_spec import DataSpec
+
+PLACED: dict[str, dict[str, object]] = {name: {} for name in ("digits", "mnist", "fashion_mnist", "kmnist", "qmnist")}
+PLACED |= {"emnist": {}, "cifar10": {}, "svhn": {}, "folder": {"directory": "data"}}
+PLACED |= {"parquet": {"file": "data"}, "arrays": {"file": "data"}}
+BRIGHT = {"digits", "mnist", "kmnist", "qmnist", "emnist"}
+
+
+def parse(**keys: object) -> DataSpec:
+    return TypeAdapter(DataSpec).validate_python(keys)
+
+
+@pytest.mark.parametrize("name", PLACED)
+def test_a_source_has_a_place_and_can_be_elsewhere(name):
+    spec = parse(name=name, **PLACED[name])
+    assert spec.place == Path("data")
+    assert spec.at(None) == spec
+    moved = spec.at(Path("elsewhere"))
+    assert moved.place == Path("elsewhere")
+    assert moved != spec
+    assert moved.at(Path("data")) == spec
+    assert spec.model_dump(mode="json")["name"] == name
+    assert parse(**spec.model_dump(mode="json")) == spec
+
+
+@pytest.mark.parametrize("name", PLACED)
+def test_ink_is_what_is_bright_on_black(name):
+    assert parse(name=name, **PLACED[name]).ink == (name in BRIGHT)
+    if name in ("folder", "parquet", "arrays"):
+        assert parse(name=name, invert=True, **PLACED[name]).ink
+
+
+def test_the_default_is_digits():
+    assert parse() == parse(name="digits")
+    assert parse(directory="elsewhere").name == "digits"
+
+
+@pytest.mark.parametrize("size", [16, 20, 28, 64, 124, 128])
+def test_sizes_are_in_steps_of_4(size):
+    assert parse(name="folder", directory="data", size=size).size == size
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        *({"size": size} for size in (12, 15, 18, 30, 132, 64.5, True, "64")),
+        *({"channels": channels} for channels in (0, 2, 4)),
+        {"labels": "some"},
+        {"on_damaged": "repair"},
+        {"split": "balanced"},
+        {"file": "photos"},
+        {"download": True},
+    ],
+    ids=str,
+)
+def test_what_makes_no_folder_is_refused(keys):
+    with pytest.raises(ValidationError):
+        parse(name="folder", directory="data", **keys)
