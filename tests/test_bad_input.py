@@ -77,6 +77,14 @@ def _write_mnist(directory: Path) -> Path:
     return raw
 
 
+def _write_photos(place: Path, count: int) -> Path:
+    """A folder of grey images."""
+    place.mkdir()
+    for number in range(count):
+        (place / f"{number}.png").write_bytes(b"P5 16 16 255 " + bytes([number // 256, number % 256, *bytes(254)]))
+    return place
+
+
 def _run_of(directory: Path, *overrides: tuple[str, object]) -> RunFiles:
     """A run directory as a search begins it: its spec alone."""
     run = RunFiles(directory)
@@ -258,6 +266,26 @@ def test_mnist_that_is_nowhere_and_may_not_be_downloaded(refused):
 def test_a_data_directory_that_is_a_file(refused, tmp_path):
     (tmp_path / "there").write_text("mine")
     assert "no MNIST in there/MNIST/raw" in refused(MNIST, "--data-dir", "there", *OFFLINE, "--run", "run")
+
+
+@pytest.mark.parametrize(
+    ("write", "words"),
+    [
+        (lambda place: None, "there: No such file or directory"),
+        (lambda place: place.write_text("mine"), "there: not a folder, and not a whole .zip"),
+        (lambda place: place.mkdir(), "there: no images in it"),
+        (lambda place: _write_photos(place, 40), "there: too few images: "),
+        (lambda place: (_write_photos(place, 40) / "7.png").write_text("mine"), "there: 1 of 40 images can't be read"),
+        (lambda place: (_write_photos(place, 2) / "0.png").rename(place / "test"), "there: too few images: "),
+    ],
+    ids=["nowhere", "a file", "empty", "too few", "damaged", "a file in the place of a split"],
+)
+def test_a_folder_that_gives_no_images(refused, tmp_path, write, words):
+    write(tmp_path / "there")
+    spec = yaml.safe_load(SEARCH) | {"data": {"name": "folder", "directory": "elsewhere", "size": 16}}
+    (tmp_path / "photos.yaml").write_text(yaml.safe_dump(spec))
+    assert words in refused("photos.yaml", "--data-dir", "there", "--run", "run")
+    assert "elsewhere: No such file or directory" in refused("photos.yaml", "--run", "run")
 
 
 # Run directories

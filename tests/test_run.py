@@ -133,6 +133,7 @@ def test_a_claim_removes_what_a_killed_process_left_half_written_and_nothing_els
         directory / f".{name}.01234567.tmp"
         for directory, name in [
             (run.path, "summary.json"),
+            (run.images, "train.safetensors"),
             (run.extractors, "search.safetensors"),
             (run.checkpoints, "0003.pt"),
             (run.retrain, "checkpoint.pt"),
@@ -165,7 +166,8 @@ def test_a_folder_that_a_killed_command_had_only_just_made_is_no_foreign_one(run
     with run.claimed():
         assert not run.is_foreign()
     (run.path / ".spec.yaml.01234567.tmp").write_text("space:")
-    assert sorted(os.listdir(run.path)) == [".lock", ".spec.yaml.01234567.tmp"]
+    run.images.mkdir()  # images are decoded before anything else
+    assert sorted(os.listdir(run.path)) == [".images", ".lock", ".spec.yaml.01234567.tmp"]
     assert not run.is_foreign()
 
 

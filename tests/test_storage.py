@@ -165,11 +165,11 @@ def test_a_mirror_that_pulled_writes_only_what_has_changed_since(bucket, tmp_pat
     assert contents(bucket + "/mine") == {"spec.yaml": b"s", "study.journal": b"1", "checkpoints/0000.pt": b"changed"}
 
 
-def test_locks_temporary_files_and_rays_own_folder_stay_behind(bucket, tmp_path):
+def test_locks_temporary_files_decoded_images_and_rays_own_folder_stay_behind(bucket, tmp_path):
     mirror = mirror_of(bucket + "/mine", tmp_path / "run")
     put(mirror.run, spec_yaml="s", ray__search__state_json="{}")
-    for name in (".lock", ".trials.csv.1234.tmp", "checkpoints/.0000.pt.1234.tmp"):
-        path = mirror.run.path / name
+    names = (".lock", ".trials.csv.1234.tmp", "checkpoints/.0000.pt.1234.tmp")
+    for path in (*(mirror.run.path / name for name in names), mirror.run.images / "train.safetensors"):
         path.parent.mkdir(exist_ok=True)
         path.touch()
     with mirror.run.claimed():

@@ -59,7 +59,7 @@ class RunFiles:
         self.spec = path / "spec.yaml"
         self.journal = path / "study.journal"
         self.trials = path / "trials.csv"
-        self.images = path / "images"
+        self.images = path / ".images"  # decoded; hidden, so that they are no part of what goes to object storage
         self.tensorboard = path / "tensorboard"
         self.ray = path / "ray"
         self.extractors = path / "extractors"

@@ -119,8 +119,7 @@ class Mirror:
     def _belongs(self, path: Path) -> bool:
         inside = path.relative_to(self.run.path)
         hidden = any(part.startswith(".") for part in inside.parts)
-        local = {self.run.ray, self.run.images} & {*path.parents}  # the images can be decoded anew
-        return not hidden and not local and path.is_file()
+        return not hidden and self.run.ray not in path.parents and path.is_file()
 
     def _remote(self, path: Path) -> str:
         return f"{self.root}/{path.relative_to(self.run.path).as_posix()}"

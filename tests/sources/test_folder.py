@@ -3,6 +3,7 @@
 import os
 import shutil
 import zipfile
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 from tuner import sources
 from tuner.data_spec import FolderSpec
 from tuner.sources import folder
+from tuner.sources.decode import decode
 from tuner.vae.data import Data, Split
 
 SHARED = Path(__file__).parents[2].parent / "shared/data"
@@ -85,6 +87,14 @@ def test_labels_are_left_out_on_demand(named):
     data = sources.load(_spec(named, labels="none"))
     assert (data.train.labels, data.validation.labels, data.classes) == (None, None, None)
     assert torch.equal(data.train.images, sources.load(_spec(named)).train.images)
+
+
+def test_progress_is_told(flat, tmp_path):
+    said: list[str] = []
+    sources.load(_spec(flat), tmp_path, said.append)
+    assert said == ["500 of 1,000 images looked at", "500 of 1,000 images decoded"]
+    sources.load(_spec(flat), tmp_path, said.append)
+    assert said[2:] == ["500 of 1,000 images looked at"]
 
 
 def test_a_flat_folder_is_split_by_content_and_has_no_labels(flat, tmp_path):
@@ -267,10 +277,15 @@ def test_too_many_images_are_refused_before_any_is_decoded(tmp_path, monkeypatch
 # What is kept
 
 
+def _written(kept: Path) -> object:
+    path = kept / "train.safetensors"
+    return path.exists() and (path.stat().st_ino, path.stat().st_mtime_ns)
+
+
 def _load(spec: FolderSpec, kept: Path) -> tuple[Data, bool]:
-    """The images, and whether they were decoded."""
-    said: list[str] = []
-    return sources.load(spec, kept, said.append), any("decoded" in words for words in said)
+    """The images, and whether they were decoded, which writes a new file."""
+    before = _written(kept)
+    return sources.load(spec, kept), _written(kept) != before
 
 
 def test_decoding_is_done_once(named, tmp_path):
@@ -330,6 +345,74 @@ def test_a_damaged_file_of_what_is_kept_is_decoded_anew(named, tmp_path, damage)
     path.write_bytes({"emptied": b"", "another's": other}.get(damage, content))
     assert _load(_spec(named), kept)[1]
     assert _fingerprints(_spec(named), kept) == expected
+
+
+# A hundred odd files
+
+SHADE = 140
+MODES = {  # that shade in each
+    "1": 1,
+    "L": SHADE,
+    "LA": (SHADE, 255),
+    "P": SHADE,  # of a grey palette
+    "PA": (SHADE, 255),
+    "RGB": (SHADE,) * 3,
+    "RGBA": (SHADE, SHADE, SHADE, 255),
+    "RGBX": (SHADE, SHADE, SHADE, 0),
+    "CMYK": (0, 0, 0, 255 - SHADE),
+    "YCbCr": (SHADE, 128, 128),
+    "I;16": SHADE * 257,
+    "I": SHADE * 257,
+    "F": SHADE / 255,
+}
+KINDS = "png jpg jpeg gif tif tiff bmp webp ppm tga pcx sgi jp2 im qoi dds ico avif".split()  # noqa: SIM905
+DEEP = {"png", "tif", "tiff", "ppm", "jp2", "im"}  # which hold more than bytes
+SIZES = ((1, 1), (1, 40), (40, 1), (33, 17), (300, 200), (20_000, 20))
+
+
+def _odd_files(place: Path) -> list[str]:
+    """One shade in every mode that every format can hold, in every size -> the names."""
+    names = []
+    for (mode, value), kind in product(MODES.items(), KINDS):
+        size = SIZES[len(names) % len(SIZES)] if kind not in ("ico", "avif") else (64, 64)
+        if mode in ("I;16", "I", "F") and kind not in DEEP:
+            continue
+        image = Image.new(mode, size, value)
+        if mode in ("P", "PA"):
+            image.putpalette(bytes(grey for grey in range(256) for _ in "RGB"))
+        name = f"größe {mode[:1]}/№ {len(names):03d} of {mode}.{kind.upper() if mode == 'L' else kind}"
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            image.save(place / name)
+            names.append(name)
+        except (OSError, KeyError, ValueError):  # a mode that this format has not
+            (place / name).unlink(missing_ok=True)
+    return names
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_hundred_odd_files_give_what_was_painted_or_are_named(tmp_path, capfd, channels):
+    odd, place = tmp_path / "odd", tmp_path / "photos"
+    names = _odd_files(odd)
+    assert len(names) > 100
+    for name in names:
+        found = decode((odd / name).read_bytes(), SIDE, channels)
+        assert found.shape == (channels, SIDE, SIDE), name
+        assert np.abs(found.astype(int) - (255 if " of 1." in name else SHADE)).max() <= 2, name
+    shutil.copytree(odd, place / "train" / "odd")
+    for split, first in (("train", 0), ("val", 300), ("test", 600)):
+        write(place / split / "even", 200, first)
+    damaged = ["half.jpg", "none.png", "text.gif", "lost.tif"]
+    (place / "train/odd/half.jpg").write_bytes((odd / names[-1]).read_bytes()[:20])
+    (place / "train/odd/none.png").write_bytes(b"")
+    (place / "train/odd/text.gif").write_text("text")
+    (place / "train/odd/lost.tif").symlink_to("nowhere")
+    with pytest.raises(ValueError, match=f"4 of {604 + len(names)} images can't be read") as error:
+        sources.load(_spec(place, channels=channels))
+    assert sum(name in str(error.value) for name in damaged) == 3
+    data = sources.load(_spec(place, channels=channels, on_damaged="skip"))
+    assert data.train.labels.bincount().tolist() == [200, len(names)]
+    assert "are left out" in capfd.readouterr().err
 
 
 # Real photographs

@@ -148,8 +148,9 @@ def _in_threads(function: Callable[[Any], Result], items: Sequence[Any], say: Sa
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, of oddities that it gets over
         for start in range(0, len(items), BLOCK):
+            if start:
+                say(f"{start:,} of {len(items):,}")
             results += pool.map(function, items[start : start + BLOCK])
-            say(f"{len(results):,} of {len(items):,}")
     return results
 
 
