@@ -1,4 +1,4 @@
-"""Score finished runs on the test split under extractors that no search ever saw, beside the classic settings.
+"""Score finished runs on labelled images, on the test split, under extractors that no search ever saw, beside the classic settings.
 
     python -m benchmarks.verdict RUN [RUN ...] [--data-dir data] [--classic-epochs 59]
 
@@ -10,8 +10,10 @@ matched mixture. A line for each: floor, the classic distances, and mean and spr
 ratio to the floor, and the gap closed against either classic.
 """
 
+import math
 import statistics
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +27,23 @@ from tuner.run import RunFiles
 from tuner.study import BASELINE
 from tuner.vae import codec
 from tuner.vae.data import Data
-from tuner.vae.extractor import FEATURES, FeatureExtractor, fit
+from tuner.vae.extractor import FEATURES, Classifier, FeatureExtractor, fit
 from tuner.vae.fitted import FittedModel
 from tuner.vae.metrics import FINAL_METRICS, gap_closed
 from tuner.vae.score import Scorer
+from tuner.vae.shape import ImageShape
 from tuner.workspace import FINAL_SAMPLES, baseline_of, load_extractors, open_workspace
 
 SHOWN = ("frechet_distance", "gap_closed", "sharpness", *FINAL_METRICS)
 
 
-class Flat(FeatureExtractor):
-    """No convolution: 784 -> 256 -> 64."""
+class Flat(Classifier):
+    """No convolution: the pixels -> 256 -> 64."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.trunk = nn.Sequential(nn.Flatten(), nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, FEATURES), nn.ReLU())
+    def __init__(self, shape: ImageShape, classes: int):
+        super().__init__(shape, classes)
+        first, second = nn.Linear(shape.numbers, 256), nn.Linear(256, FEATURES)
+        self.trunk = nn.Sequential(nn.Flatten(), first, nn.ReLU(), second, nn.ReLU())
 
 
 class Block(nn.Module):
@@ -53,22 +57,23 @@ class Block(nn.Module):
         return F.gelu(images + self.second(F.gelu(self.first(images))))
 
 
-class Residual(FeatureExtractor):
+class Residual(Classifier):
     """A convolution of 5x5 with stride 2, a block, a convolution of 3x3; means of 2x2 between; GELU."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, shape: ImageShape, classes: int):
+        super().__init__(shape, classes)
+        map_size = math.prod(-(-(side // 4) // 2) for side in shape[1:])
         self.trunk = nn.Sequential(
-            *(nn.Conv2d(1, 24, 5, stride=2, padding=2), nn.GELU(), Block(24), nn.AvgPool2d(2)),
+            *(nn.Conv2d(shape.channels, 24, 5, stride=2, padding=2), nn.GELU(), Block(24), nn.AvgPool2d(2)),
             *(nn.Conv2d(24, 48, 3, padding=1), nn.GELU(), nn.AvgPool2d(2, ceil_mode=True)),
-            *(nn.Flatten(), nn.Linear(48 * 16, FEATURES), nn.GELU()),
+            *(nn.Flatten(), nn.Linear(48 * map_size, FEATURES), nn.GELU()),
         )
 
 
 UNSEEN = {
-    "another seed": FeatureExtractor,
-    "wider": lambda: FeatureExtractor(32),
-    "another seed of the deep one": lambda: FeatureExtractor(deep=True),
+    "another seed": Classifier,
+    "wider": partial(Classifier, width=32),
+    "another seed of the deep one": partial(Classifier, deep=True),
     "no convolutions": Flat,
     "residual": Residual,
 }
@@ -78,7 +83,7 @@ def extractors(run: RunFiles, data: Data) -> dict[str, FeatureExtractor]:
     result = {f"the run's {name} extractor": extractor for name, extractor in load_extractors(run).items()}
     for seed, (name, make) in enumerate(UNSEEN.items(), start=1_000):
         torch.manual_seed(seed)
-        result[name] = fit(make(), data)
+        result[name] = fit(make(data.shape, data.classes), data.train)
     return result
 
 
@@ -119,7 +124,9 @@ def main() -> None:
     for name, extractor in extractors(runs[0], data).items():
         scorer = Scorer(extractor, data.train, test, seed=88, count=FINAL_SAMPLES)
         distances = {who: scorer.distance(images) for who, images in pictures.items()}
-        line: dict[str, Any] = {"extractor": name, "right": extractor.accuracy(scorer.images, test.labels)}
+        line: dict[str, Any] = {"extractor": name}
+        if isinstance(extractor, Classifier):
+            line["right"] = extractor.accuracy(scorer.images, test.labels)
         line |= {"floor": scorer.floor} | {who: distances[who] for who in ("classic", "classic, as long")}
         ours = [distances[run.name] for run in runs]
         for key, values in {

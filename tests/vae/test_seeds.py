@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 
-from tuner.vae.extractor import FeatureExtractor
+from tuner.vae.extractor import Classifier
 from tuner.vae.fitted import Fitter
 from tuner.vae.model import Builder
 from tuner.vae.parameters import Parameters
@@ -66,7 +66,7 @@ def test_trials_fits_and_scores_of_one_seed_share_no_numbers(digits):
         stage = "fitted"
         fitted = Fitter(digits.train, seed=5, count=50, samples=250)(state.model, parameters)
         stage = "scored"
-        Scorer(FeatureExtractor(1), digits.train, digits.validation, seed=5, count=50)(fitted)
+        Scorer(Classifier(digits.shape, 10, 1), digits.train, digits.validation, seed=5, count=50)(fitted)
     finally:
         sys.setprofile(None)
     assert len(set(used["trained"])) == len(used["trained"]) == 6 * (3 + 4)  # weights, order, noise; pixels a step
