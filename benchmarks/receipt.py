@@ -2,7 +2,7 @@
 
     python -m benchmarks.receipt RUN LOG benchmarks/results/DATE-NAME [--export]
 
-Copies spec, trials.csv, summary.json, the export's model.json, and the log of the command (its first line is the
+Copies spec, trials.csv, summary.json, the export's config.json, and the log of the command (its first line is the
 command) without its lines of progress. Adds the commit, hardware and versions, and a picture of the classic settings'
 samples beside the run's, at the same noise. With --export what it takes to score the export again
 (`tuner.vae.codec.load`), 1 to 3 MB, and its pictures.
@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tuner import spec as specs
 from tuner.run import RunFiles
 from tuner.vae.image_grid import grid, png, samples
 from tuner.workspace import baseline_of, best_of
@@ -35,7 +36,7 @@ def keep(run: RunFiles, log: Path, destination: Path, export: bool) -> None:
     for path in (run.spec, run.trials, run.summary_file):
         shutil.copy(path, destination)
     (destination / "export").mkdir()
-    for name in ("model.json", *(EXPORTED if export else ())):
+    for name in ("config.json", *(EXPORTED if export else ())):
         shutil.copy(run.export / name, destination / "export")
     (destination / "log.txt").write_text(without_progress(log.read_text()))
     environment = {
@@ -66,12 +67,12 @@ def without_progress(log: str) -> str:
 
 
 def side_by_side(run: RunFiles) -> np.ndarray:
-    """The classic settings from N(0, I) on the left, what the run exported on the right: grey (H, W) uint8."""
-    summary = run.summary()
+    """The classic settings from N(0, I) on the left, what the run exported on the right: (H, W) or (H, W, 3) uint8."""
+    summary, ink = run.summary(), specs.load(run.spec).data.ink
     assert summary.best
     ours = best_of(run, run.retrain_checkpoint if summary.retrain else run.checkpoint(summary.best.trial))
-    pictures = [grid(samples(fitted, SHOWN), COLUMNS) for fitted in (baseline_of(run), ours)]
-    gap = np.full((pictures[0].shape[0], MARGIN), 255, np.uint8)
+    pictures = [grid(samples(fitted, SHOWN), COLUMNS, ink) for fitted in (baseline_of(run), ours)]
+    gap = np.full((len(pictures[0]), MARGIN, *pictures[0].shape[2:]), 255, np.uint8)
     return np.concatenate([pictures[0], gap, pictures[1]], axis=1)
 
 

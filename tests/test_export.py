@@ -34,11 +34,11 @@ from tuner.workspace import baseline_of, best_of
 build = Builder(ImageShape(1, 28, 28))
 
 FILES = {
+    "config.json",
     "decoder.onnx",
     "decoder.pt2",
     "encoder.onnx",
     "encoder.pt2",
-    "model.json",
     "neighbours.png",
     "prior.npz",
     "prior.onnx",
@@ -124,7 +124,9 @@ def test_a_bent_prior_leaves_as_arrays_and_programs_that_agree(digits, tmp_path)
         weight.copy_(torch.randn(weight.shape, generator=generator))
     mixture = Prior(torch.tensor([0.3, 0.7]), torch.tensor([[-1.0, 0], [1, 1]]), torch.eye(2).repeat(2, 1, 1), flow)
     bent = FittedModel(build(parameters, seed=0), parameters, mixture, temperature=0.5)
-    write_files(bent, {"parameters": parameters.model_dump(), "temperature": 0.5}, tmp_path, digits[:1])
+    images = {"shape": [1, 28, 28], "ink": True}
+    info = {"images": images, "parameters": parameters.model_dump(), "temperature": 0.5}
+    write_files(bent, info, tmp_path, digits[:1])
     check_files(bent, digits, tmp_path)
     drawn, loaded = mixture.sample(20, torch.Generator().manual_seed(1)), codec.load(tmp_path).fitted
     assert torch.equal(loaded.prior.sample(20, torch.Generator().manual_seed(1)), drawn)
@@ -137,8 +139,9 @@ def test_a_bent_prior_leaves_as_arrays_and_programs_that_agree(digits, tmp_path)
         check_files(replace(bent, temperature=0.6), digits, tmp_path)
 
 
-def test_model_json_says_what_it_is_and_where_it_comes_from(export, finished_run, workspace, kept):
-    info, summary = json.loads((export / "model.json").read_text()), finished_run.summary()
+def test_the_config_says_what_it_is_and_where_it_comes_from(export, finished_run, workspace, kept):
+    info, summary = json.loads((export / "config.json").read_text()), finished_run.summary()
+    assert info["images"] == {"shape": [1, 28, 28], "values": [0, 1], "ink": True, "resize": None}
     assert info["parameters"] == summary.retrain.parameters
     assert info["temperature"] == kept.temperature
     assert info["test"] == summary.test.exported.model_dump()

@@ -129,7 +129,7 @@ def torch_bytes(tree: Any) -> bytes:
 
 def goes_on(checkpoint: Checkpoint, spec: Spec) -> None:
     assert isinstance(checkpoint.evaluation, dict)
-    fastest_step(checkpoint.state, checkpoint.parameters.likelihood, torch.device("cpu")).store()
+    fastest_step(checkpoint.state, checkpoint.parameters, torch.device("cpu")).store()
     assert checkpoint.state.step >= 0
     assert checkpoint.best is None or samples(checkpoint.best, 200).shape == (200, 1, 28, 28)
 
@@ -139,7 +139,8 @@ def tells_digits(extractor: FeatureExtractor, spec: Spec) -> None:
 
 
 def draws(loaded: codec.Codec, spec: Spec) -> None:
-    assert loaded.sample(3).shape == loaded.decode(loaded.encode(torch.zeros(3, 28, 28))).shape == (3, 1, 28, 28)
+    shape = (3, *loaded.fitted.model.shape)
+    assert loaded.sample(3).shape == loaded.decode(loaded.encode(torch.zeros(shape))).shape == shape
 
 
 def is_shown(summary: Summary, spec: Spec) -> None:
@@ -171,7 +172,7 @@ def extractor_of(run: RunFiles) -> FeatureExtractor:
 READERS: dict[str, tuple[Callable[[RunFiles], Any], Callable[[Any, Spec], None]]] = {
     "checkpoints/0003.pt": (lambda run: read_checkpoint(run, run.checkpoint(3)), goes_on),
     "extractors/search.safetensors": (extractor_of, tells_digits),
-    "export/model.json": (lambda run: codec.load(run.export), draws),
+    "export/config.json": (lambda run: codec.load(run.export), draws),
     "export/weights.safetensors": (lambda run: codec.load(run.export), draws),
     "export/prior.npz": (lambda run: codec.load(run.export), draws),
     "summary.json": (RunFiles.summary, is_shown),
@@ -212,8 +213,8 @@ def check(run: RunFiles, spec: Spec, files: dict[str, bytes], name: str, content
     """The file is refused by its name, or its reader gives something of use."""
     path, (read, use) = run.path / name, READERS[name]
     path.write_bytes(content)
-    # Another's weights or prior are no part of what a model.json with other parameters tells.
-    found = result_of(lambda: read(run), *([str(run.export)] if name == "export/model.json" else [str(path)]))
+    # Another's weights or prior are no part of what a config.json with other parameters tells.
+    found = result_of(lambda: read(run), *([str(run.export)] if name == "export/config.json" else [str(path)]))
     if found is not None:
         use(found, spec)
     path.write_bytes(files[name])
@@ -228,7 +229,7 @@ def test_a_damaged_file(run, spec, files, name, damage):
 
 FORMATS: dict[str, tuple[Callable[[bytes], Any], Callable[[Any], bytes]]] = {
     "checkpoints/0003.pt": (lambda content: torch.load(io.BytesIO(content), weights_only=True), torch_bytes),
-    "export/model.json": (json.loads, lambda tree: json.dumps(tree).encode()),
+    "export/config.json": (json.loads, lambda tree: json.dumps(tree).encode()),
     "summary.json": (json.loads, lambda tree: json.dumps(tree).encode()),
     "study.journal": (
         lambda content: [json.loads(line) for line in content.splitlines()],

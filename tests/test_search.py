@@ -360,7 +360,7 @@ def test_a_plain_autoencoder_goes_all_the_way_on_a_cluster_that_runs_already(oth
     autoencoder = codec.load(RunFiles(path).export)
     assert not autoencoder.fitted.model.variational
     assert autoencoder.sample(3).shape == (3, 1, 28, 28)
-    assert json.loads((RunFiles(path).export / "model.json").read_text())["parameters"]["model"] == "autoencoder"
+    assert json.loads((RunFiles(path).export / "config.json").read_text())["parameters"]["model"] == "autoencoder"
 
 
 @pytest.mark.long

@@ -440,7 +440,7 @@ def test_a_killed_search_goes_on_from_its_copy_in_storage_to_the_end(killed_run)
     assert f"{url}/export" in ended.stdout
     stored = contents(url)
     assert {"spec.yaml", "study.journal", "trials.csv", "summary.json", "report.html"} <= stored.keys()
-    assert {"export/model.json", "export/encoder.onnx", "checkpoints/0000.pt"} <= stored.keys()
+    assert {"export/config.json", "export/encoder.onnx", "checkpoints/0000.pt"} <= stored.keys()
     assert not [name for name in stored if name.startswith("ray/") or "/." in name or name.startswith(".")]
     summary = json.loads(stored["summary.json"])
     assert sum(summary["trials"].values()) == 5
@@ -486,7 +486,7 @@ def test_the_other_commands_take_a_url_too(killed_run, environment, tmp_path):
     assert all(url in said(process) for process in both)
     assert contents(url) == before, "it was finished"
     storage, root = FileSystem.from_uri(url)
-    storage.delete_file(root + "/export/model.json")
+    storage.delete_file(root + "/export/config.json")
     said(started("tuner.export", url))
-    assert contents(url)["export/model.json"] == before["export/model.json"]
+    assert contents(url)["export/config.json"] == before["export/config.json"]
     assert list(tmp_path.iterdir()) == []

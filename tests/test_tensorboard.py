@@ -1,20 +1,24 @@
 """TensorBoard's own backend reads what the driver wrote, while trials run and after."""
 
+import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 from tensorboard import context
 from tensorboard.backend.event_processing import data_provider, plugin_event_multiplexer
 from tensorboard.plugins import base_plugin
 from tensorboard.plugins.hparams import api_pb2, backend_context, get_experiment, list_session_groups
 
 from tuner import spec as specs
+from tuner.data_spec import TorchvisionSpec
 from tuner.run import RunFiles
 from tuner.spec import Spec
 from tuner.study import read_study, table
-from tuner.tensorboard import NUMBERS, OUTCOME_TAG, TensorBoard
+from tuner.tensorboard import NUMBERS, OUTCOME_TAG, SPRITE, TensorBoard
 
 OUTCOMES = {number: outcome for outcome, number in NUMBERS.items()}
 STATUS = {"running": 0, "pruned": 0, "complete": 1, "failed": 2}  # HParams': unknown, unknown, success, failure
@@ -24,6 +28,7 @@ PICTURES = {
     "samples/standard_normal",
     "reconstructions/above_and_below",
     "latent/traversal",
+    "latent/interpolation",
 }
 
 
@@ -147,6 +152,7 @@ def test_the_retrain_and_the_projector_stand_beside_the_trials(finished_run: Run
     projector = finished_run.tensorboard / "projector"
     assert (projector / "projector_config.pbtxt").exists()
     assert len(list(projector.rglob("sprite.png"))) == 1
+    assert np.asarray(Image.open(next(projector.rglob("sprite.png"))))[0, 0].tolist() == [255] * 3, "ink is dark"
     labels = next(projector.rglob("metadata.tsv")).read_text().split()
     assert len(labels) == 400
     assert set(labels) == set("0123456789")
@@ -155,3 +161,28 @@ def test_the_retrain_and_the_projector_stand_beside_the_trials(finished_run: Run
 @pytest.mark.parametrize(("grace", "steps"), [(1, 1), (0.5, 10), (0.25, 100), (0.125, 1000)])
 def test_fractions_of_an_epoch_get_steps_of_their_own(tmp_path: Path, grace, steps):
     assert TensorBoard(tmp_path, spec_of(grace_epochs=grace)).steps_per_epoch == steps
+
+
+def colour_spec() -> Spec:
+    return spec_of().model_copy(update={"data": TorchvisionSpec(name="cifar10")})
+
+
+def test_colour_pictures_come_back_pixel_by_pixel(tmp_path):
+    picture = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    board = TensorBoard(tmp_path, colour_spec())
+    board.add("retrain", {"epoch": 1.0}, {"samples": picture})
+    board.close()
+    (event,) = Board(tmp_path).events.Tensors("retrain", "samples")
+    encoded = event.tensor_proto.string_val[2]  # after width and height
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(encoded))), picture)
+
+
+def test_sprites_are_small_and_photos_are_not_inverted_and_need_no_labels(tmp_path):
+    board = TensorBoard(tmp_path, colour_spec())
+    images = torch.tensor([[0.2, 0.4, 0.6], [1.0, 0.0, 0.0]])[:, :, None, None].expand(2, 3, 64, 64)
+    board.embed(torch.zeros(2, 5), None, images)
+    sprite = np.asarray(Image.open(next(tmp_path.rglob("sprite.png"))))
+    assert sprite.shape == (2 * SPRITE, 2 * SPRITE, 3)
+    assert sprite[0, 0].tolist() == [51, 102, 153]
+    assert sprite[0, -1].tolist() == [255, 0, 0]
+    assert not list(tmp_path.rglob("metadata.tsv"))

@@ -1,3 +1,3 @@
-"""Find, train and export the variational autoencoder that draws the best digits."""
+"""Find, train and export the variational autoencoder that draws your images best."""
 
 __version__ = "0.1.0"

@@ -38,6 +38,11 @@ class _Source(Frozen):
         """Whether images are bright strokes on black, which sheets show as dark on white."""
         return True
 
+    @property
+    def resize(self) -> str | None:
+        """How images are brought to their size; None where they have it."""
+        return None
+
 
 class _Downloaded(_Source):
     directory: Path = Field(Path("data"), description="the folder that images are read from, or downloaded to")
@@ -94,6 +99,10 @@ class DecodedSpec(_Given):
     channels: Literal[1, 3] = Field(3, description="1 is grey, 3 colour")
     labels: Literal["auto", "none"] = Field("auto", description="whether to take labels where there are any")
     on_damaged: Literal["refuse", "skip"] = Field("refuse", description="what happens where images are damaged")
+
+    @property
+    def resize(self) -> str:
+        return f"shorter side to {self.size}, centre crop, antialiased"
 
 
 class FolderSpec(DecodedSpec):

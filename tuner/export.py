@@ -31,7 +31,7 @@ from tuner.vae import codec
 from tuner.vae.data import Split, as_floats
 from tuner.vae.extractor import FeatureExtractor
 from tuner.vae.fitted import FittedModel, encode, tempered
-from tuner.vae.image_grid import fixed_noise, grid, interleaved, png, samples
+from tuner.vae.image_grid import fixed_noise, interleaved, samples, sheet
 from tuner.vae.metrics import gap_closed
 from tuner.vae.model import Model
 from tuner.vae.neighbours import copied, coverage, knn_accuracy, nearest, recall
@@ -88,7 +88,12 @@ def export(workspace: Workspace) -> Summary:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     info = {
-        "shape": list(chosen.model.shape),
+        "images": {
+            "shape": list(chosen.model.shape),
+            "values": [0, 1],
+            "ink": spec.data.ink,
+            "resize": spec.data.resize,
+        },
         "parameters": chosen.parameters.model_dump(),
         "temperature": chosen.temperature,
         "weights": sum(parameter.numel() for parameter in chosen.model.parameters()),
@@ -104,7 +109,7 @@ def export(workspace: Workspace) -> Summary:
         },
     }
     write_files(chosen, info, temporary, test.images[:1])
-    write_atomic(temporary / "neighbours.png", png(beside_neighbours(chosen, workspace.data.train)))
+    write_atomic(temporary / "neighbours.png", beside_neighbours(chosen, workspace.data.train, spec.data.ink))
     check_files(chosen, as_floats(test.images[:7]), temporary)
     sync_directory(temporary)
     with closing(TensorBoard(run.tensorboard, spec)) as board:
@@ -156,18 +161,18 @@ def neighbourhood(
     }
 
 
-def beside_neighbours(fitted: FittedModel, train: Split) -> np.ndarray:
-    """Samples, and under each row the nearest training images in pixels: a grey picture (H, W) uint8."""
+def beside_neighbours(fitted: FittedModel, train: Split, ink: bool) -> bytes:
+    """Samples, and under each row the nearest training images in pixels, as a PNG file."""
     drawn, learned = samples(fitted, NEIGHBOURS_SHOWN), as_floats(train.images)
     closest = learned[nearest(drawn.flatten(1), learned.flatten(1), 1)[1][:, 0]]
-    return grid(interleaved(drawn, closest, 10), columns=10, scale=2)
+    return sheet(interleaved(drawn, closest, 10), 10, ink)
 
 
 def write_files(fitted: FittedModel, info: dict[str, Any], directory: Path, image: Tensor) -> None:
     """Everything of an export, into an existing directory; `image` (1, C, H, W) tells the shape."""
     model = fitted.model.eval()
     write_atomic(directory / "weights.safetensors", save({k: v.contiguous() for k, v in model.state_dict().items()}))
-    write_atomic(directory / "model.json", json.dumps(info, indent=2) + "\n")
+    write_atomic(directory / "config.json", json.dumps(info, indent=2) + "\n")
     prior = io.BytesIO()
     arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in fitted.prior.state_dict().items()}
     np.savez(prior, **arrays)
@@ -179,7 +184,7 @@ def write_files(fitted: FittedModel, info: dict[str, Any], directory: Path, imag
     drawn_from = {"noise": latents, "uniform": torch.zeros(2)}
     _write_program(Sampler(fitted.prior), drawn_from, ["latents"], directory / "prior")
     drawn = codec.load(directory).sample(SAMPLES)
-    write_atomic(directory / "samples.png", png(grid(drawn, columns=10, scale=2)))
+    write_atomic(directory / "samples.png", sheet(drawn, 10, info["images"]["ink"]))
 
 
 def _write_program(module: nn.Module, inputs: dict[str, Tensor], outputs: list[str], stem: Path) -> None:

@@ -29,7 +29,7 @@ from tuner.study import BASELINE, Study, evaluations, front, read_study, table
 from tuner.summary import Summary
 from tuner.terminal import duration, promotion_rows, result_rows, stage, text
 from tuner.vae.fitted import FittedModel
-from tuner.vae.image_grid import grid, png, samples
+from tuner.vae.image_grid import COLUMNS, samples, sheet
 from tuner.vae.metrics import FINAL_METRICS, METRICS
 from tuner.vae.prior import standard_normal
 from tuner.workspace import baseline_of, best_of
@@ -152,11 +152,12 @@ def pictures(page: Page, material: Material) -> None:
         shown.append((f"best trial ({summary.best.trial})", best_of(run, run.checkpoint(summary.best.trial))))
     if summary.retrain:
         shown.append(("retrained", best_of(run, run.retrain_checkpoint)))
-    figures = [_picture(caption, samples(fitted, SHOWN)) for caption, fitted in shown]
+    ink = material.spec.data.ink
+    figures = [_picture(caption, samples(fitted, SHOWN), ink) for caption, fitted in shown]
     if len(shown) > 1:
         last = shown[-1][1]
         plain = samples(replace(last, prior=standard_normal(last.model.latent_dim)), SHOWN)
-        figures.append(_picture("the same model sampled from N(0, I): what the fitted prior is worth", plain))
+        figures.append(_picture("the same model sampled from N(0, I): what the fitted prior is worth", plain, ink))
     if figures:
         page.section(
             "What they draw", "Every model got the same noise; image by image, look for broken strokes and blur.",
@@ -329,11 +330,11 @@ def test_split(page: Page, material: Material) -> None:
 
 
 def lineage(page: Page, material: Material) -> None:
-    model = material.run.export / "model.json"
+    config = material.run.export / "config.json"
     spent = ", ".join(f"{name} {duration(seconds)}" for name, seconds in material.summary.seconds.items())
     text = f"time: {spent}\n\n{material.spec.to_yaml()}"
-    if model.exists():
-        text += f"\n{model.read_text()}"
+    if config.exists():
+        text += f"\n{config.read_text()}"
     page.section(
         "Where it came from",
         "The spec as it was run, the time each stage took, and the export's lineage and versions.",
@@ -346,8 +347,8 @@ SECTIONS: tuple[Callable[[Page, Material], None], ...] = (
 )  # fmt: skip
 
 
-def _picture(caption: str, images: Any) -> str:
-    return _embedded(caption, png(grid(images, columns=8, scale=2)))
+def _picture(caption: str, images: Any, ink: bool) -> str:
+    return _embedded(caption, sheet(images, COLUMNS, ink))
 
 
 def _embedded(caption: str, picture: bytes) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 from tensorboard.plugins.hparams import summary_v2 as hp
@@ -37,6 +38,7 @@ STATUS = {
     "pruned": api_pb2.STATUS_UNKNOWN,
 }
 OUTCOME_TAG = "outcome/state"
+SPRITE = 32  # pixels a side at most: all sprites are one picture, which the browser holds as a texture
 NUMBERS = {"running": 0, "pruned": 1, "complete": 2, "failed": 3}  # what the outcome is as a metric
 
 
@@ -90,7 +92,7 @@ class TensorBoard:
         writer.flush()
 
     def add_trial(self, number: int, evaluation: Mapping[str, Any], pictures: Mapping[str, np.ndarray]) -> None:
-        """Scalars and pictures (H, W) uint8 of one evaluation of a trial."""
+        """Scalars and pictures, uint8 (H, W) or (H, W, 3), of one evaluation of a trial."""
         self.add(self.names[number], evaluation, pictures)
 
     def add(self, name: str, evaluation: Mapping[str, Any], pictures: Mapping[str, np.ndarray] | None = None) -> None:
@@ -100,7 +102,7 @@ class TensorBoard:
             if key in evaluation:
                 writer.add_scalar(tag, evaluation[key], step)
         for tag, picture in (pictures or {}).items():
-            writer.add_image(tag, picture, step, dataformats="HW")
+            writer.add_image(tag, picture, step, dataformats="HW" if picture.ndim == 2 else "HWC")
         writer.flush()
 
     def end_trial(self, number: int, outcome: str, reason: str) -> None:
@@ -118,11 +120,12 @@ class TensorBoard:
         self.writers.pop(self.names[number]).close()
 
     def embed(self, latents: torch.Tensor, labels: torch.Tensor | None, images: torch.Tensor) -> None:
-        """The projector: latents (N, Z), labels (N,) if there are any, images (N, C, H, W) in [0, 1] as sprites."""
+        """The projector: latents (N, Z) with labels (N,), if any, and images (N, C, H, W) in [0, 1] as sprites."""
         shutil.rmtree(self.directory / "projector", ignore_errors=True)  # an export that is made again
         writer = self._writer("projector")
-        shown = None if labels is None else [str(label) for label in labels.tolist()]
-        writer.add_embedding(latents, shown, 1 - images, tag="test_latents")
+        sprites = F.adaptive_avg_pool2d(images, (min(images.shape[2], SPRITE), min(images.shape[3], SPRITE)))
+        names = None if labels is None else [str(label) for label in labels.tolist()]
+        writer.add_embedding(latents, names, 1 - sprites if self.spec.data.ink else sprites, tag="test_latents")
         self.writers.pop("projector").close()
 
     def close(self) -> None:

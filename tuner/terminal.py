@@ -153,7 +153,7 @@ def final_words(run: RunFiles, spec: Spec) -> list[Table | str]:
     return [
         as_table(result_rows(summary), "Frechet distance, and how much of the gap to real images is closed"),
         f"winner   {', '.join(winner)}",
-        f"model    {run.name_of(run.export)}: samples.png, model.json, encoder and decoder as .onnx and .pt2",
+        f"model    {run.name_of(run.export)}: samples.png, config.json, encoder and decoder as .onnx and .pt2",
         f"report   {run.name_of(run.report)}",
         f"trials   {run.name_of(run.trials)}",
         f"look     tensorboard --logdir {run.name_of(run.tensorboard)}",

@@ -20,7 +20,7 @@ from tuner.vae.checkpoint import Checkpoint
 from tuner.vae.data import Data
 from tuner.vae.extractor import FeatureExtractor
 from tuner.vae.fitted import Fitter, better
-from tuner.vae.image_grid import image_grids
+from tuner.vae.image_grid import evenly_spaced, image_grids
 from tuner.vae.losses import Diverged
 from tuner.vae.model import Builder
 from tuner.vae.parameters import Parameters
@@ -32,7 +32,6 @@ from tuner.workspace import load_extractors
 
 SEARCH_SAMPLES = 2_500  # of each kind per score: keeps scoring below 15 % of training on MNIST
 SEARCH_PRIOR_IMAGES = 10_000
-GRID_IMAGES = 32
 NO_MEMORY = ("can't allocate memory", "not enough memory", "CUDA out of memory")  # how PyTorch's RuntimeErrors say it
 
 
@@ -169,7 +168,7 @@ class TrialTrainable(tune.Trainable):
             "outcome": "complete" if last else "running",
             "done": last,
         }
-        pictures = image_grids(fitted, self.scorer.images[:GRID_IMAGES])
+        pictures = image_grids(fitted, evenly_spaced(self.scorer.images), self.spec.data.ink)
         past_grace = last or record.epoch > self.spec.budget.grace_epochs  # till then latents that sleep often wake up
         if past_grace and not fitted.scores["active_units"] and self.number != BASELINE:
             reason = f"no active latent unit at epoch {record.epoch:g}"

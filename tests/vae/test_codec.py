@@ -3,11 +3,13 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from tuner.vae.codec import load
 from tuner.vae.data import as_floats
@@ -17,21 +19,22 @@ from tuner.vae.parameters import Parameters
 from tuner.vae.prior import standard_normal
 from tuner.vae.shape import ImageShape
 
-build = Builder(ImageShape(1, 28, 28))
+DIGITS = ImageShape(1, 28, 28)
+build = Builder(DIGITS)
 
 PARAMETERS, TEMPERATURE = Parameters(latent_dim=3, width=4), 0.5
-FILES = ("model.json", "weights.safetensors", "prior.npz")
+FILES = ("config.json", "weights.safetensors", "prior.npz")
 IMAGES = torch.randint(0, 256, (5, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def _write(path: Path, parameters: Parameters = PARAMETERS) -> VAE:
-    model = build(parameters, seed=4)
+def _write(path: Path, parameters: Parameters = PARAMETERS, shape: ImageShape = DIGITS) -> VAE:
+    model = Builder(shape)(parameters, seed=4)
     save_file(model.state_dict(), path / "weights.safetensors")
     np.savez(path / "prior.npz", **{name: part.numpy() for name, part in standard_normal(3).state_dict().items()})
-    (path / "model.json").write_text(
+    (path / "config.json").write_text(
         json.dumps(
             {
-                "shape": [1, 28, 28],
+                "images": {"shape": list(shape), "values": [0, 1], "ink": True, "resize": None},
                 "parameters": parameters.model_dump(),
                 "temperature": TEMPERATURE,
                 "test": {"mse": 0.5},
@@ -52,16 +55,78 @@ def test_bytes_floats_arrays_and_a_missing_channel_axis_mean_the_same_images(tmp
     _write(tmp_path)
     codec = load(str(tmp_path))
     expected = codec.encode(IMAGES)
+    last = IMAGES.permute(0, 2, 3, 1)
     forms = [IMAGES[:, 0], as_floats(IMAGES), as_floats(IMAGES).double(), IMAGES.numpy(), IMAGES[:, 0].numpy() / 255]
-    for images in forms:
+    for images in [*forms, last, last.numpy()]:
         torch.testing.assert_close(codec.encode(images), expected)
+
+
+def test_colour_images_may_have_their_channels_first_or_last(tmp_path):
+    model = _write(tmp_path, shape=ImageShape(3, 32, 32))
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    codec, last = load(tmp_path), images.permute(0, 2, 3, 1)
+    expected = model.encode(as_floats(images))[0].detach()
+    for given in (images, last, last.numpy(), as_floats(images), as_floats(last.contiguous()).numpy()):
+        torch.testing.assert_close(codec.encode(given), expected)
+    assert codec.sample(2).shape == (2, 3, 32, 32)
 
 
 @pytest.mark.parametrize("shape", [(28, 28), (5, 3, 28, 28), (5, 1, 28, 27), (5, 784), (1, 5, 1, 28, 28)])
 def test_images_of_another_shape_are_refused_with_both_shapes(tmp_path, shape):
     _write(tmp_path)
-    with pytest.raises(ValueError, match=re.escape(f"images are {shape}; expected (B, 28, 28) or (B, 1, 28, 28)")):
+    expected = "(B, 1, 28, 28) or (B, 28, 28, 1) or (B, 28, 28)"
+    with pytest.raises(ValueError, match=re.escape(f"images are {shape}; expected {expected}")):
         load(tmp_path).encode(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("shape", [(32, 32, 3), (5, 32, 32), (5, 1, 32, 32), (5, 3, 28, 28)])
+def test_other_than_colour_images_of_the_right_size_are_refused_by_a_colour_model(tmp_path, shape):
+    _write(tmp_path, shape=ImageShape(3, 32, 32))
+    expected = f"images are {shape}; expected (B, 3, 32, 32) or (B, 32, 32, 3)"
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        load(tmp_path).encode(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        torch.full((2, 28, 28), 255.0),
+        torch.full((2, 28, 28), -0.1),
+        torch.full((2, 28, 28), float("nan")),
+        torch.zeros(2, 28, 28, dtype=torch.int64),
+        np.zeros((2, 28, 28), bool),
+    ],
+)
+def test_values_beyond_0_and_1_are_refused(tmp_path, images):
+    _write(tmp_path)
+    with pytest.raises(ValueError, match=re.escape("images are neither uint8 nor floats in [0, 1]")):
+        load(tmp_path).encode(images)
+
+
+class Own(nn.Module):
+    """A user's own model, all of one layer."""
+
+    def __init__(self, shape: ImageShape, latent_dim: int, **_: Any):
+        super().__init__()
+        self.shape, self.both = shape, nn.Linear(shape.numbers, latent_dim)
+
+    def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return self.both(images.flatten(1)), None
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return (latents @ self.both.weight).unflatten(1, self.shape)
+
+
+def test_a_users_own_model_is_made_by_the_users_code(tmp_path):
+    model = Own(DIGITS, 3)
+    _write(tmp_path)
+    info = json.loads((tmp_path / "config.json").read_text())
+    info["parameters"]["model"] = "own"
+    (tmp_path / "config.json").write_text(json.dumps(info))
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    with pytest.raises(ValueError, match=r"config\.json: not readable .* its code is wanted"):
+        load(tmp_path)
+    torch.testing.assert_close(load(tmp_path, Own).encode(IMAGES), model.encode(as_floats(IMAGES))[0].detach())
 
 
 def test_decoding_gives_the_fitted_models_drawings(tmp_path):
@@ -113,19 +178,21 @@ def test_a_truncated_file_is_named_in_one_line(tmp_path, name, keep):
     [
         "[]",
         "{}",
-        '{"shape": [1, 28, 28], "parameters": {"latent_dim": 0, "beta": 1}, "temperature": 1}',
-        '{"shape": [1, 28, 28], "parameters": null, "temperature": 1}',
-        '{"shape": [1, 28, 28], "parameters": {}}',
+        '{"images": {"shape": [1, 28, 28]}, "parameters": {"latent_dim": 0, "beta": 1}, "temperature": 1}',
+        '{"images": {"shape": [1, 28, 28]}, "parameters": null, "temperature": 1}',
+        '{"images": {"shape": [1, 28, 28]}, "parameters": {}}',
+        '{"images": {"shape": [28, 28]}, "parameters": {}, "temperature": 1}',
+        '{"shape": [1, 28, 28], "parameters": {}, "temperature": 1}',
         *(
-            '{"shape": [1, 28, 28], "parameters": {}, "temperature": ' + wrong + "}"
+            '{"images": {"shape": [1, 28, 28]}, "parameters": {}, "temperature": ' + wrong + "}"
             for wrong in ("0", "-1", "NaN", "null", '"warm"')
         ),
     ],
 )
-def test_a_model_json_without_good_parameters_or_temperature_is_named_in_one_line(tmp_path, info):
+def test_a_config_without_good_parameters_or_temperature_is_named_in_one_line(tmp_path, info):
     _write(tmp_path)
-    (tmp_path / "model.json").write_text(info)
-    with pytest.raises(ValueError, match=r"model\.json: not readable") as error:
+    (tmp_path / "config.json").write_text(info)
+    with pytest.raises(ValueError, match=r"config\.json: not readable") as error:
         load(tmp_path)
     assert "\n" not in str(error.value)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tuner.vae.data import as_floats
 from tuner.vae.fitted import FittedModel
-from tuner.vae.model import Builder
+from tuner.vae.model import Builder, OwnModel
 from tuner.vae.parameters import Parameters
 from tuner.vae.prior import Prior
 from tuner.vae.shape import ImageShape
@@ -25,42 +25,49 @@ class Codec:
     """A trained model with frozen weights and the prior its samples come from."""
 
     fitted: FittedModel
-    info: dict[str, Any]  # model.json: parameters, test scores, lineage
+    info: dict[str, Any]  # config.json: images, parameters, test scores, lineage
 
     @torch.no_grad()
     def encode(self, images: Tensor | np.ndarray) -> Tensor:
-        """Images (B, 28, 28) or (B, 1, 28, 28), uint8 or float in [0, 1] -> latent means (B, Z).
+        """Images (B, C, H, W) or (B, H, W, C), grey also (B, H, W), uint8 or float in [0, 1] -> latent means (B, Z).
 
-        Raises ValueError on another shape.
+        Raises ValueError on another shape or other values.
         """
+        channels, height, width = self.fitted.model.shape
         batch = torch.as_tensor(images)
-        if batch.shape[-2:] != (28, 28) or batch.dim() not in (3, 4) or (batch.dim() == 4 and batch.shape[1] != 1):
-            raise ValueError(f"images are {tuple(batch.shape)}; expected (B, 28, 28) or (B, 1, 28, 28)")
+        forms = [(channels, height, width), (height, width, channels), *([(height, width)] if channels == 1 else [])]
+        if tuple(batch.shape[1:]) not in forms:
+            expected = " or ".join(f"(B, {', '.join(map(str, form))})" for form in forms)
+            raise ValueError(f"images are {tuple(batch.shape)}; expected {expected}")
+        if batch.dtype != torch.uint8 and not (batch.is_floating_point() and bool(((batch >= 0) & (batch <= 1)).all())):
+            raise ValueError("images are neither uint8 nor floats in [0, 1]")
         batch = as_floats(batch) if batch.dtype == torch.uint8 else batch.float()
-        mean, _ = self.fitted.model.encode(batch.reshape(-1, 1, 28, 28))
+        batch = batch.movedim(3, 1) if batch.shape[3:] == (channels,) else batch
+        mean, _ = self.fitted.model.encode(batch.reshape(-1, channels, height, width))
         return mean
 
     def decode(self, latents: Tensor | np.ndarray) -> Tensor:
-        """Latents (B, Z) -> images (B, 1, 28, 28) in [0, 1]."""
+        """Latents (B, Z) -> images (B, C, H, W) in [0, 1]."""
         return self.fitted.draw(torch.as_tensor(latents).float())
 
     def sample(self, count: int, seed: int = 0) -> Tensor:
-        """`count` new images (count, 1, 28, 28) in [0, 1] from the fitted prior."""
+        """`count` new images (count, C, H, W) in [0, 1] from the fitted prior."""
         return self.decode(self.fitted.prior.sample(count, torch.Generator().manual_seed(seed)))
 
 
-def load(path: Path | str) -> Codec:
-    """Read an export directory: weights.safetensors, prior.npz and model.json.
+def load(path: Path | str, own: OwnModel | None = None) -> Codec:
+    """Read an export directory: weights.safetensors, prior.npz and config.json.
 
-    Raises ValueError, naming the file, where one is missing or damaged.
+    `own` is the code that a user's own model was made by. Raises ValueError, naming the file, where one is missing
+    or damaged.
     """
     path = Path(path)
-    with _reading(path / "model.json") as file:
+    with _reading(path / "config.json") as file:
         info = json.loads(file.read_text())
         parameters, temperature = Parameters.model_validate(info["parameters"]), float(info["temperature"])
         if not temperature > 0:
             raise ValueError(f"temperature is {temperature}")
-        model = Builder(ImageShape(*info["shape"]))(parameters, seed=0)
+        model = Builder(ImageShape(*info["images"]["shape"]), own)(parameters, seed=0)
     with _reading(path / "weights.safetensors") as file:
         model.load_state_dict(load_file(file))
     with _reading(path / "prior.npz") as file:
