@@ -32,13 +32,13 @@ from tuner.vae import codec
 from tuner.vae.checkpoint import Checkpoint
 from tuner.vae.extractor import Classifier, FeatureExtractor, load_extractor, to_bytes
 from tuner.vae.fitted import FittedModel
-from tuner.vae.image_grid import samples
+from tuner.vae.image_grid import HELD_OUT, samples
 from tuner.vae.model import Builder
 from tuner.vae.parameters import Parameters
 from tuner.vae.prior import standard_normal
 from tuner.vae.shape import ImageShape
 from tuner.vae.step import State, fastest_step
-from tuner.workspace import read_checkpoint
+from tuner.workspace import read_checkpoint, read_held_out
 
 build = Builder(ImageShape(1, 28, 28))
 
@@ -143,6 +143,11 @@ def draws(loaded: codec.Codec, spec: Spec) -> None:
     assert loaded.sample(3).shape == loaded.decode(loaded.encode(torch.zeros(shape))).shape == shape
 
 
+def are_shown(images: torch.Tensor, spec: Spec) -> None:
+    assert (images.shape, images.dtype) == ((HELD_OUT, 1, 28, 28), torch.float32)
+    assert 0 <= images.min() <= images.max() <= 1
+
+
 def is_shown(summary: Summary, spec: Spec) -> None:
     if summary.best:
         assert as_table(result_rows(summary)).row_count >= 3
@@ -175,6 +180,7 @@ READERS: dict[str, tuple[Callable[[RunFiles], Any], Callable[[Any, Spec], None]]
     "export/config.json": (lambda run: codec.load(run.export), draws),
     "export/weights.safetensors": (lambda run: codec.load(run.export), draws),
     "export/prior.npz": (lambda run: codec.load(run.export), draws),
+    "held_out.safetensors": (lambda run: read_held_out(run, ImageShape(1, 28, 28)), are_shown),
     "summary.json": (RunFiles.summary, is_shown),
     "study.journal": (lambda run: read_study(run.journal), makes_a_table),
     "spec.yaml": (lambda run: specs.load(run.spec), is_written_again),
@@ -314,6 +320,7 @@ def test_a_folder_in_the_place_of_an_idx_file(tmp_path: Path):
         (tuner.report.main, [], "summary.json"),
         (tuner.report.main, [], "study.journal"),
         (tuner.report.main, [], "checkpoints/0000.pt"),
+        (tuner.report.main, [], "held_out.safetensors"),
     ],
 )
 def test_a_command_on_a_run_with_a_damaged_file_ends_with_status_2_and_one_line(run_copy, capsys, main, flags, file):

@@ -1,17 +1,25 @@
 """The report in a real browser: it opens without network, every figure is filled, and it says what failed and why."""
 
+import base64
+import io
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from optuna.trial import TrialState, create_trial
+from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from tuner.report import main, report
 from tuner.run import RunFiles
 from tuner.spec import load
 from tuner.study import open_study
+from tuner.vae.data import as_floats
+from tuner.vae.image_grid import evenly_spaced, grid
+from tuner.workspace import best_of
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
@@ -71,6 +79,34 @@ def test_every_section_says_what_to_see_before_its_picture(finished_run):
         sentence = section.split("<p class='see'>")[1].split("</p>")[0]
         assert sentence.endswith((".", "%."))
     assert finished_run.report.stat().st_size < 15 * MEGABYTE
+
+
+def pictures(text: str) -> dict[str, np.ndarray]:
+    """Of the section that shows what models draw: caption -> pixels."""
+    section = text.split("<h2>What they draw</h2>")[1].split("</section>")[0]
+    found = re.findall(r"base64,([^']*)'><figcaption>([^<]*)<", section)
+    return {caption: np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) for data, caption in found}
+
+
+def test_real_images_stand_before_the_samples_and_above_their_reconstructions(finished_run, workspace):
+    shown = pictures(finished_run.report.read_text())
+    real, *drawn, rebuilt, between = shown.values()
+    assert [caption.split(",")[0] for caption in shown][:2] == ["real images", "classic settings"]
+    assert len(drawn) == 4
+    rows = [evenly_spaced(workspace.data.validation.images)[start : start + 8] for start in (0, 8)]
+    expected = [grid(as_floats(row), 8, ink=True, scale=2) for row in rows]
+    height = len(expected[0])
+    assert np.array_equal(real[:height], expected[0])
+    assert np.array_equal(rebuilt[:height], expected[0])
+    assert np.array_equal(rebuilt[2 * (height + 4) :][:height], expected[1])
+    last = best_of(finished_run, finished_run.retrain_checkpoint)
+    ends = last.draw(last.model.encode(as_floats(rows[0][:1]))[0])
+    assert np.abs(between[:56, :56].astype(int) - grid(ends, 1, ink=True, scale=2)).max() <= 1
+
+
+def test_without_held_out_images_samples_are_shown_alone(run_copy: RunFiles):
+    run_copy.held_out.unlink()
+    assert len(pictures(report(run_copy).read_text())) == 4
 
 
 def test_it_names_the_failed_trials_and_why(run_copy: RunFiles):

@@ -12,17 +12,29 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
 
 from tuner.run import Refused, RunFiles, write_atomic
 from tuner.study import BASELINE
 from tuner.vae.checkpoint import Checkpoint
+from tuner.vae.data import as_floats
 from tuner.vae.fitted import FittedModel
+from tuner.vae.image_grid import evenly_spaced
 from tuner.vae.model import Builder
 from tuner.vae.parameters import Parameters
 from tuner.vae.prior import fit_mixture, standard_normal
 from tuner.vae.shape import ImageShape
 from tuner.vae.step import State
-from tuner.workspace import baseline_of, best_of, keep_extractor, load_extractors, open_workspace, read_checkpoint
+from tuner.workspace import (
+    baseline_of,
+    best_of,
+    keep_extractor,
+    keep_held_out,
+    load_extractors,
+    open_workspace,
+    read_checkpoint,
+    read_held_out,
+)
 
 build = Builder(ImageShape(1, 28, 28))
 
@@ -145,6 +157,19 @@ def test_an_extractor_comes_back_as_it_was_kept_and_another_file_in_its_place_is
     run.extractor("second").unlink()
     with pytest.raises(ValueError, match=r"second\.safetensors: No such file"):
         load_extractors(run)
+
+
+def test_held_out_images_come_back_and_what_is_damaged_or_of_another_shape_is_refused(run, workspace):
+    keep_held_out(run, workspace.data)
+    shape, whole = workspace.data.shape, run.held_out.read_bytes()
+    expected = as_floats(evenly_spaced(workspace.data.validation.images))
+    assert torch.equal(read_held_out(run, shape), expected)
+    with pytest.raises(Refused, match=r"^s3://bucket/run/held_out\.safetensors: holds other images than the run's$"):
+        read_held_out(run, ImageShape(3, 28, 28))
+    for content in (whole[:-1], whole[:20], b"", save({"other": torch.zeros(1)})):
+        write_atomic(run.held_out, content)
+        with pytest.raises(Refused, match=r"^s3://bucket/run/held_out\.safetensors: not readable as images: [^\n]*$"):
+            read_held_out(run, shape)
 
 
 def test_a_workspace_is_what_its_run_was_made_with(workspace, finished_run):

@@ -28,15 +28,26 @@ from tuner.storage import opened
 from tuner.study import BASELINE, Study, evaluations, front, read_study, table
 from tuner.summary import Summary
 from tuner.terminal import duration, promotion_rows, result_rows, stage, text
-from tuner.vae.fitted import FittedModel
-from tuner.vae.image_grid import COLUMNS, samples, sheet
+from tuner.vae.fitted import FittedModel, encode
+from tuner.vae.image_grid import (
+    COLUMNS,
+    HELD_OUT_ROWS,
+    INTERPOLATED,
+    REBUILT_ROWS,
+    STEPS,
+    interpolation,
+    reconstructions,
+    rows_that_fit,
+    samples,
+    sheet,
+)
 from tuner.vae.metrics import FINAL_METRICS, METRICS
 from tuner.vae.prior import standard_normal
-from tuner.workspace import baseline_of, best_of
+from tuner.workspace import baseline_of, best_of, read_held_out
 
 COLOURS = {"complete": "#1f77b4", "pruned": "#b8b8b8", "failed": "#d62728", "running": "#ff9f1c"}
 RATE_AND_DISTORTION = tuple(Objective.model_validate(metric) for metric in ("rate", "distortion"))
-SHOWN = 40  # samples a picture
+NUMBERS = 1_000_000  # in a picture: PNG makes half a megabyte of it
 IMPORTANCE_TRIALS = 4  # fewer finished trials say nothing about importance
 
 STYLE = """
@@ -152,17 +163,32 @@ def pictures(page: Page, material: Material) -> None:
         shown.append((f"best trial ({summary.best.trial})", best_of(run, run.checkpoint(summary.best.trial))))
     if summary.retrain:
         shown.append(("retrained", best_of(run, run.retrain_checkpoint)))
-    ink = material.spec.data.ink
-    figures = [_picture(caption, samples(fitted, SHOWN), ink) for caption, fitted in shown]
+    if not shown:
+        return
+    name, last = shown[-1]
+    shape, ink = last.model.shape, material.spec.data.ink
+    count = COLUMNS * rows_that_fit(shape, COLUMNS, HELD_OUT_ROWS, NUMBERS)
+    sheets = [(caption, samples(fitted, count), COLUMNS) for caption, fitted in shown]
     if len(shown) > 1:
-        last = shown[-1][1]
-        plain = samples(replace(last, prior=standard_normal(last.model.latent_dim)), SHOWN)
-        figures.append(_picture("the same model sampled from N(0, I): what the fitted prior is worth", plain, ink))
-    if figures:
-        page.section(
-            "What they draw", "Every model got the same noise; image by image, look for broken strokes and blur.",
-            f"<div class='row'>{''.join(figures)}</div>",
-        )  # fmt: skip
+        plain = samples(replace(last, prior=standard_normal(last.model.latent_dim)), count)
+        sheets.append(("the same model sampled from N(0, I): what the fitted prior is worth", plain, COLUMNS))
+    if run.held_out.exists():
+        real = read_held_out(run, shape)
+        means, _ = encode(last.model, real)
+        rebuilt = reconstructions(last, real, means, rows_that_fit(shape, 2 * COLUMNS, REBUILT_ROWS, NUMBERS))
+        between = interpolation(last, means, rows_that_fit(shape, STEPS, INTERPOLATED, NUMBERS))
+        sheets.insert(0, ("real images, held out: samples should be as sharp and as varied", real[:count], COLUMNS))
+        sheets += [
+            (f"held-out images, and below each its reconstruction ({name}): what differs is lost", rebuilt, COLUMNS),
+            (f"from image to image through the latents ({name}): no step should be a double exposure", between, STEPS),
+        ]
+    figures = [_embedded(caption, sheet(images, columns, ink)) for caption, images, columns in sheets]
+    page.section(
+        "What they draw",
+        "Every model got the same noise: compare image by image and with the real ones, and look for blur and broken "
+        "shapes.",
+        f"<div class='row'>{''.join(figures)}</div>",
+    )
 
 
 def failures(page: Page, material: Material) -> None:
@@ -345,10 +371,6 @@ def lineage(page: Page, material: Material) -> None:
 SECTIONS: tuple[Callable[[Page, Material], None], ...] = (
     headline, pictures, failures, gap, curves, importances, plane, units, timeline, promotion, test_split, lineage,
 )  # fmt: skip
-
-
-def _picture(caption: str, images: Any, ink: bool) -> str:
-    return _embedded(caption, sheet(images, COLUMNS, ink))
 
 
 def _embedded(caption: str, picture: bytes) -> str:

@@ -63,6 +63,7 @@ class RunFiles:
         self.tensorboard = path / "tensorboard"
         self.ray = path / "ray"
         self.extractors = path / "extractors"
+        self.held_out = path / "held_out.safetensors"
         self.checkpoints = path / "checkpoints"
         self.retrain = path / "retrain"
         self.retrain_checkpoint = self.retrain / "checkpoint.pt"

@@ -44,7 +44,7 @@ def job(run: RunFiles, arguments: argparse.Namespace) -> int:
     from tuner.promote import promote_stage
     from tuner.report import report_stage
     from tuner.retrain import retrain_stage
-    from tuner.workspace import Workspace, load_data, load_extractors, require_fit
+    from tuner.workspace import Workspace, keep_held_out, load_data, load_extractors, require_fit
 
     try:
         spec = load_spec(run, arguments)
@@ -60,6 +60,8 @@ def job(run: RunFiles, arguments: argparse.Namespace) -> int:
     with run.claimed():
         if not run.spec.exists():
             write_atomic(run.spec, spec.to_yaml())
+        if not run.held_out.exists():
+            keep_held_out(run, data)
         if not run.summary().best:
             with FeatureExtractors(run, spec, data) as extractors:
                 from tuner.cluster import cluster

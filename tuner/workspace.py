@@ -7,6 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
 from tuner import sources
 from tuner import spec as specs
 from tuner.exits import command, refuse, resumable
@@ -29,10 +34,12 @@ from tuner.vae.extractor import (
     train_classifier,
 )
 from tuner.vae.fitted import FittedModel, Fitter, grey_share
+from tuner.vae.image_grid import HELD_OUT, evenly_spaced
 from tuner.vae.prior import standard_normal
 from tuner.vae.process import settle
 from tuner.vae.score import Scorer
 from tuner.vae.seeds import Stream, derive_seed
+from tuner.vae.shape import ImageShape
 
 FINAL_SAMPLES = 10_000  # outside of the search a score may cost more
 FINAL_PRIOR_IMAGES = 50_000
@@ -131,6 +138,22 @@ def run_alone(module: str, description: str, work: Callable[[Workspace], object]
         with run.claimed():
             work(workspace)
     return 0
+
+
+def keep_held_out(run: RunFiles, data: Data) -> None:
+    """Write some validation images, for a report that is made from the run's files alone."""
+    write_atomic(run.held_out, save({"images": evenly_spaced(data.validation.images)}))
+
+
+def read_held_out(run: RunFiles, shape: ImageShape) -> Tensor:
+    """What `keep_held_out` wrote: images (40, C, H, W) in [0, 1]. Raises Refused where it is damaged."""
+    try:
+        images = load(run.held_out.read_bytes())["images"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise Refused(f"{run.name_of(run.held_out)}: not readable as images: {one_line(error)}") from error
+    if images.dtype != torch.uint8 or tuple(images.shape) != (HELD_OUT, *shape):
+        raise Refused(f"{run.name_of(run.held_out)}: holds other images than the run's")
+    return as_floats(images)
 
 
 def require_fit(run: RunFiles, spec: Spec, data: Data) -> None:
