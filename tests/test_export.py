@@ -21,6 +21,7 @@ from tuner.data_spec import DigitsSpec
 from tuner.export import VERSIONS, check_files, neighbourhood, write_files
 from tuner.vae import codec
 from tuner.vae.data import Split, as_floats
+from tuner.vae.extractor import WaveletPackets, draw_untrained
 from tuner.vae.fitted import FittedModel
 from tuner.vae.flow import Flow
 from tuner.vae.metrics import FINAL_METRICS, gap_closed
@@ -265,6 +266,15 @@ def test_training_images_are_copies_of_themselves(workspace, kept, tested):
     held_out = copied(as_floats(tested.images).flatten(1), as_floats(train.images).flatten(1))
     assert scores["copied"] == pytest.approx(1 - held_out, abs=0.01)
     assert scores["coverage"] == pytest.approx(1, abs=0.01)
+
+
+def test_without_labels_neighbours_do_not_vote_and_groups_of_features_are_compared_as_one(workspace, kept, tested):
+    train, scores = workspace.data.train, {}
+    for extractor in (draw_untrained(workspace.data.shape, seed=0), WaveletPackets(workspace.data.shape)):
+        drawn = as_floats(train.images[:300])
+        scores = neighbourhood(kept.model, drawn, extractor, Split(train.images), Split(tested.images))
+        assert scores.keys() == FINAL_METRICS.keys() - {"knn_accuracy"}
+        assert 0.5 < scores["coverage"] < 1.5
 
 
 def test_the_samples_show_ink_on_paper(export):

@@ -11,6 +11,7 @@ from tuner.exits import CutOff
 from tuner.extractors import FeatureExtractors
 from tuner.run import RunFiles
 from tuner.spec import Spec
+from tuner.vae.data import Data, Split
 from tuner.vae.extractor import train_classifier
 from tuner.vae.process import settle
 from tuner.vae.seeds import Stream, derive_seed
@@ -51,3 +52,18 @@ def test_what_still_trains_at_the_end_is_ended(workspace, tmp_path):
         process, _ = extractors.training["search"]
         assert process.is_alive()
     assert not process.is_alive()
+
+
+def test_what_needs_no_training_is_kept_at_once_and_no_process_is_started(workspace, tmp_path):
+    images = workspace.data.train.images
+    run, data = RunFiles(tmp_path), Data(Split(images[:20]), Split(images[20:30]))
+    with FeatureExtractors(run, SPEC, data) as extractors:
+        assert (extractors.in_training(), extractors.keep("search").kind) == (0, "untrained")
+        extractors.begin("second")
+        assert not extractors.training
+    assert {name: info.kind for name, info in run.summary().extractors.items()} == {
+        "search": "untrained",
+        "second": "wavelets",
+    }
+    with FeatureExtractors(run, SPEC, data) as again:
+        assert again.kept.keys() == {"search", "second"}

@@ -1,8 +1,10 @@
 """Specs: what a file means, and that whatever is wrong with one is a ValueError of one line."""
 
 import copy
+import hashlib
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -710,3 +712,26 @@ def _mutated(mutations: list[tuple[int, str, Any, Any]]) -> Any:
 def test_a_mutated_spec_loads_or_is_refused_in_one_line(tmp_path_factory, mutations):
     path = _written(tmp_path_factory.getbasetemp(), yaml.safe_dump(_mutated(mutations)))
     _refusal(path)
+
+
+def test_a_feature_extractor_of_ones_own_is_known_by_its_content(search, tmp_path):
+    here, there, changed = (tmp_path / name for name in ("here.pt2", "there.pt2", "changed.pt2"))
+    here.write_bytes(b"one")
+    there.write_bytes(b"one")
+    changed.write_bytes(b"another")
+    ours, same, other = (specs.load(search, [("features", str(path))]) for path in (here, there, changed))
+    assert ours.features_sha256 == hashlib.sha256(b"one").hexdigest()
+    assert ours.differences(same) == []
+    assert ours.differences(other) == [f"features_sha256: {ours.features_sha256} here, {other.features_sha256} there"]
+    assert specs.load(search).differences(ours)
+    again = tmp_path / "spec.yaml"
+    again.write_text(ours.to_yaml())
+    here.unlink()
+    assert specs.load(again) == ours
+
+
+@pytest.mark.parametrize("name", ["missing.pt2", "."])
+def test_a_feature_extractor_that_can_not_be_read_is_refused_by_name(search, tmp_path, name):
+    path = tmp_path / name
+    with pytest.raises(ValueError, match=rf"features: {re.escape(str(path))}: .+"):
+        specs.load(search, [("features", str(path))])

@@ -112,3 +112,16 @@ def test_a_folder_in_the_place_of_a_summary_is_refused(run):
     run.summary_file.mkdir(parents=True)
     with pytest.raises(Refused, match=r"summary\.json: not readable"):
         run.summary()
+
+
+@pytest.mark.parametrize(
+    ("info", "words"),
+    [
+        (EXTRACTORS["search"], "a classifier, 90.0% right"),
+        (ExtractorInfo(kind="untrained", sha256="00"), "untrained networks"),
+        (ExtractorInfo(kind="wavelets", sha256="00"), "wavelet packets"),
+        (ExtractorInfo(kind="program", sha256="00"), "a program"),
+    ],
+)
+def test_an_extractor_is_told_by_what_it_is(info, words):
+    assert info.words == words

@@ -158,6 +158,15 @@ def test_the_retrain_and_the_projector_stand_beside_the_trials(finished_run: Run
     assert set(labels) == set("0123456789")
 
 
+def test_without_labels_the_projector_shows_images_alone(tmp_path: Path):
+    board = TensorBoard(tmp_path, spec_of())
+    board.embed(torch.randn(9, 4), None, torch.rand(9, 1, 28, 28))
+    board.close()
+    projector = tmp_path / "projector"
+    assert len(list(projector.rglob("sprite.png"))) == 1
+    assert not list(projector.rglob("metadata.tsv"))
+
+
 @pytest.mark.parametrize(("grace", "steps"), [(1, 1), (0.5, 10), (0.25, 100), (0.125, 1000)])
 def test_fractions_of_an_epoch_get_steps_of_their_own(tmp_path: Path, grace, steps):
     assert TensorBoard(tmp_path, spec_of(grace_epochs=grace)).steps_per_epoch == steps

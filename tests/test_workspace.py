@@ -15,9 +15,11 @@ import torch
 from safetensors.torch import save
 
 from tuner.run import Refused, RunFiles, write_atomic
+from tuner.spec import Spec
 from tuner.study import BASELINE
 from tuner.vae.checkpoint import Checkpoint
-from tuner.vae.data import as_floats
+from tuner.vae.data import Data, Split, as_floats
+from tuner.vae.extractor import to_bytes
 from tuner.vae.fitted import FittedModel
 from tuner.vae.image_grid import evenly_spaced
 from tuner.vae.model import Builder
@@ -31,9 +33,11 @@ from tuner.workspace import (
     keep_extractor,
     keep_held_out,
     load_extractors,
+    make_extractor,
     open_workspace,
     read_checkpoint,
     read_held_out,
+    require_fit,
 )
 
 build = Builder(ImageShape(1, 28, 28))
@@ -190,3 +194,107 @@ def test_what_is_exported_is_guided_by_the_extractor_that_scores_nothing_any_mor
 def test_a_scorer_for_another_split_draws_independent_samples(workspace):
     other = workspace.scorer(held_out=workspace.data.train)
     assert (workspace.scorer().quasi_random, other.quasi_random) == (True, False)
+
+
+SPACE = {"latent_dim": {"choices": [4, 8]}}
+
+
+def pictures(grey: float, channels: int = 1, labels: bool = False) -> Data:
+    """Images of which a share of the rows is grey, the others white."""
+    images = torch.full((30, channels, 20, 20), 255, dtype=torch.uint8)
+    images[:, :, : round(20 * grey)] = 128
+    images[:, :, 0, 0] = torch.arange(30, dtype=torch.uint8).unsqueeze(1)
+    known = torch.arange(30) % 3 if labels else None
+    return Data(Split(images, known), Split(images[:10], None if known is None else known[:10]))
+
+
+def spec_of(**parts: Any) -> Spec:
+    return Spec.model_validate({"space": SPACE} | parts)
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's own extractor, for 20x20 in colour."""
+    network = torch.nn.Sequential(torch.nn.AvgPool2d(5), torch.nn.Flatten())
+    shapes = ({0: torch.export.Dim("batch")},)
+    path = tmp_path_factory.mktemp("own") / "features.pt2"
+    torch.export.save(torch.export.export(network, (torch.zeros(2, 3, 20, 20),), dynamic_shapes=shapes), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("labels", "own", "kinds"),
+    [
+        (True, False, ["classifier", "classifier"]),
+        (False, False, ["untrained", "wavelets"]),
+        (True, True, ["program", "classifier"]),
+        (False, True, ["program", "wavelets"]),
+    ],
+)
+def test_extractors_are_what_the_data_and_the_spec_have(run, program, labels, own, kinds):
+    data, spec = pictures(0.2, 3, labels), spec_of(**({"features": str(program)} if own else {}))
+    made = {name: make_extractor(name, spec, data) for name in ("search", "second")}
+    for name, extractor in made.items():
+        keep_extractor(run, data, name, extractor)
+    described = run.summary().extractors
+    assert [extractor.kind for extractor in made.values()] == [info.kind for info in described.values()] == kinds
+    assert [info.accuracy is not None for info in described.values()] == [kind == "classifier" for kind in kinds]
+    again = load_extractors(run)
+    assert {name: to_bytes(extractor) for name, extractor in again.items()} == {
+        name: to_bytes(extractor) for name, extractor in made.items()
+    }
+    if own:
+        assert (run.extractors / "search.pt2").read_bytes() == program.read_bytes()
+
+
+def test_one_class_for_all_images_is_no_label():
+    data = pictures(0.2, labels=True)
+    alike = Data(Split(data.train.images, torch.zeros(30, dtype=torch.long)), data.validation)
+    assert make_extractor("search", spec_of(), alike).kind == "untrained"
+
+
+@pytest.mark.parametrize(
+    ("parts", "data", "said"),
+    [
+        ({"fixed": {"temperature": "fitted"}}, pictures(0.5), None),
+        ({"fixed": {"temperature": "one", "pixels": "grey"}}, pictures(0.8, 3), None),
+        ({"fixed": {"pixels": "binary", "likelihood": "bernoulli"}}, pictures(0.8), None),
+        (
+            {"fixed": {"temperature": "fitted"}},
+            pictures(0.8),
+            "fixed.temperature: fitted does not go with images of more grey (80% of their pixels) than black and white",
+        ),
+        (
+            {"space": SPACE | {"temperature": {"choices": ["one", "fitted"]}}},
+            pictures(0.2, 3),
+            "space.temperature: fitted does not go with images in colour",
+        ),
+        (
+            {"fixed": {"pixels": "binary", "likelihood": "bernoulli"}},
+            pictures(0.2, 3),
+            "fixed.pixels: binary does not go with images in colour",
+        ),
+    ],
+)
+def test_what_does_not_go_with_the_images_is_refused(run, parts, data, said):
+    if said is None:
+        require_fit(run, spec_of(**parts), data)
+    else:
+        with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
+            require_fit(run, spec_of(**parts), data)
+
+
+def test_a_program_that_takes_other_images_is_refused_by_name_and_one_that_is_kept_needs_its_file_no_more(
+    run, program, tmp_path
+):
+    path = tmp_path / "mine.pt2"
+    path.write_bytes(program.read_bytes())
+    spec = spec_of(features=str(path))
+    require_fit(run, spec, pictures(0.2, 3))
+    with pytest.raises(ValueError, match=rf"^features: {re.escape(str(path))} takes no images 1x1x20x20: "):
+        require_fit(run, spec, pictures(0.2))
+    keep_extractor(run, pictures(0.2, 3), "search", make_extractor("search", spec, pictures(0.2, 3)))
+    path.write_bytes(b"another")
+    require_fit(run, spec, pictures(0.2, 3))
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(path))}: not the extractor this run"):
+        require_fit(RunFiles(tmp_path / "other"), spec, pictures(0.2, 3))
