@@ -1,4 +1,4 @@
-"""Score finished runs on labelled images, on the test split, under extractors that no search saw, beside the classic one.
+"""Score finished runs on labelled images, on the test split, by extractors that no search saw, beside the classic one.
 
     python -m benchmarks.verdict RUN [RUN ...] [--data-dir data] [--classic-epochs 59]
 

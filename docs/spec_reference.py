@@ -175,7 +175,7 @@ def kind(name: str, entry: Node) -> str:
         return "word"
     names = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false", "null": ""}
     names |= {"array": "list", "object": "mapping"}
-    types = [part.get("type", "") for part in entry.get("anyOf", [entry])]
+    types = [part.get("type", "object" if "$ref" in part else "") for part in entry.get("anyOf", [entry])]
     flat = [one for part in types for one in (part if isinstance(part, list) else [part])]
     return " or ".join(dict.fromkeys(names[one] for one in flat if names.get(one)))
 

@@ -221,6 +221,7 @@ def test_the_flags_of_a_search_are_these(capsys):
         "--help",
         "--run",
         "--data-dir",
+        "--model",
         "--trials",
         "--max-epochs",
         "--time-limit",

@@ -26,6 +26,7 @@ import tuner.search
 import tuner.spec
 from tuner import sources
 from tuner.data_spec import DigitsSpec
+from tuner.own_model import load as load_model
 from tuner.run import RunFiles
 from tuner.search import DEFAULT_SPEC
 from tuner.sources.idx import IDX_FILES
@@ -74,9 +75,11 @@ def own_specs() -> list[Block]:
 @pytest.fixture
 def place(tmp_path, monkeypatch) -> Path:
     """The current folder, as the reader has it: with the shipped specs, the own one and no run so far."""
-    (tmp_path / "search_spaces").symlink_to(ROOT / "search_spaces")
+    for folder in ("search_spaces", "examples"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
     (tmp_path / "my_spec.yaml").write_text(own_specs()[0].text)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
     return tmp_path
 
 
@@ -87,14 +90,17 @@ def finished_at(name: str, finished_run: RunFiles) -> None:
 
 
 def search(words: list[str], finished_run: RunFiles) -> None:
-    """What only looks or goes on does so on a finished run; what would search for long is read, and its spec is."""
+    """What only looks or goes on does so on a finished run; what would search for long is read, and its spec is, and
+    the model that it names is loaded."""
     arguments = tuner.search.parse(words)
     run = arguments.status or (arguments.run if arguments.spec is None and len(words) == 2 else None)
     if run and "://" not in run:
         finished_at(run, finished_run)
         assert tuner.search.main(words) == 0
     else:
-        assert isinstance(tuner.search.load_spec(RunFiles(Path("new")), arguments), Spec)
+        assert isinstance(
+            tuner.search.load_spec(RunFiles(Path("new")), arguments, load_model(arguments.model)[1]), Spec
+        )
 
 
 def stage(main: Callable[[list[str]], int]) -> Callable[[list[str], RunFiles], None]:

@@ -12,7 +12,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, redirect_stderr
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from tuner import sources
+from tuner.own_model import told
 from tuner.run import sync_directory, write_atomic
 from tuner.summary import Scores, Summary, Tested
 from tuner.tensorboard import TensorBoard
@@ -33,12 +34,12 @@ from tuner.vae.extractor import FeatureExtractor
 from tuner.vae.fitted import FittedModel, encode, tempered
 from tuner.vae.image_grid import fixed_noise, interleaved, samples, sheet
 from tuner.vae.metrics import gap_closed
-from tuner.vae.model import Model
+from tuner.vae.model import Model, OwnModel
 from tuner.vae.neighbours import copied, coverage, knn_accuracy, nearest, recall
 from tuner.vae.prior import Sampler
 from tuner.workspace import Workspace, baseline_of, best_of, run_alone
 
-TOLERANCE = 1e-5
+TOLERANCE, OWN_TOLERANCE = 1e-5, 1e-3  # the second, a quarter of a grey level, for operators that we did not choose
 SAMPLES = 100
 NEIGHBOUR_IMAGES, NEIGHBOURS_SHOWN = 5_000, 20
 PROJECTED = 1_000  # test images in TensorBoard's projector
@@ -77,9 +78,9 @@ def export(workspace: Workspace) -> Summary:
     run, spec = workspace.run, workspace.spec
     summary = run.summary()
     assert summary.best
-    models = {"best": best_of(run, run.checkpoint(summary.best.trial))}
+    models = {"best": best_of(run, run.checkpoint(summary.best.trial), workspace.own)}
     if summary.retrain:
-        models["retrained"] = best_of(run, run.retrain_checkpoint)
+        models["retrained"] = best_of(run, run.retrain_checkpoint, workspace.own)
     chosen = models.get("retrained", models["best"])
 
     test = sources.load_test(spec.data, run.images)
@@ -104,13 +105,14 @@ def export(workspace: Workspace) -> Summary:
             "epoch": summary.best.epoch,
             "retrain_epoch": chosen.epoch if summary.retrain else None,
             "seed": spec.seed,
+            "own_model": spec.own_model and spec.own_model.model_dump(),
             "data": {"name": spec.data.name, "train_sha256": workspace.data.train.fingerprint()},
             "versions": {name: version(name) for name in VERSIONS} | {"python": platform.python_version()},
         },
     }
-    write_files(chosen, info, temporary, test.images[:1])
+    write_files(chosen, info, temporary, test.images[:1], workspace.own)
     write_atomic(temporary / "neighbours.png", beside_neighbours(chosen, workspace.data.train, spec.data.ink))
-    check_files(chosen, as_floats(test.images[:7]), temporary)
+    check_files(chosen, as_floats(test.images[:7]), temporary, workspace.own)
     sync_directory(temporary)
     with closing(TensorBoard(run.tensorboard, spec)) as board:
         images = as_floats(test.images[:PROJECTED])
@@ -168,46 +170,63 @@ def beside_neighbours(fitted: FittedModel, train: Split, ink: bool) -> bytes:
     return sheet(interleaved(drawn, closest, 10), 10, ink)
 
 
-def write_files(fitted: FittedModel, info: dict[str, Any], directory: Path, image: Tensor) -> None:
-    """Everything of an export, into an existing directory; `image` (1, C, H, W) tells the shape."""
+def write_files(
+    fitted: FittedModel, info: dict[str, Any], directory: Path, image: Tensor, own: OwnModel | None = None
+) -> None:
+    """Everything of an export, into an empty directory; `image` (1, C, H, W) tells the shape.
+
+    Of a user's own model, made by `own`, programs are left out that PyTorch can't write; config.json says why.
+    """
     model = fitted.model.eval()
-    write_atomic(directory / "weights.safetensors", save({k: v.contiguous() for k, v in model.state_dict().items()}))
-    write_atomic(directory / "config.json", json.dumps(info, indent=2) + "\n")
+    weights = {name: value.clone(memory_format=torch.contiguous_format) for name, value in model.state_dict().items()}
+    write_atomic(directory / "weights.safetensors", save(weights))  # none shares memory with another
     prior = io.BytesIO()
     arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in fitted.prior.state_dict().items()}
     np.savez(prior, **arrays)
     write_atomic(directory / "prior.npz", prior.getvalue())
     images, latents = torch.zeros(2, *image.shape[1:]), torch.zeros(2, model.latent_dim)
     heads = ["mean"] if model.encode(images)[1] is None else ["mean", "log_variance"]
-    _write_program(Encoder(model), {"images": images}, heads, directory / "encoder")
-    _write_program(Decoder(fitted), {"latents": latents}, ["images"], directory / "decoder")
-    drawn_from = {"noise": latents, "uniform": torch.zeros(2)}
-    _write_program(Sampler(fitted.prior), drawn_from, ["latents"], directory / "prior")
-    drawn = codec.load(directory).sample(SAMPLES)
+    programs: dict[str, tuple[nn.Module, dict[str, Tensor], list[str]]] = {
+        "encoder": (Encoder(model), {"images": images}, heads),
+        "decoder": (Decoder(fitted), {"latents": latents}, ["images"]),
+        "prior": (Sampler(fitted.prior), {"noise": latents, "uniform": torch.zeros(2)}, ["latents"]),
+    }
+    left_out: dict[str, str] = {}
+    for name, (module, inputs, outputs) in programs.items():
+        theirs = fitted.parameters.model == "own" and name != "prior"  # it may use weights that get no gradient
+        try:
+            _write_program(module if theirs else _trimmed(module, inputs), inputs, outputs, directory / name)
+        except Exception as error:  # PyTorch's exporters raise whatever they meet
+            if not theirs:
+                raise
+            kinds = [kind for kind in PROGRAMS if not (directory / f"{name}.{kind}").exists()]
+            left_out |= {f"{name}.{kind}": told(error) for kind in kinds}
+    write_atomic(directory / "config.json", json.dumps(info | {"left_out": left_out}, indent=2) + "\n")
+    drawn = codec.load(directory, own).sample(SAMPLES)
     write_atomic(directory / "samples.png", sheet(drawn, 10, info["images"]["ink"]))
 
 
 def _write_program(module: nn.Module, inputs: dict[str, Tensor], outputs: list[str], stem: Path) -> None:
-    """One network as `stem`.pt2 and `stem`.onnx, the batch size free, with the weights that it uses and no others."""
+    """One network as `stem`.pt2 and `stem`.onnx, the batch size free."""
     given = tuple(inputs.values())
     shapes = tuple({0: torch.export.Dim("batch", min=1)} for _ in inputs)
     names: dict[str, Any] = {"input_names": list(inputs), "output_names": outputs}
     buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporters warn of their own deprecations
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-        program = torch.export.export(_trimmed(module, given), given, dynamic_shapes=shapes)
+    logging.getLogger("torch").setLevel(logging.CRITICAL)
+    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):  # the exporters print where they give up
+        warnings.simplefilter("ignore")  # and warn of their own deprecations
+        program = torch.export.export(module, given, dynamic_shapes=shapes)
         torch.export.save(program, buffer)
+        write_atomic(stem.with_suffix(".pt2"), buffer.getvalue())
         as_onnx = torch.onnx.export(program, dynamo=True, dynamic_shapes=shapes, verbose=False, **names)
     assert as_onnx is not None
-    write_atomic(stem.with_suffix(".pt2"), buffer.getvalue())
     write_atomic(stem.with_suffix(".onnx"), as_onnx.model_proto.SerializeToString())
 
 
-def _trimmed(module: nn.Module, inputs: tuple[Tensor, ...]) -> nn.Module:
+def _trimmed(module: nn.Module, inputs: dict[str, Tensor]) -> nn.Module:
     """A copy in which weights that have no part in the output take no room."""
     module = copy.deepcopy(module).eval().requires_grad_(True)
-    outputs = module(*inputs)
+    outputs = module(*inputs.values())
     total = torch.stack([part.sum() for part in (outputs if isinstance(outputs, tuple) else (outputs,))]).sum()
     weights = list(module.parameters())
     if weights:
@@ -219,36 +238,54 @@ def _trimmed(module: nn.Module, inputs: tuple[Tensor, ...]) -> nn.Module:
 
 
 @torch.no_grad()
-def check_files(fitted: FittedModel, images: Tensor, directory: Path) -> None:
-    """Compare every file with the checkpoint on batches of 1 and of all `images`. Raises RuntimeError."""
-    loaded = codec.load(directory)
-    own: dict[str, Callable[..., Tensor]] = {
+def check_files(fitted: FittedModel, images: Tensor, directory: Path, own: OwnModel | None = None) -> None:
+    """Compare every file with the checkpoint on batches of 1 and of all `images`. Raises RuntimeError.
+
+    Of a user's own model, a program that differs or can't be read is taken away, and config.json says why.
+    """
+    loaded = codec.load(directory, own)
+    of_weights: dict[str, Callable[..., Tensor]] = {
         "encoder": loaded.encode,
         "decoder": loaded.decode,
         "prior": loaded.fitted.prior.place,
     }
-    readers: dict[str, dict[str, Callable[..., Any]]] = {
-        stem: {
-            "safetensors": of_weights,
-            "pt2": torch.export.load(directory / f"{stem}.pt2").module(),
-            "onnx": _onnx(directory / f"{stem}.onnx"),
-        }
-        for stem, of_weights in own.items()
-    }
+    cases: dict[str, list[tuple[tuple[Tensor, ...], Tensor]]] = {stem: [] for stem in of_weights}
     for batch in (images[:1], images):
         latents = fitted.model.encode(batch)[0]
         normal, uniform = fixed_noise(len(batch))
         noise = normal[:, : fitted.model.latent_dim].contiguous()
-        for stem, given, expected in (
-            ("encoder", (batch,), latents),
-            ("decoder", (latents,), fitted.draw(latents)),
-            ("prior", (noise, uniform), fitted.prior.place(noise, uniform)),
-        ):
-            for kind, read in readers[stem].items():
-                found: Any = read(*given)
-                error = ((found[0] if isinstance(found, tuple) else found) - expected).abs().max().item()
-                if not error <= TOLERANCE * max(1.0, expected.abs().max().item()):
-                    raise RuntimeError(f"{stem} as {kind} differs from the checkpoint by {error:.2g}")
+        cases["encoder"].append(((batch,), latents))
+        cases["decoder"].append(((latents,), fitted.draw(latents)))
+        cases["prior"].append(((noise, uniform), fitted.prior.place(noise, uniform)))
+    left_out: dict[str, str] = {}
+    for stem, read in of_weights.items():
+        _compare(f"{stem} as safetensors", read, cases[stem], TOLERANCE)
+        theirs = fitted.parameters.model == "own" and stem != "prior"
+        for kind, reader in PROGRAMS.items():
+            path = directory / f"{stem}.{kind}"
+            try:
+                if path.exists():
+                    _compare(f"{stem} as {kind}", reader(path), cases[stem], OWN_TOLERANCE if theirs else TOLERANCE)
+            except Exception as error:  # PyTorch and onnxruntime raise whatever they meet
+                if not theirs:
+                    raise
+                path.unlink()
+                left_out[path.name] = told(error)
+    if left_out:
+        info = json.loads((directory / "config.json").read_text())
+        info["left_out"] |= left_out
+        write_atomic(directory / "config.json", json.dumps(info, indent=2) + "\n")
+
+
+def _compare(
+    what: str, read: Callable[..., Any], cases: list[tuple[tuple[Tensor, ...], Tensor]], tolerance: float
+) -> None:
+    """Raises RuntimeError where what is read of inputs is not what is expected."""
+    for given, expected in cases:
+        found = read(*given)
+        error = ((found[0] if isinstance(found, tuple) else found) - expected).abs().max().item()
+        if not error <= tolerance * max(1.0, expected.abs().max().item()):
+            raise RuntimeError(f"{what} differs from the checkpoint by {error:.2g}")
 
 
 def _onnx(path: Path) -> Callable[..., Tensor]:
@@ -265,11 +302,19 @@ def _onnx(path: Path) -> Callable[..., Tensor]:
     return run
 
 
+PROGRAMS: dict[str, Callable[[Path], Callable[..., Any]]] = {
+    "pt2": lambda path: torch.export.load(path).module(),
+    "onnx": _onnx,
+}
+
+
 def export_stage(workspace: Workspace) -> None:
     """Export with progress on the terminal."""
     with stage(workspace.run, "export") as progress:
         export(workspace)
         progress.done("checked against the checkpoint, scored on the test split")
+        for file, reason in json.loads((workspace.run.export / "config.json").read_text())["left_out"].items():
+            progress.done(f"without {file}: {reason}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -37,7 +37,8 @@ def fusion(spec: Spec, data: ObjectRef, concurrency: int | None) -> Fusion:
     """Start an array for each GPU of the cluster, or one on the CPU, where the spec's `execution` wants them."""
     there = int(sum(node["Resources"].get("GPU", 0) for node in alive()))
     gpus = max(there, 1 if spec.resources.gpu else 0)  # one that the autoscaler has still to bring counts
-    apart = "pixels" in spec.space or spec.fixed.get("pixels") == "binary"  # arrays take their images as they are
+    # arrays take their images as they are, and have one kind of network
+    apart = "binary" in spec.values("pixels") or "own" in spec.values("model")
     if apart or spec.execution == "process" or (spec.execution == "auto" and not gpus):
         return Fusion((), spec.resources)
     hosts = max(1, gpus)

@@ -31,7 +31,7 @@ def promote(workspace: Workspace, rows: Sequence[Mapping[str, Any]]) -> Summary:
     classic = {name: scorer(baseline_of(run)) for name, scorer in scorers.items()}
     entries: list[tuple[Promoted, Best]] = []
     for row in contenders(rows, spec):
-        fitted = best_of(run, run.checkpoint(row["trial"]))
+        fitted = best_of(run, run.checkpoint(row["trial"]), workspace.own)
         scores = {name: scorer(fitted) for name, scorer in scorers.items()}
         gaps, ranks = {}, []
         for name, scorer in scorers.items():

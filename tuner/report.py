@@ -20,6 +20,7 @@ from optuna import visualization
 from optuna.trial import FrozenTrial, TrialState
 from plotly.offline import get_plotlyjs
 
+from tuner import own_model
 from tuner import spec as specs
 from tuner.exits import command, refuse, resumable
 from tuner.run import RunFiles, write_atomic
@@ -42,6 +43,7 @@ from tuner.vae.image_grid import (
     sheet,
 )
 from tuner.vae.metrics import FINAL_METRICS, METRICS
+from tuner.vae.model import OwnModel
 from tuner.vae.prior import standard_normal
 from tuner.workspace import baseline_of, best_of, read_held_out
 
@@ -98,13 +100,14 @@ class Material:
     trials: list[FrozenTrial]
     rows: list[dict[str, Any]]
     summary: Summary
+    own: OwnModel | None
 
     @property
     def metric(self) -> str:
         return str(self.spec.trial_objective.metric)
 
 
-def report(run: RunFiles) -> Path:
+def report(run: RunFiles, own: OwnModel | None = None) -> Path:
     """Write `report.html` from what the run's files hold now. Raises ValueError where there is no search yet."""
     if not run.spec.exists() or not run.journal.exists():
         raise ValueError(f"{run.shown}: no search to report on (no {run.spec.name} or {run.journal.name})")
@@ -112,7 +115,7 @@ def report(run: RunFiles) -> Path:
     if study is None:
         raise ValueError(f"{run.shown}: no search to report on (its {run.journal.name} is empty)")
     rows = table(study, spec)
-    material = Material(run, spec, study, study.known()[: len(rows)], rows, summary)
+    material = Material(run, spec, study, study.known()[: len(rows)], rows, summary, own)
     page = Page()
     for section in SECTIONS:
         section(page, material)
@@ -141,7 +144,9 @@ def headline(page: Page, material: Material) -> None:
     else:
         split, final = "validation", summary.retrain.scores if summary.retrain else best.scores
         baseline, floor = best.baseline, best.floor
-    searched = ", ".join(f"{name} {text(best.parameters[name])}" for name in material.spec.space)
+    searched = ", ".join(
+        f"{name} {text(best.parameters[name])}" for name in material.spec.space if name in best.parameters
+    )
     page.parts.append(
         f"<p class='big'>Trial {best.trial} won ({searched}). Its samples close <b>{final.gap_closed:.1%}</b> of "
         f"the gap between the classic settings ({baseline:.4g}) and real images ({floor:.4g}): "
@@ -160,9 +165,11 @@ def pictures(page: Page, material: Material) -> None:
     if run.checkpoint(BASELINE).exists():
         shown.append(("classic settings, samples from N(0, I)", baseline_of(run)))
     if summary.best:
-        shown.append((f"best trial ({summary.best.trial})", best_of(run, run.checkpoint(summary.best.trial))))
+        shown.append(
+            (f"best trial ({summary.best.trial})", best_of(run, run.checkpoint(summary.best.trial), material.own))
+        )
     if summary.retrain:
-        shown.append(("retrained", best_of(run, run.retrain_checkpoint)))
+        shown.append(("retrained", best_of(run, run.retrain_checkpoint, material.own)))
     if not shown:
         return
     name, last = shown[-1]
@@ -196,7 +203,9 @@ def failures(page: Page, material: Material) -> None:
     if failed:
         keys = ["trial", "reason", *material.spec.space]
         see = "Each failed for the reason given, with these parameters; the search avoided their like."
-        page.section("Trials that failed", see, _table([keys, *([text(row[key]) for key in keys] for row in failed)]))
+        page.section(
+            "Trials that failed", see, _table([keys, *([text(row.get(key)) for key in keys] for row in failed)])
+        )
 
 
 def gap(page: Page, material: Material) -> None:
@@ -390,9 +399,9 @@ def _cell(text: str) -> str:
     return f"<td{'' if numeric else ' class=text'}>{html.escape(text)}</td>"
 
 
-def report_stage(run: RunFiles) -> None:
+def report_stage(run: RunFiles, own: OwnModel | None = None) -> None:
     with stage(run, "report") as progress:
-        progress.done(run.name_of(report(run)))
+        progress.done(run.name_of(report(run, own)))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -400,11 +409,15 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m tuner.report", description="Write RUN/report.html from a run's files."
     )
     parser.add_argument("run", metavar="RUN", help="run directory or URL, of a finished search or one under way")
+    parser.add_argument("--model", metavar="MODULE:FUNCTION", help="the model of your own that the search began with")
     given = sys.argv[1:] if argv is None else argv
     arguments = parser.parse_args(given)
     with resumable(command("tuner.report", given)), opened(arguments.run) as run:
         try:
-            print(run.name_of(report(run)))
+            own, named = own_model.load(arguments.model)
+            if run.spec.exists():
+                specs.load(run.spec).require_model(named)
+            print(run.name_of(report(run, own)))
         except ValueError as error:
             refuse(error)
     return 0

@@ -37,7 +37,7 @@ def retrain(workspace: Workspace, on_epoch: Callable[[dict[str, Any]], None]) ->
     run, spec, epochs = workspace.run, workspace.spec, workspace.spec.retrain.epochs
     promoted, objective = run.summary().best, spec.selection_objective
     assert promoted
-    trial = promoted.trial
+    trial, own = promoted.trial, workspace.own
     seed = derive_seed(spec.seed, Stream.RETRAIN)
     scorer, fitter = workspace.scorer(), workspace.fitter()
 
@@ -45,10 +45,10 @@ def retrain(workspace: Workspace, on_epoch: Callable[[dict[str, Any]], None]) ->
         return replace(fitted, scores=scorer(fitted))
 
     if run.retrain_checkpoint.exists():
-        checkpoint = read_checkpoint(run, run.retrain_checkpoint)
-        best = best_of(run, run.retrain_checkpoint)
+        checkpoint = read_checkpoint(run, run.retrain_checkpoint, own)
+        best = best_of(run, run.retrain_checkpoint, own)
     else:
-        start = best_of(run, run.checkpoint(trial))
+        start = best_of(run, run.checkpoint(trial), own)
         checkpoint = Checkpoint(start.parameters, State.of(start.snapshot().model))
         best = scored(replace(start, epoch=0))
     parameters, state = checkpoint.parameters, checkpoint.state

@@ -14,7 +14,7 @@ from rich.table import Table
 from tuner import spec as specs
 from tuner.exits import command, refuse, resumable
 from tuner.run import Refused, RunFiles, write_atomic
-from tuner.spec import Spec
+from tuner.spec import OwnModelSpec, Spec
 from tuner.storage import opened
 from tuner.study import BASELINE
 from tuner.terminal import console, final_words, status_words
@@ -39,6 +39,7 @@ def job(run: RunFiles, arguments: argparse.Namespace) -> int:
     """All stages of a run, each skipped where it is done already -> exit status."""
     # torch and Ray take seconds to import: --help, --status and a mistyped flag don't wait for them, nor does the
     # extractor for Ray.
+    from tuner import own_model
     from tuner.export import export_stage
     from tuner.extractors import FeatureExtractors
     from tuner.promote import promote_stage
@@ -47,13 +48,15 @@ def job(run: RunFiles, arguments: argparse.Namespace) -> int:
     from tuner.workspace import Workspace, keep_held_out, load_data, load_extractors, require_fit
 
     try:
-        spec = load_spec(run, arguments)
+        own, named = own_model.load(arguments.model)
+        spec = load_spec(run, arguments, named)
         tested = run.summary().test
         if run.report.exists() and run.export.exists() and tested and (tested.retrained or arguments.no_retrain):
             return show(final_words(run, spec))
         load_extractors(run)
         data = load_data(run, spec)
         require_fit(run, spec, data)
+        own_model.check(spec, data.shape, own)
     except ValueError as error:
         refuse(error)
 
@@ -68,7 +71,7 @@ def job(run: RunFiles, arguments: argparse.Namespace) -> int:
                 from tuner.trials import search_stage
 
                 with cluster(arguments.address, arguments.concurrency, spec.resources):
-                    rows = search_stage(run, spec, data, extractors, arguments.concurrency)
+                    rows = search_stage(run, spec, data, extractors, arguments.concurrency, own)
             if not rows:
                 print("error: no trial was started within budget.time_limit", file=sys.stderr)
                 return 1
@@ -78,13 +81,13 @@ def job(run: RunFiles, arguments: argparse.Namespace) -> int:
                 subject = "every trial failed" if everything else "the baseline was never scored"
                 print(f"error: {subject}: {reasons.most_common(1)[0][0]}", file=sys.stderr)
                 return 1
-            promote_stage(Workspace(run, spec, data, load_extractors(run)), rows)
-        workspace = Workspace(run, spec, data, load_extractors(run))
+            promote_stage(Workspace(run, spec, data, load_extractors(run), own), rows)
+        workspace = Workspace(run, spec, data, load_extractors(run), own)
         if not (arguments.no_retrain or run.summary().retrain):
             retrain_stage(workspace)
         run.report.unlink(missing_ok=True)  # a report is the last thing a finished run gets
         export_stage(workspace)
-        report_stage(run)
+        report_stage(run, own)
     return show(final_words(run, spec))
 
 
@@ -96,6 +99,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("spec", nargs="?", type=Path, help="what to search (default: the embedded digits)")
     parser.add_argument("--run", metavar="DIR", help="run directory or URL (default: runs/SPEC-TIME)")
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="where images lie or are downloaded to")
+    parser.add_argument("--model", metavar="MODULE:FUNCTION", help="what makes a model of your own; its code is run")
     parser.add_argument("--trials", type=int, metavar="N", help="budget.trials")
     parser.add_argument("--max-epochs", type=float, metavar="N", help="budget.max_epochs")
     parser.add_argument("--time-limit", metavar="TIME", help="budget.time_limit, such as 30m")
@@ -113,8 +117,11 @@ def default_run(spec: Path | None) -> str:
     return f"runs/{(spec or DEFAULT_SPEC).stem}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
-def load_spec(run: RunFiles, arguments: argparse.Namespace) -> Spec:
-    """The spec to work by. Raises ValueError where it is no good or the run belongs to another."""
+def load_spec(run: RunFiles, arguments: argparse.Namespace, own: OwnModelSpec | None = None) -> Spec:
+    """The spec to work by, `own` being the code that --model names.
+
+    Raises ValueError where it is no good or the run belongs to another.
+    """
     if arguments.concurrency is not None and arguments.concurrency < 1:
         raise ValueError(f"--concurrency {arguments.concurrency}: expected 1 or more")
     flags = {
@@ -125,11 +132,14 @@ def load_spec(run: RunFiles, arguments: argparse.Namespace) -> Spec:
     }
     overrides = [specs.parse_override(text) for text in arguments.set]
     overrides += [(key, value) for key, value in flags.items() if value is not None]
+    overrides += [("own_model", own.model_dump())] if own else []
     started = run.spec.exists()
     spec = specs.load(arguments.spec or (run.spec if started else DEFAULT_SPEC), overrides)
     spec = spec.with_data_at(arguments.data_dir)
+    begun = specs.load(run.spec) if started else spec
+    begun.require_model(own)
     if started:
-        differences = spec.differences(specs.load(run.spec))
+        differences = spec.differences(begun)
         if differences:
             raise ValueError(f"{run.shown}: belongs to another spec: {'; '.join(differences)}")
     elif run.is_foreign():

@@ -233,6 +233,13 @@ class Resources(Frozen):
     gpu: Real = Field(0, ge=0, description="GPUs a trial; a fraction is allowed")
 
 
+class OwnModelSpec(Frozen):
+    """Which code a user's own model is."""
+
+    function: str = Field(description="its name, MODULE:FUNCTION")
+    sha256: str = Field(description="that of the module's file, in hex")
+
+
 class Spec(Frozen):
     """What is searched, on which data, for which objective, with which budget."""
 
@@ -257,6 +264,8 @@ class Spec(Frozen):
     (B, C, H, W) in [0, 1], B free, to features (B, D); PyTorch reads it with pickle, so it must be one you trust"""
     features_sha256: str | None = None
     """the SHA-256 of that file, in hex; by default that of the file as it is"""
+    own_model: OwnModelSpec | None = None
+    """which code model own is: noted from --model, so that a run goes on with no other; never imported from here"""
     seed: Whole = Field(0, ge=0, lt=2**32)
     """what all random numbers of a run are derived from; the splits of the data do not depend on it"""
 
@@ -272,6 +281,16 @@ class Spec(Frozen):
         except (OSError, ValueError) as error:
             raise ValueError(f"features: {path}: {getattr(error, 'strerror', None) or error}") from error
         return value | {"features_sha256": hashlib.sha256(content).hexdigest()}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_model_is_meant(cls, value: Any) -> Any:
+        """A model of the user's own is the one that is searched, where the spec says nothing else."""
+        if isinstance(value, dict) and value.get("own_model"):
+            space, fixed = value.get("space"), value.get("fixed", {})
+            if isinstance(space, dict) and isinstance(fixed, dict) and "model" not in space:
+                return value | {"fixed": {"model": "own"} | fixed}
+        return value
 
     @model_validator(mode="after")
     def _check(self) -> "Spec":
@@ -307,6 +326,8 @@ class Spec(Frozen):
                 raise ValueError("objective.metric: nll is defined for fixed.likelihood bernoulli alone")
         if "calibrated" in self.values("kl_unit") and "bernoulli" in self.values("likelihood"):
             raise ValueError("kl_unit: calibrated counts in squared errors, so it needs likelihood gaussian")
+        if self.execution == "fused" and "own" in self.values("model"):
+            raise ValueError("execution: fused trains the built-in models alone; with model own it is process or auto")
         if self.budget.grace_epochs > self.budget.max_epochs:
             raise ValueError(
                 f"budget.grace_epochs: {self.budget.grace_epochs:g} is above max_epochs {self.budget.max_epochs:g}"
@@ -360,6 +381,21 @@ class Spec(Frozen):
     def selection_objective(self) -> Objective:
         """What ranks finished models: as trials; samples where that is the loss, which only training has."""
         return DRAWN_BEST if self.trial_objective.metric == "loss" else self.trial_objective
+
+    def require_model(self, given: OwnModelSpec | None) -> None:
+        """Raises ValueError, one line, unless `given`, the code that --model names, is what this spec asks for."""
+        noted = self.own_model
+        if given is None and noted:
+            raise ValueError(f"the model is a user's own: name its code with --model {noted.function}")
+        options = [name for name in (*self.space, *self.fixed) if name.startswith(OPTION)]
+        if given is None and (options or "own" in self.values("model")):
+            asks = options[0] if options else "model own"
+            raise ValueError(f"{asks} asks for a model of your own: name its code with --model MODULE:FUNCTION")
+        if given and given != noted:
+            there = f"with {noted.function}" if noted else "without a model of a user's own"
+            if noted and given.function == noted.function:
+                there = f"with another source (sha256 {given.sha256[:12]}... here, {noted.sha256[:12]}... there)"
+            raise ValueError(f"--model {given.function}: the run began {there}")
 
     def differences(self, other: "Spec") -> list[str]:
         """Keys whose values differ, as 'key: ours, theirs'; places and the time limit don't count."""

@@ -66,7 +66,7 @@ class TensorBoard:
             if isinstance(entry, Choices):
                 domain = hp.Discrete(list(entry.choices))
             else:  # the baseline may lie outside of what is searched
-                classic = getattr(self.spec.baseline, name)
+                classic = getattr(self.spec.baseline, name, entry.low)
                 low, high = min(entry.low, classic), max(entry.high, classic)
                 domain = hp.IntInterval(int(low), int(high)) if isinstance(entry, IntRange) else None
                 domain = hp.RealInterval(float(low), float(high)) if isinstance(entry, FloatRange) else domain
@@ -83,11 +83,11 @@ class TensorBoard:
 
     def start_trial(self, number: int, parameters: Mapping[str, Any]) -> None:
         """Name the trial and its parameters, so that HParams lists it from its first second."""
-        shown = [f"{name}={_short(parameters[name])}" for name in self.spec.space]
+        searched = {name: parameters[name] for name in self.spec.space if name in parameters}
+        shown = [f"{name}={_short(value)}" for name, value in searched.items()]
         self.names[number] = ",".join([f"{number:04d}", *shown])
-        values = {"trial": number} | {name: parameters[name] for name in self.spec.space}
         writer = self._writer(self.names[number])
-        self._add(writer, hp.hparams_pb(values, trial_id=f"trial {number:04d}"))
+        self._add(writer, hp.hparams_pb({"trial": number} | searched, trial_id=f"trial {number:04d}"))
         writer.add_scalar(OUTCOME_TAG, NUMBERS["running"], 0)
         writer.flush()
 

@@ -149,11 +149,13 @@ def final_words(run: RunFiles, spec: Spec) -> list[Table | str]:
     """The closing table of a finished run, the winner's searched parameters and the paths to look at."""
     summary = run.summary()
     assert summary.best
-    winner = [f"{name} {text(summary.best.parameters[name])}" for name in spec.space]
+    programs = ", ".join(sorted(path.name for path in run.export.glob("*coder.*")))
+    found = summary.best.parameters  # classic settings have no options of a user's own model
+    winner = [f"{name} {text(found[name])}" for name in spec.space if name in found]
     return [
         as_table(result_rows(summary), "Frechet distance, and how much of the gap to real images is closed"),
         f"winner   {', '.join(winner)}",
-        f"model    {run.name_of(run.export)}: samples.png, config.json, encoder and decoder as .onnx and .pt2",
+        f"model    {run.name_of(run.export)}: samples.png, config.json, weights.safetensors, {programs}",
         f"report   {run.name_of(run.report)}",
         f"trials   {run.name_of(run.trials)}",
         f"look     tensorboard --logdir {run.name_of(run.tensorboard)}",

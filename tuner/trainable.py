@@ -22,7 +22,7 @@ from tuner.vae.extractor import FeatureExtractor
 from tuner.vae.fitted import Fitter, better
 from tuner.vae.image_grid import evenly_spaced, image_grids
 from tuner.vae.losses import Diverged
-from tuner.vae.model import Builder
+from tuner.vae.model import Builder, OwnModel
 from tuner.vae.parameters import Parameters
 from tuner.vae.process import settle
 from tuner.vae.score import Scorer
@@ -69,6 +69,7 @@ class Shared:
     files: ActorHandle  # of FileServer
     data: ObjectRef  # to Data
     arrays: tuple[ActorHandle, ...] = ()  # where trials are fused; without any, each trains in its own process
+    own: OwnModel | None = None  # the code of a user's own model
 
 
 class TrialTrainable(tune.Trainable):
@@ -125,14 +126,13 @@ class TrialTrainable(tune.Trainable):
         content = ray.get(self.shared.files.checkpoint.remote(self.number))
         if content is not None:
             try:
-                saved = Checkpoint.from_bytes(content)
+                saved = Checkpoint.from_bytes(content, self.shared.own)
             except ValueError:  # damaged: training again gives the same numbers
                 saved = None
             if saved and saved.parameters == self.parameters:
                 return saved
-        return Checkpoint(
-            self.parameters, State.fresh(Builder(self.data.shape), self.parameters, self.spec.seed, self.number)
-        )
+        build = Builder(self.data.shape, self.shared.own)
+        return Checkpoint(self.parameters, State.fresh(build, self.parameters, self.spec.seed, self.number))
 
     def _train(self, state: State) -> Iterator[Record]:
         arrays, images, spec = self.shared.arrays, self.data.train.images, self.spec

@@ -1,6 +1,7 @@
 """The part of the job that runs on Ray: the trials."""
 
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray import tune
+from ray import cloudpickle, tune
 from ray.autoscaler import sdk as autoscaler
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -16,7 +17,8 @@ from tuner.callbacks import KeepCheckpoints, KeepExtractors, KeepTable, ShowTria
 from tuner.cluster import alive, dead_processes, slots
 from tuner.extractors import FeatureExtractors
 from tuner.fusion import Fusion, fusion
-from tuner.run import RunFiles
+from tuner.own_model import told
+from tuner.run import Refused, RunFiles
 from tuner.searcher import StudySearcher, SuccessiveHalving
 from tuner.spec import Resources, Spec
 from tuner.study import ENDED, Study, open_study
@@ -24,22 +26,29 @@ from tuner.tensorboard import TensorBoard
 from tuner.terminal import stage
 from tuner.trainable import FileServer, Shared, TrialTrainable
 from tuner.vae.data import Data
+from tuner.vae.model import OwnModel
 from tuner.vae.process import settle
 from tuner.workspace import EXTRACTORS
 
 
 def search_stage(
-    run: RunFiles, spec: Spec, data: Data, extractors: FeatureExtractors, concurrency: int | None
+    run: RunFiles,
+    spec: Spec,
+    data: Data,
+    extractors: FeatureExtractors,
+    concurrency: int | None,
+    own: OwnModel | None = None,
 ) -> list[dict[str, Any]]:
     """Run the trials that are left -> the rows of trials.csv; the extractors are trained and kept on the way."""
     settle()  # the floor is measured here
+    send_by_value(spec, own)
     study = open_study(run.journal, spec)
     reference = ray.put(data)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     lasting = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)
     files = lasting(FileServer).remote(run)
     fused = fusion(spec, reference, concurrency)
-    shared = Shared(spec, files, reference, fused.arrays)
+    shared = Shared(spec, files, reference, fused.arrays, own)
     with stage(run, "search") as progress, closing(TensorBoard(run.tensorboard, spec)) as board:
         board.start_search()
         table = KeepTable(run, spec, study)
@@ -57,6 +66,18 @@ def search_stage(
     states = Counter(row["state"] for row in table.rows)
     run.update_summary(trials={state: states[state] for state in ENDED})
     return table.rows
+
+
+def send_by_value(spec: Spec, own: OwnModel | None) -> None:
+    """Let the package of a user's own model travel with it: workers need not have it. Raises Refused where it can't."""
+    if own is None or not spec.own_model:
+        return
+    package = spec.own_model.function.partition(":")[0].partition(".")[0]
+    cloudpickle.register_pickle_by_value(sys.modules[package])
+    try:
+        cloudpickle.dumps(own)
+    except Exception as error:  # whatever their code makes of it
+        raise Refused(f"--model {spec.own_model.function}: can't be sent to workers: {told(error)}") from error
 
 
 def _bundle(wanted: Resources) -> dict[str, float]:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from tuner import sources
+from tuner import own_model, sources
 from tuner import spec as specs
 from tuner.exits import command, refuse, resumable
 from tuner.run import Refused, RunFiles, one_line, write_atomic
@@ -35,6 +35,7 @@ from tuner.vae.extractor import (
 )
 from tuner.vae.fitted import FittedModel, Fitter, grey_share
 from tuner.vae.image_grid import HELD_OUT, evenly_spaced
+from tuner.vae.model import OwnModel
 from tuner.vae.prior import standard_normal
 from tuner.vae.process import settle
 from tuner.vae.score import Scorer
@@ -56,6 +57,7 @@ class Workspace:
     spec: Spec
     data: Data
     extractors: dict[str, FeatureExtractor]
+    own: OwnModel | None = None
 
     def __post_init__(self) -> None:
         settle()
@@ -79,17 +81,20 @@ class Workspace:
         return derive_seed(self.spec.seed, Stream.PROMOTE)
 
 
-def read_checkpoint(run: RunFiles, path: Path) -> Checkpoint:
-    """A checkpoint of the run. Raises Refused where there is none or it is damaged."""
+def read_checkpoint(run: RunFiles, path: Path, own: OwnModel | None = None) -> Checkpoint:
+    """A checkpoint of the run, `own` being the code of a user's own model.
+
+    Raises Refused where there is none or it is damaged.
+    """
     try:
-        return Checkpoint.from_bytes(path.read_bytes())
+        return Checkpoint.from_bytes(path.read_bytes(), own)
     except (OSError, ValueError) as error:
         raise Refused(f"{run.name_of(path)}: not readable as a checkpoint: {one_line(error)}") from error
 
 
-def best_of(run: RunFiles, path: Path) -> FittedModel:
+def best_of(run: RunFiles, path: Path, own: OwnModel | None = None) -> FittedModel:
     """The best evaluation that a checkpoint holds, exactly as it was scored. Raises Refused."""
-    best = read_checkpoint(run, path).best
+    best = read_checkpoint(run, path, own).best
     if best is None:
         raise Refused(f"{run.name_of(path)}: holds no scored model")
     return best
@@ -102,12 +107,17 @@ def baseline_of(run: RunFiles) -> FittedModel:
     return FittedModel(model, parameters, standard_normal(model.latent_dim))
 
 
-def open_workspace(run: RunFiles, data_place: Path | None = None) -> Workspace:
-    """Load what a finished search left. Raises ValueError, one line, where something is missing or damaged."""
+def open_workspace(run: RunFiles, data_place: Path | None = None, model: str | None = None) -> Workspace:
+    """Load what a finished search left, `model` being what --model names.
+
+    Raises ValueError, one line, where something is missing or damaged.
+    """
     if not run.spec.exists():
         raise ValueError(f"{run.shown}: not a run directory (no {run.spec.name})")
+    own, named = own_model.load(model)
     spec = specs.load(run.spec).with_data_at(data_place)
-    return Workspace(run, spec, load_data(run, spec), load_extractors(run))
+    spec.require_model(named)
+    return Workspace(run, spec, load_data(run, spec), load_extractors(run), own)
 
 
 def load_data(run: RunFiles, spec: Spec) -> Data:
@@ -117,22 +127,23 @@ def load_data(run: RunFiles, spec: Spec) -> Data:
 
 
 def run_alone(module: str, description: str, work: Callable[[Workspace], object], argv: Sequence[str] | None) -> int:
-    """One stage as a command of its own: `python -m MODULE RUN [--data-dir DIR]` -> exit status.
+    """One stage as a command of its own: `python -m MODULE RUN [FLAGS]` -> exit status.
 
     Ends the process with one line and status 2 where the run can't be worked on.
     """
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
     parser.add_argument("run", metavar="RUN", help="run directory or URL of a search")
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="where images lie or are downloaded to")
+    parser.add_argument("--model", metavar="MODULE:FUNCTION", help="the model of your own that the search began with")
     given = sys.argv[1:] if argv is None else argv
     arguments = parser.parse_args(given)
     with resumable(command(module, given)), opened(arguments.run) as run:
         try:
-            workspace = open_workspace(run, arguments.data_dir)
+            workspace = open_workspace(run, arguments.data_dir, arguments.model)
             if not run.summary().best:
-                raise Refused(
-                    f"{run.shown}: its search has not ended; go on with python -m tuner.search --run {run.shown}"
-                )
+                model = ["--model", arguments.model] if arguments.model else []
+                again = command("tuner.search", ["--run", run.shown, *model])
+                raise Refused(f"{run.shown}: its search has not ended; go on with {again}")
         except ValueError as error:
             refuse(error)
         with run.claimed():

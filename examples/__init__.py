@@ -1,0 +1,1 @@
+"""Models to start from: see docs/own-model.md."""
