@@ -37,6 +37,22 @@ def test_ink_is_what_is_bright_on_black(name):
         assert parse(name=name, invert=True, **PLACED[name]).ink
 
 
+@pytest.mark.parametrize("name", PLACED)
+def test_what_is_decoded_says_how_it_got_its_size(name):
+    if name in ("folder", "parquet"):
+        spec = parse(name=name, size=32, **PLACED[name])
+        assert spec.resize == "shorter side to 32, centre crop, antialiased"
+    else:
+        assert parse(name=name, **PLACED[name]).resize is None
+
+
+def test_a_report_calls_the_users_own_images_by_where_they_are():
+    assert parse(name="cifar10").title == "cifar10"
+    assert parse(name="folder", directory="pictures/cats").title == "cats"
+    assert parse(name="parquet", file="faces.parquet").title == "faces.parquet"
+    assert parse(name="folder", directory=".").title == "folder"
+
+
 def test_the_default_is_digits():
     assert parse() == parse(name="digits")
     assert parse(directory="elsewhere").name == "digits"

@@ -34,6 +34,11 @@ class _Source(Frozen):
         return self if place is None else self.model_copy(update={self.place_key: place})
 
     @property
+    def title(self) -> str:
+        """What a report calls the images."""
+        return self.name
+
+    @property
     def ink(self) -> bool:
         """Whether images are bright strokes on black, which sheets show as dark on white."""
         return True
@@ -86,6 +91,10 @@ class EmnistSpec(_Downloaded):
 
 class _Given(_Source):
     invert: bool = Field(False, description="turn black into white: for dark strokes on white")
+
+    @property
+    def title(self) -> str:
+        return self.place.name or self.name
 
     @property
     def ink(self) -> bool:

@@ -132,7 +132,8 @@ def report(run: RunFiles, own: OwnModel | None = None) -> Path:
 def headline(page: Page, material: Material) -> None:
     summary, counts = material.summary, Counter(row["state"] for row in material.rows)
     counted = ", ".join(f"{count} {state}" for state, count in counts.items())
-    page.parts.append(f"<h1>{html.escape(material.run.name)}: the search for a VAE on {material.spec.data.name}</h1>")
+    title = f"{material.run.name}: the search for a VAE on {material.spec.data.title}"
+    page.parts.append(f"<h1>{html.escape(title)}</h1>")
     best, test = summary.best, summary.test
     if best is None:
         page.parts.append(
