@@ -67,11 +67,11 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
 
 def _write_mnist(directory: Path) -> Path:
-    """Four whole IDX files of 300 blank images each -> the folder they are in."""
+    """Four whole IDX files of 400 blank images each -> the folder they are in."""
     raw = directory / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for name in IDX_FILES:
-        sizes = (300, 28, 28) if "images" in name else (300,)
+        sizes = (400, 28, 28) if "images" in name else (400,)
         header = bytes([0, 0, 8, len(sizes)]) + b"".join(size.to_bytes(4, "big") for size in sizes)
         (raw / name).write_bytes(header + bytes(math.prod(sizes)))
     return raw

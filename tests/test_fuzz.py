@@ -285,7 +285,7 @@ def test_a_damaged_idx_file(run, name, damage):
     raw = run.path / "MNIST" / "raw"
     raw.mkdir(parents=True, exist_ok=True)
     for other in IDX_FILES:
-        content = idx(other, 300 if other.startswith("train") else 70)
+        content = idx(other, 400 if other.startswith("train") else 70)
         (raw / other).write_bytes(content if other != name else damaged(content, damage))
     images = IdxSpec(name="mnist", directory=run.path, download=False)
     found = result_of(lambda: sources.load(images), name, f"{raw}: ")
