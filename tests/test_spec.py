@@ -379,6 +379,19 @@ def test_an_override_without_key_or_value_is_refused_by_its_text(text):
     assert text.strip() in str(error.value)
 
 
+def test_an_override_names_options_of_a_users_own_model_by_their_prefix(search):
+    overrides = [
+        ("space.model.depth", {"type": "int", "low": 1, "high": 4}),
+        ("space.model.depth.low", 2),
+        ("space.model.choices", ["vae", "own"]),
+        ("fixed.model.width", 8),
+    ]
+    spec = specs.load(search, overrides)
+    assert (spec.values("model.depth"), spec.values("model")) == ([2, 4], ["vae", "own"])
+    assert spec.parameters({"model.depth": 3, "model": "own"}).options == {"depth": 3, "width": 8}
+    assert specs.load(search, [("fixed.model", "own")]).values("model") == ["own"]
+
+
 def test_overrides_are_laid_over_the_file(search):
     keys = ["budget.trials", "space.latent_dim.high", "fixed.width", "space.schedule", "objective"]
     values = [3, 8, 16, {"choices": ["cosine"]}, "mse"]

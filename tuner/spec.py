@@ -479,7 +479,8 @@ def _check_parameter(where: str, name: str, value: Any) -> None:
 
 
 def _put(raw: dict[str, Any], key: str, value: Any) -> None:
-    *parents, last = key.split(".")
+    # space.model.depth.low: an option's name holds a dot; space.model.choices is that of the parameter model
+    *parents, last = re.split(r"(?<!^space\.model)(?<!^fixed\.model)\.|\.(?=choices$)", key)
     for part in parents:
         raw = raw.setdefault(part, {})
         if not isinstance(raw, dict):
