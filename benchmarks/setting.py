@@ -37,8 +37,6 @@ from tuner.vae.step import State
 from tuner.vae.train import train
 from tuner.workspace import EXTRACTORS, FINAL_PRIOR_IMAGES, FINAL_SAMPLES, make_extractor
 
-build = Builder(ImageShape(1, 28, 28))
-
 SPECS = Path(__file__).parents[1] / "search_spaces"
 MNIST = Path("data")
 GOALS = (0.5, 0.8, 0.9, 0.95)
@@ -109,7 +107,7 @@ def models_at(
     parameters: Parameters, images: Tensor, epochs: Sequence[float], *, seed: int, trial: int
 ) -> Iterator[tuple[float, Model]]:
     """A trial's training, to the last of `epochs` -> each epoch with the model there, which training on moves."""
-    state, most = State.fresh(build, parameters, seed, trial), epochs[-1]
+    state, most = State.fresh(Builder(ImageShape(*images.shape[1:])), parameters, seed, trial), epochs[-1]
     for record in train(state, parameters, images, epochs, seed=seed, trial=trial, total_epochs=most):
         yield record.epoch, state.model
 
@@ -140,7 +138,7 @@ def shipped_point(data_dir: Path) -> tuple[Parameters, Data, Fitter, Scorer]:
 
 def plain(latent_dim: int, width: int = 32) -> VAE:
     """The network in PyTorch's own layers."""
-    model = VAE(latent_dim, width)
+    model = VAE(ImageShape(1, 28, 28), latent_dim, width)
     last = nn.ConvTranspose2d(width, 1, 3, stride=2, padding=1, output_padding=1)
     last.load_state_dict(model.up[-1].state_dict())
     model.up[-1] = last
