@@ -7,7 +7,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import yaml
 
 import tuner.export
@@ -287,6 +289,29 @@ def test_a_folder_that_gives_no_images(refused, tmp_path, write, words):
     (tmp_path / "photos.yaml").write_text(yaml.safe_dump(spec))
     assert words in refused("photos.yaml", "--data-dir", "there", "--run", "run")
     assert "elsewhere: No such file or directory" in refused("photos.yaml", "--run", "run")
+
+
+# What does not go with the images
+
+
+def test_a_temperature_for_images_in_colour(refused, tmp_path):
+    photos = np.random.default_rng(0).integers(256, size=(1_000, 16, 16, 3), dtype=np.uint8)
+    np.save(tmp_path / "photos.npy", photos)
+    spec = yaml.safe_load(SEARCH) | {"data": {"name": "arrays", "file": "photos.npy"}}
+    (tmp_path / "photos.yaml").write_text(yaml.safe_dump(spec))
+    line = refused("photos.yaml", "--run", "run", "--set", "fixed.temperature=fitted")
+    assert line == "error: fixed.temperature: fitted does not go with images in colour\n"
+
+
+def test_a_feature_extractor_that_is_none_or_for_other_images(refused, tmp_path):
+    assert "features: own.pt2: No such file" in refused("--set", "features=own.pt2", "--run", "run")
+    (tmp_path / "own.pt2").write_bytes(b"hello")
+    assert "own.pt2: not readable as an extractor: " in refused("--set", "features=own.pt2", "--run", "run")
+    network, shapes = torch.nn.Flatten(), ({0: torch.export.Dim("batch")},)
+    torch.export.save(
+        torch.export.export(network, (torch.zeros(2, 3, 32, 32),), dynamic_shapes=shapes), tmp_path / "own.pt2"
+    )
+    assert "features: own.pt2 takes no images 1x1x28x28: " in refused("--set", "features=own.pt2", "--run", "run")
 
 
 # Run directories
