@@ -54,9 +54,9 @@ def test_what_still_trains_at_the_end_is_ended(workspace, tmp_path):
     assert not process.is_alive()
 
 
-def test_what_needs_no_training_is_kept_at_once_and_no_process_is_started(workspace, tmp_path):
-    images = workspace.data.train.images
-    run, data = RunFiles(tmp_path), Data(Split(images[:20]), Split(images[20:30]))
+def test_what_needs_no_training_is_kept_at_once_and_no_process_is_started(tmp_path):
+    images = torch.randint(256, (30, 3, 16, 16), dtype=torch.uint8)
+    run, data = RunFiles(tmp_path), Data(Split(images[:20]), Split(images[20:]))
     with FeatureExtractors(run, SPEC, data) as extractors:
         assert (extractors.in_training(), extractors.keep("search").kind) == (0, "untrained")
         extractors.begin("second")
