@@ -119,7 +119,7 @@ def refusal(name: str, shape: ImageShape = DIGITS, **parts: Any) -> str:
         (":build", "expected MODULE:FUNCTION"),
         ("tuner.vae.model:", "expected MODULE:FUNCTION"),
         ("tuner.vae.model:bild", "AttributeError: module 'tuner.vae.model' has no attribute 'bild'"),
-        ("tuner.vae.model:HIDDEN", "HIDDEN is no function but of type int"),
+        ("tuner.vae.shape:LEAST_MAP", "LEAST_MAP is no function but of type int"),
     ],
 )
 def test_what_cannot_be_imported(name, words):
