@@ -406,7 +406,7 @@ def test_the_example_takes_images_of_any_shape_and_learns_them(monkeypatch):
 def test_the_example_leaves_as_every_kind_of_file(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
     written(EXAMPLE, tmp_path / "export", COLOUR)
-    assert left_out(tmp_path / "export", COLOUR) == {}
+    assert left_out(tmp_path / "export") == {}
 
 
 ALONE = """
