@@ -72,6 +72,16 @@ def test_a_displaced_mixture_comes_closer_in_the_features_of_every_observer(mode
         assert after < before / 3
 
 
+def test_groups_of_features_are_matched_too(model, codes, images, mixture):
+    groups = nn.Sequential(nn.AvgPool2d(7), nn.Flatten(), nn.Unflatten(1, (2, 8)))
+    displaced = replace(mixture, means=mixture.means + 0.1, covariances=1.2 * mixture.covariances)
+    matched = match(displaced, _draw(model), images, [groups], 250, seed=3)
+    before, after = (
+        _distance(model, groups, prior.sample_quasi_random(2_000, seed=4), codes) for prior in (displaced, matched)
+    )
+    assert after < before / 3
+
+
 def test_weights_stay_and_components_stay_gaussians(model, images, mixture):
     matched = match(mixture, _draw(model), images, [model.features], 50, seed=3)
     assert torch.equal(matched.weights, mixture.weights)

@@ -12,6 +12,7 @@ from torch import nn
 
 from tuner.vae.data import Split, as_floats
 from tuner.vae.distance import frechet_distance, moments
+from tuner.vae.extractor import WaveletPackets
 from tuner.vae.fitted import FittedModel
 from tuner.vae.losses import Diverged
 from tuner.vae.metrics import METRICS
@@ -92,6 +93,16 @@ def test_the_same_model_gets_the_same_scores_twice(score, parameters):
 def test_another_seed_draws_other_samples(scorer, extractor, digits):
     other = Scorer(extractor, digits.train, digits.validation, seed=1, count=400)
     assert scorer(_plain())["frechet_distance"] != other(_plain())["frechet_distance"]
+
+
+def test_groups_of_features_are_scored_by_the_mean_over_them(digits):
+    extractor = WaveletPackets(digits.shape)
+    scorer = Scorer(extractor, digits.train, digits.validation, seed=0, count=100)
+    scores, images = scorer(_plain()), as_floats(digits.validation.images)
+    drawn, real = (extractor.features(shown).unbind(1) for shown in (scorer.samples(_plain(), 100), images))
+    singles = [frechet_distance(moments(b), moments(a)).item() for a, b in zip(drawn, real, strict=True)]
+    assert scores.keys() == METRICS.keys() - {"loss", "nll"}
+    assert scores["frechet_distance"] == pytest.approx(np.mean(singles))
 
 
 def test_quasi_random_samples_are_scored_with_less_noise_and_beside_a_floor_of_more_images(extractor, digits):

@@ -86,7 +86,7 @@ class UntrainedNetworks(FeatureExtractor):
 
     kind = "untrained"
 
-    def __init__(self, shape: ImageShape, width: int = 32, count: int = 3):
+    def __init__(self, shape: ImageShape, width: int = 16, count: int = 3):
         super().__init__()
         self.shape, self.options = shape, {"width": width, "count": count}
         self.trunk = _Groups(_untrained(shape, width) for _ in range(count))
