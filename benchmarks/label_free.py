@@ -1,9 +1,9 @@
 """Do scores that need no labels rank models as those that do? Random models of one space under each.
 
-    python -m benchmarks.label_free NAME [--data-dir data] [--seed 0] [--trials 24] [--models DIR]
+    python -m benchmarks.label_free NAME [--data-dir data] [--seed 0] [--trials 16] [--models DIR]
 
 NAME is mnist, fashion_mnist or a `.zip` of labelled folders of 32x32 images in colour, as train/CLASS/NAME.jpg. Each
-trial is three epochs of 10,000 images at a random point. What they draw is compared with held-out images in the
+trial is six epochs of 10,000 images at a random point. What they draw is compared with held-out images in the
 features of each candidate and of two classifiers that no candidate has anything of: `held_out` is the geometric mean
 of these two. A line for each trial; one for each candidate: Spearman's rank correlation with `held_out`, the same among
 the better half with its 90 % bootstrap interval, and how many times the best trial's `held_out` that of the candidate's
@@ -31,7 +31,14 @@ from tuner import sources
 from tuner.data_spec import IdxSpec
 from tuner.vae.data import Data, Split, as_floats
 from tuner.vae.distance import frechet_distance, moments
-from tuner.vae.extractor import FeatureExtractor, WaveletPackets, draw_untrained, train_classifier
+from tuner.vae.extractor import (
+    FeatureExtractor,
+    WaveletPackets,
+    draw_untrained,
+    from_bytes,
+    to_bytes,
+    train_classifier,
+)
 from tuner.vae.fitted import FittedModel, Fitter
 from tuner.vae.model import Builder
 from tuner.vae.parameters import Parameters
@@ -39,9 +46,10 @@ from tuner.vae.process import settle
 from tuner.vae.step import State
 from tuner.vae.train import train
 
-IMAGES, EPOCHS, SAMPLES, HELD_OUT = 10_000, 3, 2_500, 5_000
+IMAGES, EPOCHS, SAMPLES, HELD_OUT = 10_000, 6, 2_500, 5_000
 COLOUR_TRAINING = 8_000
 KL_WEIGHT = {1: ("absolute", 0.005, 1.0), 3: ("calibrated", 0.2, 20.0)}  # by channels: about the same range
+TEMPERATURES = {1: ["one", "fitted"], 3: ["one"]}
 DIRECTIONS, QUANTILES = 500, 1_000
 RESAMPLES = 2_000
 Score = Callable[[Tensor], float]  # of images (N, C, H, W) in [0, 1]
@@ -71,9 +79,10 @@ def points(name: str, channels: int, seed: int, count: int) -> list[Parameters]:
     return [
         Parameters(
             latent_dim=round(log(4, 64)),
-            learning_rate=log(3e-4, 5e-3),
+            learning_rate=log(1e-3, 5e-3),
             kl_weight=log(low, high),
             prior_components=round(draw.uniform(20, 50)),
+            temperature=draw.choice(TEMPERATURES[channels]),
             **fixed,
         )
         for _ in range(count)
@@ -129,9 +138,20 @@ def generators(name: str, data: Data, seed: int, count: int, models: Path | None
     return result
 
 
-def summary(scores: list[float], held_out: list[float]) -> dict[str, float]:
+def held_out(name: str, data: Data, deep: bool, models: Path | None) -> FeatureExtractor:
+    """A classifier that no candidate has anything of: wider than these, and of another seed."""
+    file = models and models / f"{Path(name).stem}-{'deep' if deep else 'shallow'}.safetensors"
+    if file and file.exists():
+        return from_bytes(file.read_bytes())
+    extractor = train_classifier(data, 1_001 + deep, width=24, deep=deep)
+    if file:
+        file.write_bytes(to_bytes(extractor))
+    return extractor
+
+
+def summary(scores: list[float], true: list[float]) -> dict[str, float]:
     """How a candidate's scores go with those of the held-out classifiers."""
-    found, truth = np.array(scores), np.array(held_out)
+    found, truth = np.array(scores), np.array(true)
     better = np.argsort(truth)[: len(truth) // 2]
     draws = np.random.default_rng(0).integers(len(better), size=(RESAMPLES, len(better)))
     resampled = [spearmanr(found[better[draw]], truth[better[draw]]).statistic for draw in draws]
@@ -149,16 +169,14 @@ def main() -> None:
     options = parser(__doc__, MNIST)
     options.add_argument("name", metavar="NAME")
     options.add_argument("--seed", type=int, default=0)
-    options.add_argument("--trials", type=int, default=24)
+    options.add_argument("--trials", type=int, default=16)
     options.add_argument("--models", type=Path, metavar="DIR")
     arguments = options.parse_args()
     settle()
     seed, data = arguments.seed, load(arguments.name, arguments.data_dir)
     assert data.train.labels is not None
     real = as_floats(data.validation.images[:HELD_OUT])
-    unseen = [
-        features_distance(train_classifier(data, 1_000 + seed, width=24, deep=deep), real) for deep in (False, True)
-    ]
+    unseen = [features_distance(held_out(arguments.name, data, deep, arguments.models), real) for deep in (False, True)]
     candidates: dict[str, Score] = {
         "classifier": features_distance(train_classifier(data, seed), real),
         "untrained": features_distance(draw_untrained(data.shape, seed), real),
@@ -167,14 +185,14 @@ def main() -> None:
     }
 
     def scored(images: Tensor) -> dict[str, float]:
-        held_out = math.prod(score(images) for score in unseen) ** (1 / len(unseen))
-        return {"held_out": held_out} | {name: score(images) for name, score in candidates.items()}
+        mean = math.prod(score(images) for score in unseen) ** (1 / len(unseen))
+        return {"held_out": mean} | {name: score(images) for name, score in candidates.items()}
 
     rows = []
     for trial, fitted in enumerate(generators(arguments.name, data, seed, arguments.trials, arguments.models)):
         given = fitted.parameters
         rows.append(scored(fitted.draw(fitted.prior.sample_quasi_random(SAMPLES, seed))))
-        point = {key: getattr(given, key) for key in ("latent_dim", "learning_rate", "kl_weight", "prior_components")}
+        point = {key: getattr(given, key) for key in ("latent_dim", "learning_rate", "kl_weight", "temperature")}
         say({"trial": trial, **point, **rows[-1]})
     for name in candidates:
         say({"score": name, **summary([row[name] for row in rows], [row["held_out"] for row in rows])}, 3)
