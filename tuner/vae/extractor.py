@@ -9,6 +9,8 @@ import hashlib
 import io
 import json
 import logging
+import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -19,6 +21,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from tuner.vae.data import Data, Split, as_floats
+from tuner.vae.model import MOST_CHANNELS, channels_of
 from tuner.vae.shape import ImageShape
 
 FEATURES = 64
@@ -44,10 +47,9 @@ class FeatureExtractor(nn.Module):
 
 
 class Classifier(FeatureExtractor):
-    """Convolutions (3x3, stride 2) down to the smallest map of the shape, fully connected 64 (the features), classes.
+    """Convolutions, fully connected 64 (the features), classes. A deep one pools, the other strides.
 
-    Channels are `width`, 2 width and then 4 width. A deep one has a convolution more, the first of 5x5, and takes the
-    largest of every 2x2 after each instead of striding.
+    The first convolution has `width` channels, each next twice as many, 4 width at most.
     """
 
     kind = "classifier"
@@ -55,20 +57,7 @@ class Classifier(FeatureExtractor):
     def __init__(self, shape: ImageShape, classes: int, width: int = 16, deep: bool = False):
         super().__init__()
         self.shape, self.options = shape, {"classes": classes, "width": width, "deep": deep}
-        layers: list[nn.Module] = []
-        maps = shape.maps()
-        before, size = shape.channels, maps[-1]
-        for depth in range(len(maps) if deep else len(maps) - 1):
-            channels = width * min(2**depth, 4)
-            if deep:
-                kernel = 3 if depth else 5
-                layers += [nn.Conv2d(before, channels, kernel, padding=kernel // 2), nn.ReLU(), nn.MaxPool2d(2)]
-            else:
-                layers += [nn.Conv2d(before, channels, 3, stride=2, padding=1), nn.ReLU()]
-            before = channels
-        if deep:
-            size = shape.height >> len(maps), shape.width >> len(maps)
-        flat = before * size[0] * size[1]
+        layers, flat = (_pooling if deep else _striding)(shape, width)
         self.trunk = nn.Sequential(*layers, nn.Flatten(), nn.Linear(flat, FEATURES), nn.ReLU())
         self.classes = nn.Linear(FEATURES, classes)
 
@@ -170,16 +159,28 @@ class _Groups(nn.ModuleList):
         return torch.stack([network(images) for network in self], 1)
 
 
-def _untrained(shape: ImageShape, width: int) -> nn.Sequential:
-    """Convolutions as a classifier's, and a random projection."""
+def _striding(shape: ImageShape, width: int) -> tuple[list[nn.Module], int]:
+    """Convolutions (3x3, stride 2) down to the smallest map of the shape -> layers, and how many numbers they give."""
+    channels = channels_of(shape, width)
     layers: list[nn.Module] = []
-    before = shape.channels
-    for depth in range(len(shape.maps()) - 1):
-        channels = width * min(2**depth, 4)
-        layers += [nn.Conv2d(before, channels, 3, stride=2, padding=1), nn.ReLU()]
-        before = channels
-    height, width = shape.maps()[-1]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(before * height * width, FEATURES))
+    for pair in pairwise(channels):
+        layers += [nn.Conv2d(*pair, 3, stride=2, padding=1), nn.ReLU()]
+    return layers, channels[-1] * math.prod(shape.maps()[-1])
+
+
+def _pooling(shape: ImageShape, width: int) -> tuple[list[nn.Module], int]:
+    """A convolution more, the first of 5x5, and the largest of every 2x2 after each -> as `_striding`."""
+    channels = [*channels_of(shape, width), width * min(2 ** (len(shape.maps()) - 1), MOST_CHANNELS)]
+    layers: list[nn.Module] = []
+    for kernel, (inputs, outputs) in zip([5] + [3] * len(channels), pairwise(channels), strict=False):
+        layers += [nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2), nn.ReLU(), nn.MaxPool2d(2)]
+    halved = len(channels) - 1
+    return layers, channels[-1] * (shape.height >> halved) * (shape.width >> halved)
+
+
+def _untrained(shape: ImageShape, width: int) -> nn.Sequential:
+    layers, flat = _striding(shape, width)
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(flat, FEATURES))
 
 
 KINDS: dict[str, type[Any]] = {made.kind: made for made in (Classifier, UntrainedNetworks, WaveletPackets)}
