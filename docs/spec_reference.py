@@ -30,7 +30,7 @@ data: {name: digits}
 space:
   latent_dim: {type: int, low: 4, high: 32, log: true}
   learning_rate: {type: float, low: 3e-4, high: 1e-2, log: true}
-  kl_weight: {type: float, low: 0.01, high: 3, log: true}
+  kl_weight: {type: float, low: 0.001, high: 3, log: true}
   prior_components: {choices: [5, 10, 20]}
 fixed: {prior: gaussian_mixture, temperature: fitted, batch_size: 32}
 points_to_evaluate:
