@@ -23,7 +23,7 @@ import numpy as np
 from tuner import spec as specs
 from tuner.run import RunFiles
 from tuner.vae.image_grid import grid, png, samples
-from tuner.workspace import baseline_of, best_of
+from tuner.workspace import Checkpoints
 
 SHOWN, COLUMNS, MARGIN = 80, 10, 24  # images and images a row on either side, pixels between the sides
 EXPORTED = ("weights.safetensors", "prior.npz", "samples.png", "neighbours.png")
@@ -70,8 +70,8 @@ def side_by_side(run: RunFiles) -> np.ndarray:
     """The classic settings from N(0, I) on the left, what the run exported on the right: (H, W) or (H, W, 3) uint8."""
     summary, ink = run.summary(), specs.load(run.spec).data.ink
     assert summary.best
-    ours = best_of(run, run.retrain_checkpoint if summary.retrain else run.checkpoint(summary.best.trial))
-    pictures = [grid(samples(fitted, SHOWN), COLUMNS, ink) for fitted in (baseline_of(run), ours)]
+    ours = Checkpoints(run).best(run.retrain_checkpoint if summary.retrain else run.checkpoint(summary.best.trial))
+    pictures = [grid(samples(fitted, SHOWN), COLUMNS, ink) for fitted in (Checkpoints(run).baseline(), ours)]
     gap = np.full((len(pictures[0]), MARGIN, *pictures[0].shape[2:]), 255, np.uint8)
     return np.concatenate([pictures[0], gap, pictures[1]], axis=1)
 

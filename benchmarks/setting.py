@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 
 from tuner import sources
 from tuner import spec as specs
+from tuner.extractors import EXTRACTORS, make_extractor
 from tuner.sources.torchvision import torchvision_datasets
 from tuner.spec import Spec
 from tuner.vae.checkpoint import Checkpoint
@@ -35,7 +36,7 @@ from tuner.vae.score import Scorer
 from tuner.vae.shape import ImageShape
 from tuner.vae.step import State
 from tuner.vae.train import train
-from tuner.workspace import EXTRACTORS, FINAL_PRIOR_IMAGES, FINAL_SAMPLES, make_extractor
+from tuner.workspace import FINAL_PRIOR_IMAGES, FINAL_SAMPLES
 
 SPECS = Path(__file__).parents[1] / "search_spaces"
 MNIST = Path("data")

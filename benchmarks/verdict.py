@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from benchmarks.setting import MNIST, parser, say, trained
 from tuner import sources
+from tuner.extractors import load_extractors
 from tuner.run import RunFiles
 from tuner.study import BASELINE
 from tuner.vae import codec
@@ -32,7 +33,7 @@ from tuner.vae.fitted import FittedModel
 from tuner.vae.metrics import FINAL_METRICS, gap_closed
 from tuner.vae.score import Scorer
 from tuner.vae.shape import ImageShape
-from tuner.workspace import FINAL_SAMPLES, baseline_of, load_extractors, open_workspace
+from tuner.workspace import FINAL_SAMPLES, Checkpoints, open_workspace
 
 SHOWN = ("frechet_distance", "gap_closed", "sharpness", *FINAL_METRICS)
 
@@ -101,7 +102,7 @@ def main() -> None:
     spec, data = workspace.spec, workspace.data
     test = sources.load_test(spec.data)
 
-    baseline = baseline_of(runs[0])
+    baseline = Checkpoints(runs[0]).baseline()
     pictures = {"classic": drawn(baseline)}
     epochs = arguments.classic_epochs
     longer = trained(spec.baseline, data.train.images, epochs, seed=spec.seed, trial=BASELINE)

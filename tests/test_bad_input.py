@@ -17,6 +17,7 @@ import tuner.report
 import tuner.retrain
 import tuner.search
 from tuner import spec as specs
+from tuner import yaml_text
 from tuner.run import RunFiles
 from tuner.search import DEFAULT_SPEC
 from tuner.sources.idx import IDX_FILES
@@ -167,7 +168,7 @@ def test_a_file_that_is_no_mapping(refused, tmp_path, text, words):
 )
 def test_a_spec_that_makes_no_sense(refused, tmp_path, key, value, words):
     raw = yaml.safe_load(SEARCH)
-    specs._put(raw, key, value)
+    yaml_text.put(raw, key, value)
     (tmp_path / "some.yaml").write_text(yaml.safe_dump(raw))
     line = refused("some.yaml", "--run", "run")
     assert line.startswith("error: some.yaml: ")

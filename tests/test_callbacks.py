@@ -13,7 +13,7 @@ from ray import cloudpickle, tune
 
 from tuner.callbacks import KeepCheckpoints, KeepExtractors, KeepTable, ShowTrials
 from tuner.exits import Fatal
-from tuner.extractors import FeatureExtractors
+from tuner.extractors import FeatureExtractors, keep_extractor
 from tuner.promote import CONTENDERS
 from tuner.run import RunFiles
 from tuner.spec import Spec
@@ -22,7 +22,6 @@ from tuner.tensorboard import TensorBoard
 from tuner.terminal import Progress
 from tuner.trainable import search_scorer
 from tuner.vae.parameters import CLASSIC
-from tuner.workspace import keep_extractor
 
 SPEC = Spec.model_validate({"space": {"latent_dim": {"choices": [4, 16]}}, "budget": {"trials": 8}})
 

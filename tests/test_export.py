@@ -18,7 +18,8 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from tuner import sources
 from tuner.data_spec import DigitsSpec
-from tuner.export import VERSIONS, check_files, neighbourhood, write_files
+from tuner.export import VERSIONS, neighbourhood
+from tuner.export_files import check_files, write_files
 from tuner.vae import codec
 from tuner.vae.data import Split, as_floats
 from tuner.vae.extractor import WaveletPackets, draw_untrained
@@ -30,7 +31,7 @@ from tuner.vae.neighbours import copied
 from tuner.vae.parameters import Parameters
 from tuner.vae.prior import Prior
 from tuner.vae.shape import ImageShape
-from tuner.workspace import baseline_of, best_of
+from tuner.workspace import Checkpoints
 
 build = Builder(ImageShape(1, 28, 28))
 
@@ -62,7 +63,7 @@ def loaded(export) -> codec.Codec:
 @pytest.fixture(scope="module")
 def kept(finished_run) -> FittedModel:
     """What the retrain kept: the exported model."""
-    return best_of(finished_run, finished_run.retrain_checkpoint)
+    return Checkpoints(finished_run).best(finished_run.retrain_checkpoint)
 
 
 @pytest.fixture(scope="module")
@@ -127,8 +128,7 @@ def test_a_bent_prior_leaves_as_arrays_and_programs_that_agree(digits, tmp_path)
     bent = FittedModel(build(parameters, seed=0), parameters, mixture, temperature=0.5)
     images = {"shape": [1, 28, 28], "ink": True}
     info = {"images": images, "parameters": parameters.model_dump(), "temperature": 0.5}
-    write_files(bent, info, tmp_path, digits[:1])
-    check_files(bent, digits, tmp_path)
+    write_files(bent, info, tmp_path, digits)
     drawn, loaded = mixture.sample(20, torch.Generator().manual_seed(1)), codec.load(tmp_path).fitted
     assert torch.equal(loaded.prior.sample(20, torch.Generator().manual_seed(1)), drawn)
     assert torch.equal(loaded.draw(drawn), bent.draw(drawn))
@@ -228,7 +228,7 @@ def test_a_file_that_differs_from_the_checkpoint_is_not_let_through(run_copy, ke
 
 
 def test_another_models_program_is_not_let_through(run_copy, digits):
-    other = best_of(run_copy, run_copy.checkpoint(run_copy.summary().best.trial))
+    other = Checkpoints(run_copy).best(run_copy.checkpoint(run_copy.summary().best.trial))
     with pytest.raises(RuntimeError, match="encoder as safetensors differs"):
         check_files(other, digits, run_copy.export)
     state = {name: value.contiguous() for name, value in other.model.state_dict().items()}
@@ -290,8 +290,8 @@ def test_the_test_scores_are_those_of_the_exported_models_on_the_test_split(work
     assert len(tested) == 400
     scorer = workspace.scorer(held_out=tested)
     models = {
-        "baseline": baseline_of(finished_run),
-        "best": best_of(finished_run, finished_run.checkpoint(summary.best.trial)),
+        "baseline": Checkpoints(finished_run).baseline(),
+        "best": Checkpoints(finished_run).best(finished_run.checkpoint(summary.best.trial)),
         "retrained": kept,
     }
     assert summary.test.models.keys() == models.keys()

@@ -8,14 +8,13 @@ import pytest
 import torch
 
 from tuner.exits import CutOff
-from tuner.extractors import FeatureExtractors
+from tuner.extractors import FeatureExtractors, load_extractors
 from tuner.run import RunFiles
 from tuner.spec import Spec
 from tuner.vae.data import Data, Split
 from tuner.vae.extractor import train_classifier
 from tuner.vae.process import settle
 from tuner.vae.seeds import Stream, derive_seed
-from tuner.workspace import load_extractors
 
 SPEC = Spec.model_validate({"space": {"latent_dim": {"choices": [4, 8]}}, "seed": 3})
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from tuner.extractors import FeatureExtractors
+from tuner.extractors import FeatureExtractors, keep_extractor
 from tuner.fusion import ArrayHost, fusion, train_fused
 from tuner.run import RunFiles
 from tuner.search import load_spec, parse
@@ -18,7 +18,6 @@ from tuner.vae.parameters import Parameters
 from tuner.vae.shape import ImageShape
 from tuner.vae.step import State
 from tuner.vae.train import train
-from tuner.workspace import keep_extractor
 
 build = Builder(ImageShape(1, 28, 28))
 

@@ -38,7 +38,7 @@ from tuner.vae.parameters import Parameters
 from tuner.vae.prior import standard_normal
 from tuner.vae.shape import ImageShape
 from tuner.vae.step import State, fastest_step
-from tuner.workspace import read_checkpoint, read_held_out
+from tuner.workspace import Checkpoints, read_held_out
 
 build = Builder(ImageShape(1, 28, 28))
 
@@ -175,7 +175,7 @@ def extractor_of(run: RunFiles) -> FeatureExtractor:
 
 
 READERS: dict[str, tuple[Callable[[RunFiles], Any], Callable[[Any, Spec], None]]] = {
-    "checkpoints/0003.pt": (lambda run: read_checkpoint(run, run.checkpoint(3)), goes_on),
+    "checkpoints/0003.pt": (lambda run: Checkpoints(run).read(run.checkpoint(3)), goes_on),
     "extractors/search.safetensors": (extractor_of, tells_digits),
     "export/config.json": (lambda run: codec.load(run.export), draws),
     "export/weights.safetensors": (lambda run: codec.load(run.export), draws),

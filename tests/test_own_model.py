@@ -25,7 +25,7 @@ import tuner.report
 import tuner.retrain
 import tuner.search
 from tuner import spec as specs
-from tuner.export import check_files, write_files
+from tuner.export_files import write_files
 from tuner.own_model import check, load
 from tuner.run import Refused, RunFiles
 from tuner.spec import Spec
@@ -326,8 +326,8 @@ def written(name: str, directory: Path, shape: ImageShape = DIGITS, **options: A
     parameters = Parameters.model_validate({"model": "own", "latent_dim": 3} | options)
     fitted = FittedModel(Builder(shape, own)(parameters, 0).eval(), parameters, standard_normal(3))
     directory.mkdir()
-    write_files(fitted, described(fitted), directory, torch.zeros(1, *shape), own)
-    check_files(fitted, torch.rand(7, *shape, generator=torch.Generator().manual_seed(0)), directory, own)
+    images = torch.rand(7, *shape, generator=torch.Generator().manual_seed(0))
+    write_files(fitted, described(fitted), directory, images, own)
     return fitted
 
 

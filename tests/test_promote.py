@@ -4,12 +4,13 @@ import hashlib
 
 import pytest
 
+from tuner.extractors import EXTRACTORS
 from tuner.promote import CONTENDERS, contenders
 from tuner.spec import Spec
 from tuner.study import BASELINE, read_study, table
 from tuner.trainable import search_scorer
 from tuner.vae.metrics import gap_closed
-from tuner.workspace import EXTRACTORS, baseline_of, best_of
+from tuner.workspace import Checkpoints
 
 METRIC = "frechet_distance"
 
@@ -28,7 +29,7 @@ def searched(finished_run, workspace):
 def test_every_promoted_checkpoint_is_exactly_the_one_that_was_scored(workspace, summary, searched):
     scorer = search_scorer(workspace.spec, workspace.data, workspace.extractors["search"])
     for entry in summary.promotion:
-        fitted, row = best_of(workspace.run, workspace.run.checkpoint(entry.trial)), searched[entry.trial]
+        fitted, row = Checkpoints(workspace.run).best(workspace.run.checkpoint(entry.trial)), searched[entry.trial]
         assert fitted.epoch == entry.epoch == row["epoch"]
         for name, value in scorer(fitted).items():
             assert value == pytest.approx(row[name], rel=1e-9), name
@@ -55,7 +56,7 @@ def test_at_most_five_are_scored_again_and_the_best_rank_wins(summary, searched)
 
 def test_the_winners_scores_are_those_of_its_checkpoint(workspace, summary):
     best, scorer = summary.best, workspace.scorer()
-    fitted = best_of(workspace.run, workspace.run.checkpoint(best.trial))
+    fitted = Checkpoints(workspace.run).best(workspace.run.checkpoint(best.trial))
     assert fitted.parameters.model_dump() == best.parameters
     reported = best.scores.model_dump()
     for name, value in scorer(fitted).items():
@@ -65,7 +66,7 @@ def test_the_winners_scores_are_those_of_its_checkpoint(workspace, summary):
 
 
 def test_the_baseline_is_where_trial_0_ended_with_samples_from_a_standard_normal(workspace, summary, searched):
-    baseline = baseline_of(workspace.run)
+    baseline = Checkpoints(workspace.run).baseline()
     assert searched[BASELINE]["epochs_trained"] == workspace.spec.budget.max_epochs
     assert baseline.parameters == workspace.spec.baseline.model_copy(update={"prior": "standard_normal"})
     scores = workspace.scorer()(baseline)

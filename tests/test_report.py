@@ -19,7 +19,7 @@ from tuner.spec import load
 from tuner.study import open_study
 from tuner.vae.data import as_floats
 from tuner.vae.image_grid import evenly_spaced, grid
-from tuner.workspace import best_of
+from tuner.workspace import Checkpoints
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
@@ -99,7 +99,7 @@ def test_real_images_stand_before_the_samples_and_above_their_reconstructions(fi
     assert np.array_equal(real[:height], expected[0])
     assert np.array_equal(rebuilt[:height], expected[0])
     assert np.array_equal(rebuilt[2 * (height + 4) :][:height], expected[1])
-    last = best_of(finished_run, finished_run.retrain_checkpoint)
+    last = Checkpoints(finished_run).best(finished_run.retrain_checkpoint)
     ends = last.draw(last.model.encode(as_floats(rows[0][:1]))[0])
     assert np.abs(between[:56, :56].astype(int) - grid(ends, 1, ink=True, scale=2)).max() <= 1
 

@@ -9,7 +9,7 @@ import torch
 from tuner.retrain import main, retrain
 from tuner.run import RunFiles, write_atomic
 from tuner.vae.fitted import FittedModel
-from tuner.workspace import best_of, open_workspace, read_checkpoint
+from tuner.workspace import Checkpoints, open_workspace
 
 
 class Stopped(Exception):
@@ -17,11 +17,11 @@ class Stopped(Exception):
 
 
 def start_of(run: RunFiles) -> FittedModel:
-    return best_of(run, run.checkpoint(run.summary().best.trial))
+    return Checkpoints(run).best(run.checkpoint(run.summary().best.trial))
 
 
 def kept_by(run: RunFiles) -> FittedModel:
-    return best_of(run, run.retrain_checkpoint)
+    return Checkpoints(run).best(run.retrain_checkpoint)
 
 
 def same_weights(first: FittedModel, second: FittedModel) -> bool:
@@ -64,13 +64,13 @@ def test_stopped_after_each_epoch_it_ends_bit_for_bit_as_without_a_stop(run_copy
     assert main([str(run_copy.path)]) == 0
     assert run_copy.summary().retrain == finished_run.summary().retrain
     assert same_weights(kept_by(run_copy), kept_by(finished_run))
-    assert read_checkpoint(run_copy, run_copy.retrain_checkpoint).evaluation["epoch"] == 4
+    assert Checkpoints(run_copy).read(run_copy.retrain_checkpoint).evaluation["epoch"] == 4
 
 
 def test_a_retrain_that_diverges_keeps_what_it_started_from(run_copy):
     shutil.rmtree(run_copy.retrain)
     path = run_copy.checkpoint(run_copy.summary().best.trial)
-    checkpoint = read_checkpoint(run_copy, path)
+    checkpoint = Checkpoints(run_copy).read(path)
     wild = checkpoint.best.parameters.model_copy(update={"learning_rate": 1e12})
     checkpoint.best = replace(checkpoint.best, parameters=wild)
     write_atomic(path, checkpoint.to_bytes())

@@ -20,6 +20,7 @@ from optuna.samplers import RandomSampler
 from pydantic import ValidationError
 
 from tuner import spec as specs
+from tuner import yaml_text
 from tuner.search import DEFAULT_SPEC
 from tuner.spec import Objective, Spec
 from tuner.study import distributions
@@ -369,13 +370,13 @@ def test_a_budget_that_buys_nothing_is_refused(key, value):
     ],
 )
 def test_an_override_is_a_dotted_key_and_a_value_typed_as_in_yaml(text, pair):
-    assert specs.parse_override(text) == pair
+    assert yaml_text.parse_override(text) == pair
 
 
 @pytest.mark.parametrize("text", ["budget.trials", "=8", " =8", "budget.trials={", "seed=2020-13-45"])
 def test_an_override_without_key_or_value_is_refused_by_its_text(text):
     with pytest.raises(ValueError, match="--set") as error:
-        specs.parse_override(text)
+        yaml_text.parse_override(text)
     assert text.strip() in str(error.value)
 
 
@@ -568,7 +569,7 @@ def test_shipped_specs_are_valid_under_the_schema(editor, path):
 )
 def test_what_loads_is_valid_under_the_schema(editor, key, value):
     raw = copy.deepcopy(RAW)
-    specs._put(raw, key, value)
+    yaml_text.put(raw, key, value)
     if key == "space.batch_size":
         del raw["fixed"]["batch_size"]
     assert Spec.model_validate(raw)
@@ -592,7 +593,7 @@ def test_what_loads_is_valid_under_the_schema(editor, key, value):
 )
 def test_the_schema_refuses_what_does_not_load(editor, key, value):
     raw = copy.deepcopy(RAW)
-    specs._put(raw, key, value)
+    yaml_text.put(raw, key, value)
     with pytest.raises(ValidationError):
         Spec.model_validate(raw)
     assert not editor.is_valid(raw)

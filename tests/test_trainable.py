@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import ray
 
+from tuner.extractors import keep_extractor
 from tuner.run import RunFiles, write_atomic
 from tuner.searcher import FAILURES
 from tuner.spec import Spec
@@ -16,7 +17,7 @@ from tuner.trainable import FileServer, Shared, TrialTrainable
 from tuner.vae.checkpoint import Checkpoint
 from tuner.vae.metrics import METRICS
 from tuner.vae.parameters import Parameters
-from tuner.workspace import Workspace, keep_extractor
+from tuner.workspace import Workspace
 
 HALF = {"max_epochs": 1, "grace_epochs": 0.5, "reduction_factor": 2}  # rungs at half an epoch and at one
 GOOD = Parameters(latent_dim=8, width=4, learning_rate=4e-3, kl_weight=0.1, batch_size=32)

@@ -18,7 +18,7 @@ from optuna.trial import TrialState
 from ray import cloudpickle, tune
 
 from tuner.exits import Fatal, fatal
-from tuner.extractors import FeatureExtractors
+from tuner.extractors import FeatureExtractors, keep_extractor
 from tuner.run import RunFiles
 from tuner.search import load_spec, parse
 from tuner.searcher import WORKER_RETRIES
@@ -27,7 +27,6 @@ from tuner.study import Study, table
 from tuner.trials import run_trials, search_stage
 from tuner.vae.metrics import METRICS
 from tuner.vae.parameters import CLASSIC
-from tuner.workspace import keep_extractor
 
 pytestmark = pytest.mark.slow
 NAN = math.nan

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from tuner.extractors import keep_extractor, load_extractors, make_extractor
 from tuner.run import Refused, RunFiles, write_atomic
 from tuner.spec import Spec
 from tuner.study import BASELINE
@@ -27,18 +28,7 @@ from tuner.vae.parameters import Parameters
 from tuner.vae.prior import fit_mixture, standard_normal
 from tuner.vae.shape import ImageShape
 from tuner.vae.step import State
-from tuner.workspace import (
-    baseline_of,
-    best_of,
-    keep_extractor,
-    keep_held_out,
-    load_extractors,
-    make_extractor,
-    open_workspace,
-    read_checkpoint,
-    read_held_out,
-    require_fit,
-)
+from tuner.workspace import Checkpoints, keep_held_out, open_workspace, read_held_out, require_fit
 
 build = Builder(ImageShape(1, 28, 28))
 
@@ -67,7 +57,7 @@ def saved(content: Any) -> bytes:
 def test_a_checkpoint_gives_its_best_model_and_the_baseline_where_its_training_stands(run, checkpoint):
     path = run.checkpoint(BASELINE)
     write_atomic(path, checkpoint.to_bytes())
-    best, baseline = best_of(run, path), baseline_of(run)
+    best, baseline = Checkpoints(run).best(path), Checkpoints(run).baseline()
     assert (best.parameters, best.temperature, best.epoch, best.scores) == (SMALL, 0.5, 1.0, {"mse": 0.25})
     assert torch.equal(best.model.mean.weight, checkpoint.best.model.mean.weight)
     assert torch.equal(best.prior.covariances, checkpoint.best.prior.covariances)
@@ -79,9 +69,9 @@ def test_a_checkpoint_gives_its_best_model_and_the_baseline_where_its_training_s
 def test_a_checkpoint_without_a_scored_model_has_no_best(run, checkpoint):
     path = run.checkpoint(3)
     write_atomic(path, Checkpoint(SMALL, checkpoint.state).to_bytes())
-    assert read_checkpoint(run, path).best is None
+    assert Checkpoints(run).read(path).best is None
     with pytest.raises(Refused, match=r"^s3://bucket/run/checkpoints/0003\.pt: holds no scored model$"):
-        best_of(run, path)
+        Checkpoints(run).best(path)
 
 
 class Code:
@@ -130,7 +120,7 @@ def test_what_is_no_checkpoint_is_refused_in_one_line_that_names_it_and_nothing_
     content, path = OTHERS[kind](), run.checkpoint(3)
     path.mkdir(parents=True) if content is None else write_atomic(path, content)
     with pytest.raises(Refused) as error:
-        read_checkpoint(run, path)
+        Checkpoints(run).read(path)
     assert str(error.value).startswith("s3://bucket/run/checkpoints/0003.pt: not readable as a checkpoint: ")
     assert len(str(error.value).splitlines()) == 1
     assert not Path("never made").exists()
@@ -141,12 +131,12 @@ def test_a_checkpoint_of_a_step_that_there_is_not_is_refused(run, checkpoint, st
     path, state = run.checkpoint(3), checkpoint.state
     write_atomic(path, Checkpoint(SMALL, State(state.model, state.averages, step)).to_bytes())
     with pytest.raises(Refused, match=r"checkpoints/0003\.pt: not readable as a checkpoint: "):
-        read_checkpoint(run, path)
+        Checkpoints(run).read(path)
 
 
 def test_a_checkpoint_that_is_gone_is_refused_by_its_name(run):
     with pytest.raises(Refused, match=r"checkpoints/0000\.pt: not readable as a checkpoint: .*No such file"):
-        baseline_of(run)
+        Checkpoints(run).baseline()
 
 
 def test_an_extractor_comes_back_as_it_was_kept_and_another_file_in_its_place_is_refused(run, workspace):

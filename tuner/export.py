@@ -3,70 +3,33 @@
 The only module that reads the test split, once. Runs alone as `python -m tuner.export RUN`.
 """
 
-import copy
-import io
 import json
-import logging
 import platform
 import shutil
 import sys
-import warnings
-from collections.abc import Callable
-from contextlib import closing, redirect_stderr
+from contextlib import closing
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
-from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from tuner import sources
-from tuner.own_model import told
+from tuner.export_files import write_files
 from tuner.run import sync_directory, write_atomic
 from tuner.summary import Scores, Summary, Tested
 from tuner.tensorboard import TensorBoard
 from tuner.terminal import stage
-from tuner.vae import codec
 from tuner.vae.data import Split, as_floats
 from tuner.vae.extractor import FeatureExtractor
-from tuner.vae.fitted import FittedModel, encode, tempered
-from tuner.vae.image_grid import fixed_noise, interleaved, samples, sheet
+from tuner.vae.fitted import FittedModel, encode
+from tuner.vae.image_grid import interleaved, samples, sheet
 from tuner.vae.metrics import gap_closed
-from tuner.vae.model import Model, OwnModel
+from tuner.vae.model import Model
 from tuner.vae.neighbours import copied, coverage, knn_accuracy, nearest, recall
-from tuner.vae.prior import Sampler
-from tuner.workspace import Workspace, baseline_of, best_of, run_alone
+from tuner.workspace import Workspace, run_alone
 
-TOLERANCE, OWN_TOLERANCE = 1e-5, 1e-3  # the second, a quarter of a grey level, for operators that we did not choose
-SAMPLES = 100
 NEIGHBOUR_IMAGES, NEIGHBOURS_SHOWN = 5_000, 20
 PROJECTED = 1_000  # test images in TensorBoard's projector
 VERSIONS = ("torch", "ray", "optuna", "numpy", "onnx", "onnxruntime", "scikit-learn")
-
-
-class Encoder(nn.Module):
-    """Images (B, C, H, W) in [0, 1] -> mean (B, Z), and log-variance (B, Z) where the model has one."""
-
-    def __init__(self, model: Model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        mean, log_variance = self.model.encode(images)
-        return mean if log_variance is None else (mean, log_variance)
-
-
-class Decoder(nn.Module):
-    """Latents (B, Z) -> images (B, C, H, W) in [0, 1]."""
-
-    def __init__(self, fitted: FittedModel):
-        super().__init__()
-        self.model, self.temperature = fitted.model, fitted.temperature
-
-    def forward(self, latents: Tensor) -> Tensor:
-        return tempered(self.model.decode(latents), self.temperature)
 
 
 def export(workspace: Workspace) -> Summary:
@@ -78,9 +41,9 @@ def export(workspace: Workspace) -> Summary:
     run, spec = workspace.run, workspace.spec
     summary = run.summary()
     assert summary.best
-    models = {"best": best_of(run, run.checkpoint(summary.best.trial), workspace.own)}
+    models = {"best": workspace.checkpoints.best(run.checkpoint(summary.best.trial))}
     if summary.retrain:
-        models["retrained"] = best_of(run, run.retrain_checkpoint, workspace.own)
+        models["retrained"] = workspace.checkpoints.best(run.retrain_checkpoint)
     chosen = models.get("retrained", models["best"])
 
     test = sources.load_test(spec.data, run.images)
@@ -110,9 +73,8 @@ def export(workspace: Workspace) -> Summary:
             "versions": {name: version(name) for name in VERSIONS} | {"python": platform.python_version()},
         },
     }
-    write_files(chosen, info, temporary, test.images[:1], workspace.own)
+    write_files(chosen, info, temporary, as_floats(test.images[:7]), workspace.own)
     write_atomic(temporary / "neighbours.png", beside_neighbours(chosen, workspace.data.train, spec.data.ink))
-    check_files(chosen, as_floats(test.images[:7]), temporary, workspace.own)
     sync_directory(temporary)
     with closing(TensorBoard(run.tensorboard, spec)) as board:
         images = as_floats(test.images[:PROJECTED])
@@ -130,7 +92,7 @@ def score_test(workspace: Workspace, models: dict[str, FittedModel], test: Split
     The last of them is the one that is exported: it gets `FINAL_METRICS`, too.
     """
     scorer = workspace.scorer(held_out=test)
-    scores = {name: scorer(fitted) for name, fitted in {"baseline": baseline_of(workspace.run), **models}.items()}
+    scores = {name: scorer(fitted) for name, fitted in {"baseline": workspace.checkpoints.baseline(), **models}.items()}
     baseline = scores["baseline"]["frechet_distance"]
     for found in scores.values():
         found["gap_closed"] = gap_closed(found["frechet_distance"], scorer.floor, baseline)
@@ -168,144 +130,6 @@ def beside_neighbours(fitted: FittedModel, train: Split, ink: bool) -> bytes:
     drawn, learned = samples(fitted, NEIGHBOURS_SHOWN), as_floats(train.images)
     closest = learned[nearest(drawn.flatten(1), learned.flatten(1), 1)[1][:, 0]]
     return sheet(interleaved(drawn, closest, 10), 10, ink)
-
-
-def write_files(
-    fitted: FittedModel, info: dict[str, Any], directory: Path, image: Tensor, own: OwnModel | None = None
-) -> None:
-    """Everything of an export, into an empty directory; `image` (1, C, H, W) tells the shape.
-
-    Of a user's own model, made by `own`, programs are left out that PyTorch can't write; config.json says why.
-    """
-    model = fitted.model.eval()
-    weights = {name: value.clone(memory_format=torch.contiguous_format) for name, value in model.state_dict().items()}
-    write_atomic(directory / "weights.safetensors", save(weights))  # none shares memory with another
-    prior = io.BytesIO()
-    arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in fitted.prior.state_dict().items()}
-    np.savez(prior, **arrays)
-    write_atomic(directory / "prior.npz", prior.getvalue())
-    images, latents = torch.zeros(2, *image.shape[1:]), torch.zeros(2, model.latent_dim)
-    heads = ["mean"] if model.encode(images)[1] is None else ["mean", "log_variance"]
-    programs: dict[str, tuple[nn.Module, dict[str, Tensor], list[str]]] = {
-        "encoder": (Encoder(model), {"images": images}, heads),
-        "decoder": (Decoder(fitted), {"latents": latents}, ["images"]),
-        "prior": (Sampler(fitted.prior), {"noise": latents, "uniform": torch.zeros(2)}, ["latents"]),
-    }
-    left_out: dict[str, str] = {}
-    for name, (module, inputs, outputs) in programs.items():
-        theirs = fitted.parameters.model == "own" and name != "prior"  # it may use weights that get no gradient
-        try:
-            _write_program(module if theirs else _trimmed(module, inputs), inputs, outputs, directory / name)
-        except Exception as error:  # PyTorch's exporters raise whatever they meet
-            if not theirs:
-                raise
-            kinds = [kind for kind in PROGRAMS if not (directory / f"{name}.{kind}").exists()]
-            left_out |= {f"{name}.{kind}": told(error) for kind in kinds}
-    write_atomic(directory / "config.json", json.dumps(info | {"left_out": left_out}, indent=2) + "\n")
-    drawn = codec.load(directory, own).sample(SAMPLES)
-    write_atomic(directory / "samples.png", sheet(drawn, 10, info["images"]["ink"]))
-
-
-def _write_program(module: nn.Module, inputs: dict[str, Tensor], outputs: list[str], stem: Path) -> None:
-    """One network as `stem`.pt2 and `stem`.onnx, the batch size free."""
-    given = tuple(inputs.values())
-    shapes = tuple({0: torch.export.Dim("batch", min=1)} for _ in inputs)
-    names: dict[str, Any] = {"input_names": list(inputs), "output_names": outputs}
-    buffer = io.BytesIO()
-    logging.getLogger("torch").setLevel(logging.CRITICAL)
-    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):  # the exporters print where they give up
-        warnings.simplefilter("ignore")  # and warn of their own deprecations
-        program = torch.export.export(module, given, dynamic_shapes=shapes)
-        torch.export.save(program, buffer)
-        write_atomic(stem.with_suffix(".pt2"), buffer.getvalue())
-        as_onnx = torch.onnx.export(program, dynamo=True, dynamic_shapes=shapes, verbose=False, **names)
-    assert as_onnx is not None
-    write_atomic(stem.with_suffix(".onnx"), as_onnx.model_proto.SerializeToString())
-
-
-def _trimmed(module: nn.Module, inputs: dict[str, Tensor]) -> nn.Module:
-    """A copy in which weights that have no part in the output take no room."""
-    module = copy.deepcopy(module).eval().requires_grad_(True)
-    outputs = module(*inputs.values())
-    total = torch.stack([part.sum() for part in (outputs if isinstance(outputs, tuple) else (outputs,))]).sum()
-    weights = list(module.parameters())
-    if weights:
-        gradients = torch.autograd.grad(total, weights, allow_unused=True)
-        for weight, gradient in zip(weights, gradients, strict=True):
-            if gradient is None:
-                weight.data = weight.data.new_empty(0)
-    return module.requires_grad_(False)
-
-
-@torch.no_grad()
-def check_files(fitted: FittedModel, images: Tensor, directory: Path, own: OwnModel | None = None) -> None:
-    """Compare every file with the checkpoint on batches of 1 and of all `images`. Raises RuntimeError.
-
-    Of a user's own model, a program that differs or can't be read is taken away, and config.json says why.
-    """
-    loaded = codec.load(directory, own)
-    of_weights: dict[str, Callable[..., Tensor]] = {
-        "encoder": loaded.encode,
-        "decoder": loaded.decode,
-        "prior": loaded.fitted.prior.place,
-    }
-    cases: dict[str, list[tuple[tuple[Tensor, ...], Tensor]]] = {stem: [] for stem in of_weights}
-    for batch in (images[:1], images):
-        latents = fitted.model.encode(batch)[0]
-        normal, uniform = fixed_noise(len(batch))
-        noise = normal[:, : fitted.model.latent_dim].contiguous()
-        cases["encoder"].append(((batch,), latents))
-        cases["decoder"].append(((latents,), fitted.draw(latents)))
-        cases["prior"].append(((noise, uniform), fitted.prior.place(noise, uniform)))
-    left_out: dict[str, str] = {}
-    for stem, read in of_weights.items():
-        _compare(f"{stem} as safetensors", read, cases[stem], TOLERANCE)
-        theirs = fitted.parameters.model == "own" and stem != "prior"
-        for kind, reader in PROGRAMS.items():
-            path = directory / f"{stem}.{kind}"
-            try:
-                if path.exists():
-                    _compare(f"{stem} as {kind}", reader(path), cases[stem], OWN_TOLERANCE if theirs else TOLERANCE)
-            except Exception as error:  # PyTorch and onnxruntime raise whatever they meet
-                if not theirs:
-                    raise
-                path.unlink()
-                left_out[path.name] = told(error)
-    if left_out:
-        info = json.loads((directory / "config.json").read_text())
-        info["left_out"] |= left_out
-        write_atomic(directory / "config.json", json.dumps(info, indent=2) + "\n")
-
-
-def _compare(
-    what: str, read: Callable[..., Any], cases: list[tuple[tuple[Tensor, ...], Tensor]], tolerance: float
-) -> None:
-    """Raises RuntimeError where what is read of inputs is not what is expected."""
-    for given, expected in cases:
-        found = read(*given)
-        error = ((found[0] if isinstance(found, tuple) else found) - expected).abs().max().item()
-        if not error <= tolerance * max(1.0, expected.abs().max().item()):
-            raise RuntimeError(f"{what} differs from the checkpoint by {error:.2g}")
-
-
-def _onnx(path: Path) -> Callable[..., Tensor]:
-    """The first output of an ONNX file as a function of its inputs."""
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    names = [entry.name for entry in session.get_inputs()]
-
-    def run(*given: Tensor) -> Tensor:
-        inputs = {name: tensor.numpy() for name, tensor in zip(names, given, strict=True)}
-        return torch.from_numpy(session.run(None, inputs)[0])
-
-    return run
-
-
-PROGRAMS: dict[str, Callable[[Path], Callable[..., Any]]] = {
-    "pt2": lambda path: torch.export.load(path).module(),
-    "onnx": _onnx,
-}
 
 
 def export_stage(workspace: Workspace) -> None:

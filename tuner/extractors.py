@@ -1,5 +1,6 @@
 """A run's extractors; classifiers train in processes beside the driver: nothing is scored before a first rung."""
 
+import hashlib
 import os
 import signal
 from contextlib import suppress
@@ -11,12 +12,25 @@ from types import TracebackType
 
 from tuner import sources
 from tuner.exits import CutOff
-from tuner.run import RunFiles
+from tuner.run import RunFiles, write_atomic
 from tuner.spec import Spec
-from tuner.vae.data import Data
-from tuner.vae.extractor import FeatureExtractor, from_bytes, to_bytes
+from tuner.summary import ExtractorInfo
+from tuner.vae.data import Data, as_floats
+from tuner.vae.extractor import (
+    Classifier,
+    FeatureExtractor,
+    Program,
+    WaveletPackets,
+    draw_untrained,
+    from_bytes,
+    load_extractor,
+    to_bytes,
+    train_classifier,
+)
 from tuner.vae.process import settle
-from tuner.workspace import keep_extractor, load_extractors, make_extractor, needs_training
+from tuner.vae.seeds import Stream, derive_seed
+
+EXTRACTORS = ("search", "second")  # the search never sees the second, which sees what the first can't
 
 
 class FeatureExtractors:
@@ -95,3 +109,49 @@ def _train(sender: Connection, name: str, spec: Spec, kept: Path) -> None:
     extractor = make_extractor(name, spec, sources.load(spec.data, kept))
     with suppress(BrokenPipeError):  # the driver was killed meanwhile
         sender.send_bytes(to_bytes(extractor))
+
+
+def read_program(spec: Spec) -> Program:
+    """The user's feature extractor. Raises ValueError where its file is not the one of the spec."""
+    assert spec.features
+    assert spec.features_sha256
+    program = load_extractor(spec.features, spec.features_sha256)
+    if not isinstance(program, Program):
+        raise ValueError(f"{spec.features}: no program of torch.export")
+    return program
+
+
+def needs_training(name: str, spec: Spec, data: Data) -> bool:
+    """Whether an extractor of a run is a classifier."""
+    return (data.classes or 0) > 1 and not (spec.features and name == "search")
+
+
+def make_extractor(name: str, spec: Spec, data: Data) -> FeatureExtractor:
+    """One of a run's extractors: the same spec and data give the same one.
+
+    Where there are labels, two classifiers; else untrained networks, which rank models as those do, and for the second
+    another family: wavelet packets. The user's own program takes the place of the first.
+    """
+    seed = derive_seed(spec.seed, Stream.EXTRACTOR, EXTRACTORS.index(name))
+    if needs_training(name, spec, data):
+        return train_classifier(data, seed, deep=name == "second")
+    if name == "second":
+        return WaveletPackets(data.shape)
+    return read_program(spec) if spec.features else draw_untrained(data.shape, seed)
+
+
+def keep_extractor(run: RunFiles, data: Data, name: str, extractor: FeatureExtractor) -> None:
+    """Write a frozen extractor; describe it by kind, hash and how often a classifier is right on validation."""
+    content, held_out = to_bytes(extractor), data.validation
+    write_atomic(run.extractor(name, extractor.kind), content)
+    accuracy = None
+    if isinstance(extractor, Classifier) and held_out.labels is not None:
+        accuracy = extractor.accuracy(as_floats(held_out.images), held_out.labels)
+    described = ExtractorInfo(kind=extractor.kind, sha256=hashlib.sha256(content).hexdigest(), accuracy=accuracy)
+    run.update_summary(extractors={name: described})
+
+
+def load_extractors(run: RunFiles) -> dict[str, FeatureExtractor]:
+    """The run's extractors; empty before they were made. Raises ValueError where a file is not the frozen one."""
+    described = run.summary().extractors
+    return {name: load_extractor(run.extractor(name, info.kind), info.sha256) for name, info in described.items()}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tuner.run import Refused, one_line
 from tuner.spec import OwnModelSpec, Spec
@@ -78,9 +78,6 @@ def _try(own: OwnModel, shape: ImageShape, parameters: Parameters, spec: Spec) -
     except TypeError as error:
         raise Refused(f"takes {takes}, gets shape, latent_dim and the spec's model.NAME: {error}") from error
     images, latents = torch.zeros(2, *shape), (2, parameters.latent_dim)
-    made = own(shape, parameters.latent_dim, **parameters.options)
-    if not isinstance(made, nn.Module):
-        raise Refused(f"gives a {type(made).__name__}, expected a torch.nn.Module")
     model = Builder(shape, own)(parameters, seed=0)
     encoded: Any = model.encode(images)
     if not isinstance(encoded, tuple) or len(encoded) != 2:

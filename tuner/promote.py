@@ -8,7 +8,7 @@ from tuner.study import ranked
 from tuner.summary import Best, Promoted, Scores, Summary
 from tuner.terminal import as_table, console, promotion_rows, stage
 from tuner.vae.metrics import gap_closed
-from tuner.workspace import Workspace, baseline_of, best_of
+from tuner.workspace import Workspace
 
 CONTENDERS = 5
 
@@ -28,10 +28,10 @@ def promote(workspace: Workspace, rows: Sequence[Mapping[str, Any]]) -> Summary:
     run, spec = workspace.run, workspace.spec
     objective, searched = spec.selection_objective, spec.trial_objective.metric
     scorers = {name: workspace.scorer(name) for name in workspace.extractors}
-    classic = {name: scorer(baseline_of(run)) for name, scorer in scorers.items()}
+    classic = {name: scorer(workspace.checkpoints.baseline()) for name, scorer in scorers.items()}
     entries: list[tuple[Promoted, Best]] = []
     for row in contenders(rows, spec):
-        fitted = best_of(run, run.checkpoint(row["trial"]), workspace.own)
+        fitted = workspace.checkpoints.best(run.checkpoint(row["trial"]))
         scores = {name: scorer(fitted) for name, scorer in scorers.items()}
         gaps, ranks = {}, []
         for name, scorer in scorers.items():

@@ -45,7 +45,7 @@ from tuner.vae.image_grid import (
 from tuner.vae.metrics import FINAL_METRICS, METRICS
 from tuner.vae.model import OwnModel
 from tuner.vae.prior import standard_normal
-from tuner.workspace import baseline_of, best_of, read_held_out
+from tuner.workspace import Checkpoints, read_held_out
 
 COLOURS = {"complete": "#1f77b4", "pruned": "#b8b8b8", "failed": "#d62728", "running": "#ff9f1c"}
 RATE_AND_DISTORTION = tuple(Objective.model_validate(metric) for metric in ("rate", "distortion"))
@@ -100,7 +100,7 @@ class Material:
     trials: list[FrozenTrial]
     rows: list[dict[str, Any]]
     summary: Summary
-    own: OwnModel | None
+    checkpoints: Checkpoints
 
     @property
     def metric(self) -> str:
@@ -115,7 +115,7 @@ def report(run: RunFiles, own: OwnModel | None = None) -> Path:
     if study is None:
         raise ValueError(f"{run.shown}: no search to report on (its {run.journal.name} is empty)")
     rows = table(study, spec)
-    material = Material(run, spec, study, study.known()[: len(rows)], rows, summary, own)
+    material = Material(run, spec, study, study.known()[: len(rows)], rows, summary, Checkpoints(run, own))
     page = Page()
     for section in SECTIONS:
         section(page, material)
@@ -164,13 +164,13 @@ def pictures(page: Page, material: Material) -> None:
     run, summary = material.run, material.summary
     shown: list[tuple[str, FittedModel]] = []
     if run.checkpoint(BASELINE).exists():
-        shown.append(("classic settings, samples from N(0, I)", baseline_of(run)))
+        shown.append(("classic settings, samples from N(0, I)", material.checkpoints.baseline()))
     if summary.best:
         shown.append(
-            (f"best trial ({summary.best.trial})", best_of(run, run.checkpoint(summary.best.trial), material.own))
+            (f"best trial ({summary.best.trial})", material.checkpoints.best(run.checkpoint(summary.best.trial)))
         )
     if summary.retrain:
-        shown.append(("retrained", best_of(run, run.retrain_checkpoint, material.own)))
+        shown.append(("retrained", material.checkpoints.best(run.retrain_checkpoint)))
     if not shown:
         return
     name, last = shown[-1]

@@ -20,7 +20,7 @@ from tuner.vae.metrics import gap_closed
 from tuner.vae.seeds import Stream, derive_seed
 from tuner.vae.step import State
 from tuner.vae.train import train
-from tuner.workspace import Workspace, best_of, read_checkpoint, run_alone
+from tuner.workspace import Workspace, run_alone
 
 EVALUATIONS = 10  # over the whole retrain; a checkpoint is kept after every epoch
 # Adam starts without its averages, so gently; then down to zero.
@@ -37,7 +37,7 @@ def retrain(workspace: Workspace, on_epoch: Callable[[dict[str, Any]], None]) ->
     run, spec, epochs = workspace.run, workspace.spec, workspace.spec.retrain.epochs
     promoted, objective = run.summary().best, spec.selection_objective
     assert promoted
-    trial, own = promoted.trial, workspace.own
+    trial = promoted.trial
     seed = derive_seed(spec.seed, Stream.RETRAIN)
     scorer, fitter = workspace.scorer(), workspace.fitter()
 
@@ -45,10 +45,10 @@ def retrain(workspace: Workspace, on_epoch: Callable[[dict[str, Any]], None]) ->
         return replace(fitted, scores=scorer(fitted))
 
     if run.retrain_checkpoint.exists():
-        checkpoint = read_checkpoint(run, run.retrain_checkpoint, own)
-        best = best_of(run, run.retrain_checkpoint, own)
+        checkpoint = workspace.checkpoints.read(run.retrain_checkpoint)
+        best = workspace.checkpoints.best(run.retrain_checkpoint)
     else:
-        start = best_of(run, run.checkpoint(trial), own)
+        start = workspace.checkpoints.best(run.checkpoint(trial))
         checkpoint = Checkpoint(start.parameters, State.of(start.snapshot().model))
         best = scored(replace(start, epoch=0))
     parameters, state = checkpoint.parameters, checkpoint.state

@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.table import Table
 
 from tuner import spec as specs
+from tuner import yaml_text
 from tuner.exits import command, refuse, resumable
 from tuner.run import Refused, RunFiles, write_atomic
 from tuner.spec import OwnModelSpec, Spec
@@ -41,11 +42,11 @@ def job(run: RunFiles, arguments: argparse.Namespace) -> int:
     # extractor for Ray.
     from tuner import own_model
     from tuner.export import export_stage
-    from tuner.extractors import FeatureExtractors
+    from tuner.extractors import FeatureExtractors, load_extractors
     from tuner.promote import promote_stage
     from tuner.report import report_stage
     from tuner.retrain import retrain_stage
-    from tuner.workspace import Workspace, keep_held_out, load_data, load_extractors, require_fit
+    from tuner.workspace import Workspace, keep_held_out, load_data, require_fit
 
     try:
         own, named = own_model.load(arguments.model)
@@ -130,7 +131,7 @@ def load_spec(run: RunFiles, arguments: argparse.Namespace, own: OwnModelSpec | 
         "budget.time_limit": arguments.time_limit,
         "seed": arguments.seed,
     }
-    overrides = [specs.parse_override(text) for text in arguments.set]
+    overrides = [yaml_text.parse_override(text) for text in arguments.set]
     overrides += [(key, value) for key, value in flags.items() if value is not None]
     overrides += [("own_model", own.model_dump())] if own else []
     started = run.spec.exists()

@@ -1,4 +1,4 @@
-"""YAML -> checked, frozen Spec; the only place that knows YAML.
+"""A file -> checked, frozen Spec.
 
 A spec is checked once, here; inside the package it is trusted. Whatever is wrong is a `ValueError` whose
 one-line text names the file, the key and the value.
@@ -13,48 +13,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     BeforeValidator,
-    Discriminator,
     Field,
-    Strict,
-    Tag,
     ValidationError,
     model_validator,
 )
 
+from tuner import yaml_text
 from tuner.data_spec import DataSpec, DigitsSpec, Frozen, Whole
+from tuner.space import Entry, FloatRange, Real, Value
 from tuner.vae.metrics import METRICS
 from tuner.vae.parameters import CLASSIC, OPTION, Parameters
-
-Value = bool | int | float | str
-Real = Annotated[float, Strict()]
-
-
-class _Loader(yaml.SafeLoader):
-    """PyYAML's loader that also reads 1e-3 as a number and refuses a key given twice, as YAML 1.2 does."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        names = [key.value for key, _ in node.value]
-        for name, (key, _) in zip(names, node.value, strict=True):
-            if names.count(name) > 1:
-                raise yaml.composer.ComposerError(None, None, f"{name} is given twice", key.start_mark)
-        return node
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def _read_yaml(text: str) -> Any:
-    """Raises ValueError, one line, on text that is not YAML."""
-    try:
-        return yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none is a plain ValueError
-        raise ValueError(f"not YAML: {' '.join(str(error).split())}") from error
 
 
 def parse_seconds(value: Any) -> Any:
@@ -69,86 +39,6 @@ def parse_seconds(value: Any) -> Any:
 
 Seconds = Annotated[
     float, BeforeValidator(parse_seconds), Field(gt=0, json_schema_extra={"type": ["number", "string"]})
-]
-
-
-class _Range(Frozen):
-    """Numbers from low to high, both included, `step` apart where there is one."""
-
-    log: bool = Field(False, description="sample evenly on a logarithmic scale; needs low above 0, excludes step")
-
-    @model_validator(mode="after")
-    def _check(self) -> "_Range":
-        low, high, step = self.low, self.high, self.step  # type: ignore[attr-defined]
-        if low > high:
-            raise ValueError(f"low {low:g} is above high {high:g}")
-        if self.log and low <= 0:
-            raise ValueError(f"log needs low above 0, not {low:g}")
-        if self.log and step is not None:
-            raise ValueError("log and step exclude each other")
-        if step is not None and not math.isclose((high - low) / step, round((high - low) / step), abs_tol=1e-9):
-            raise ValueError(f"high {high:g} is not low {low:g} plus whole steps of {step:g}")
-        return self
-
-    def ends(self) -> list[Value]:
-        return [self.low, self.high]  # type: ignore[attr-defined]
-
-    def contains(self, value: Value) -> bool:
-        """Whether a search can propose `value`."""
-        low, high, step = self.low, self.high, self.step  # type: ignore[attr-defined]
-        if isinstance(value, bool | str) or not low <= value <= high:
-            return False
-        if isinstance(low, int):
-            return bool((value - low) % (step or 1) == 0)
-        return step is None or abs((value - low) / step - round((value - low) / step)) < 1e-8
-
-
-class IntRange(_Range):
-    """Whole numbers from low to high, both included."""
-
-    type: Literal["int"] = Field(description="whole numbers")
-    # beyond 2^53 a float no longer holds every whole number
-    low: Whole = Field(ge=-(2**53), le=2**53, description="the least value, included")
-    high: Whole = Field(ge=-(2**53), le=2**53)
-    """the greatest value, included; with a step, low plus whole steps"""
-    step: Whole | None = Field(None, ge=1, le=2**53, description="the distance between two values; without, 1")
-
-
-class FloatRange(_Range):
-    """Real numbers from low to high, both included."""
-
-    type: Literal["float"] = Field(description="real numbers")
-    low: Real = Field(description="the least value, included")
-    high: Real = Field(description="the greatest value, included; with a step, low plus whole steps")
-    step: Real | None = Field(None, gt=0, description="the distance between two values; without, any value in between")
-
-
-class Choices(Frozen):
-    """One of a list of values."""
-
-    choices: tuple[Value, ...] = Field(min_length=1, description="the values")
-
-    def ends(self) -> list[Value]:
-        return list(self.choices)
-
-    def contains(self, value: Value) -> bool:
-        """Whether a search can propose `value`."""
-        return any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in self.choices)
-
-
-def _entry_kind(entry: Any) -> str:
-    if not isinstance(entry, dict):
-        return str(getattr(entry, "type", "choices"))
-    return "choices" if "choices" in entry else str(entry.get("type"))
-
-
-Entry = Annotated[
-    Annotated[IntRange, Tag("int")] | Annotated[FloatRange, Tag("float")] | Annotated[Choices, Tag("choices")],
-    Discriminator(
-        _entry_kind,
-        custom_error_type="space_entry",
-        custom_error_message="give type: int or float with low and high, or choices: [...]",
-    ),
 ]
 
 
@@ -370,7 +260,7 @@ class Spec(Frozen):
         return self.model_copy(update={"data": self.data.at(place)})
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return yaml_text.dump(self.model_dump(mode="json"))
 
     @property
     def trial_objective(self) -> Objective:
@@ -421,28 +311,17 @@ def load(path: Path, overrides: list[tuple[str, Any]] | None = None) -> Spec:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a text file") from error
     try:
-        raw = _read_yaml(text)
+        raw = yaml_text.parse(text)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if not isinstance(raw, dict):
         raise ValueError(f"{path}: expected a mapping with space, budget, ..., found {type(raw).__name__}")
     for key, value in overrides or []:
-        _put(raw, key, value)
+        yaml_text.put(raw, key, value)
     try:
         return Spec.model_validate(raw)
     except ValidationError as error:
         raise ValueError(f"{path}: {_one_line(error)}") from error
-
-
-def parse_override(text: str) -> tuple[str, Any]:
-    """'budget.trials=8' -> ('budget.trials', 8), the value read as YAML. Raises ValueError without a key and '='."""
-    key, equals, value = text.partition("=")
-    if not (key.strip() and equals):
-        raise ValueError(f"--set {text}: expected path.to.key=value")
-    try:
-        return key.strip(), _read_yaml(value)
-    except ValueError as error:
-        raise ValueError(f"--set {text}: the value is {error}") from error
 
 
 def schema() -> str:
@@ -476,16 +355,6 @@ def _check_parameter(where: str, name: str, value: Any) -> None:
         Parameters.model_validate({name: value})
     except ValidationError as error:
         raise ValueError(f"{where}: {value!r}: {error.errors()[0]['msg']}") from error
-
-
-def _put(raw: dict[str, Any], key: str, value: Any) -> None:
-    # space.model.depth.low: an option's name holds a dot; space.model.choices is that of the parameter model
-    *parents, last = re.split(r"(?<!^space\.model)(?<!^fixed\.model)\.|\.(?=choices$)", key)
-    for part in parents:
-        raw = raw.setdefault(part, {})
-        if not isinstance(raw, dict):
-            raise ValueError(f"--set {key}: {part} is not a mapping")
-    raw[last] = value
 
 
 def _one_line(error: ValidationError) -> str:

@@ -17,7 +17,8 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner.run import Refused, one_line
-from tuner.spec import Choices, IntRange, Objective, Spec
+from tuner.space import Choices, IntRange
+from tuner.spec import Objective, Spec
 from tuner.vae.metrics import METRICS, gap_closed
 from tuner.vae.parameters import Parameters
 

@@ -14,7 +14,8 @@ from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 from tensorboard.plugins.hparams import summary_v2 as hp
 from torch.utils.tensorboard.writer import SummaryWriter
 
-from tuner.spec import Choices, FloatRange, IntRange, Spec
+from tuner.space import Choices, FloatRange, IntRange
+from tuner.spec import Spec
 from tuner.vae.metrics import METRICS
 
 GROUPS = {

@@ -12,6 +12,7 @@ import torch
 from ray import ObjectRef, tune
 from ray.actor import ActorHandle
 
+from tuner.extractors import load_extractors
 from tuner.fusion import train_fused
 from tuner.run import RunFiles
 from tuner.spec import Spec
@@ -28,7 +29,6 @@ from tuner.vae.process import settle
 from tuner.vae.score import Scorer
 from tuner.vae.step import State
 from tuner.vae.train import Record, train
-from tuner.workspace import load_extractors
 
 SEARCH_SAMPLES = 2_500  # of each kind per score: keeps scoring below 15 % of training on MNIST
 SEARCH_PRIOR_IMAGES = 10_000

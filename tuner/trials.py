@@ -15,7 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tuner.callbacks import KeepCheckpoints, KeepExtractors, KeepTable, ShowTrials
 from tuner.cluster import alive, dead_processes, slots
-from tuner.extractors import FeatureExtractors
+from tuner.extractors import EXTRACTORS, FeatureExtractors
 from tuner.fusion import Fusion, fusion
 from tuner.own_model import told
 from tuner.run import Refused, RunFiles
@@ -28,7 +28,6 @@ from tuner.trainable import FileServer, Shared, TrialTrainable
 from tuner.vae.data import Data
 from tuner.vae.model import OwnModel
 from tuner.vae.process import settle
-from tuner.workspace import EXTRACTORS
 
 
 def search_stage(

@@ -1,7 +1,6 @@
 """What every stage works on: a run with its spec, data and extractors."""
 
 import argparse
-import hashlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,24 +14,15 @@ from torch import Tensor
 from tuner import own_model, sources
 from tuner import spec as specs
 from tuner.exits import command, refuse, resumable
+from tuner.extractors import load_extractors, read_program
 from tuner.run import Refused, RunFiles, one_line, write_atomic
 from tuner.spec import Spec
 from tuner.storage import opened
 from tuner.study import BASELINE
-from tuner.summary import ExtractorInfo
 from tuner.terminal import Progress
 from tuner.vae.checkpoint import Checkpoint
 from tuner.vae.data import Data, Split, as_floats
-from tuner.vae.extractor import (
-    Classifier,
-    FeatureExtractor,
-    Program,
-    WaveletPackets,
-    draw_untrained,
-    load_extractor,
-    to_bytes,
-    train_classifier,
-)
+from tuner.vae.extractor import FeatureExtractor, Program
 from tuner.vae.fitted import FittedModel, Fitter, grey_share
 from tuner.vae.image_grid import HELD_OUT, evenly_spaced
 from tuner.vae.model import OwnModel
@@ -44,9 +34,39 @@ from tuner.vae.shape import ImageShape
 
 FINAL_SAMPLES = 10_000  # outside of the search a score may cost more
 FINAL_PRIOR_IMAGES = 50_000
-EXTRACTORS = ("search", "second")  # the search never sees the second, which sees what the first can't
 MOST_GREY = 0.5  # share of pixels; of MNIST's 0.09 are, of Fashion-MNIST's 0.40, of the digits' 0.42
 GREY_IMAGES = 1_000
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Reads what a run's checkpoints hold; `own` is the code of a user's own model."""
+
+    run: RunFiles
+    own: OwnModel | None = None
+
+    def read(self, path: Path) -> Checkpoint:
+        """Raises Refused where there is none or it is damaged."""
+        try:
+            return Checkpoint.from_bytes(path.read_bytes(), self.own)
+        except (OSError, ValueError) as error:
+            raise Refused(f"{self.run.name_of(path)}: not readable as a checkpoint: {one_line(error)}") from error
+
+    def best(self, path: Path) -> FittedModel:
+        """The best evaluation that a checkpoint holds, exactly as it was scored. Raises Refused."""
+        best = self.read(path).best
+        if best is None:
+            raise Refused(f"{self.run.name_of(path)}: holds no scored model")
+        return best
+
+    def baseline(self) -> FittedModel:
+        """Where the classic settings ended, with N(0, I) as prior. Raises Refused."""
+        checkpoint = self.read(self.run.checkpoint(BASELINE))
+        model, parameters = (
+            checkpoint.state.model,
+            checkpoint.parameters.model_copy(update={"prior": "standard_normal"}),
+        )
+        return FittedModel(model, parameters, standard_normal(model.latent_dim))
 
 
 @dataclass(frozen=True)
@@ -61,6 +81,10 @@ class Workspace:
 
     def __post_init__(self) -> None:
         settle()
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        return Checkpoints(self.run, self.own)
 
     def scorer(self, extractor: str = "search", held_out: Split | None = None) -> Scorer:
         """A scorer with noise that no trial was scored with: on validation, to choose by, or on a `held_out` split."""
@@ -79,32 +103,6 @@ class Workspace:
     @property
     def _seed(self) -> int:
         return derive_seed(self.spec.seed, Stream.PROMOTE)
-
-
-def read_checkpoint(run: RunFiles, path: Path, own: OwnModel | None = None) -> Checkpoint:
-    """A checkpoint of the run, `own` being the code of a user's own model.
-
-    Raises Refused where there is none or it is damaged.
-    """
-    try:
-        return Checkpoint.from_bytes(path.read_bytes(), own)
-    except (OSError, ValueError) as error:
-        raise Refused(f"{run.name_of(path)}: not readable as a checkpoint: {one_line(error)}") from error
-
-
-def best_of(run: RunFiles, path: Path, own: OwnModel | None = None) -> FittedModel:
-    """The best evaluation that a checkpoint holds, exactly as it was scored. Raises Refused."""
-    best = read_checkpoint(run, path, own).best
-    if best is None:
-        raise Refused(f"{run.name_of(path)}: holds no scored model")
-    return best
-
-
-def baseline_of(run: RunFiles) -> FittedModel:
-    """Where the classic settings ended, with N(0, I) as prior. Raises Refused."""
-    checkpoint = read_checkpoint(run, run.checkpoint(BASELINE))
-    model, parameters = checkpoint.state.model, checkpoint.parameters.model_copy(update={"prior": "standard_normal"})
-    return FittedModel(model, parameters, standard_normal(model.latent_dim))
 
 
 def open_workspace(run: RunFiles, data_place: Path | None = None, model: str | None = None) -> Workspace:
@@ -175,9 +173,9 @@ def require_fit(run: RunFiles, spec: Spec, data: Data) -> None:
     elif grey > MOST_GREY:
         refused, why = {"temperature": "fitted"}, f"of more grey ({grey:.0%} of their pixels) than black and white"
     for name, value in refused.items():
-        entry = spec.space.get(name)
-        if value in (entry.ends() if entry else [spec.fixed.get(name)]):
-            raise ValueError(f"{'space' if entry else 'fixed'}.{name}: {value} does not go with images {why}")
+        if value in spec.values(name):
+            where = "space" if name in spec.space else "fixed"
+            raise ValueError(f"{where}.{name}: {value} does not go with images {why}")
     if spec.features:
         kept = load_extractors(run).get("search")
         program = kept if isinstance(kept, Program) else read_program(spec)
@@ -185,49 +183,3 @@ def require_fit(run: RunFiles, spec: Spec, data: Data) -> None:
             program.require_fit(as_floats(data.validation.images[:GREY_IMAGES]))
         except ValueError as error:
             raise ValueError(f"features: {spec.features} {error}") from error
-
-
-def read_program(spec: Spec) -> Program:
-    """The user's feature extractor. Raises ValueError where its file is not the one of the spec."""
-    assert spec.features
-    assert spec.features_sha256
-    program = load_extractor(spec.features, spec.features_sha256)
-    if not isinstance(program, Program):
-        raise ValueError(f"{spec.features}: no program of torch.export")
-    return program
-
-
-def needs_training(name: str, spec: Spec, data: Data) -> bool:
-    """Whether an extractor of a run is a classifier."""
-    return (data.classes or 0) > 1 and not (spec.features and name == "search")
-
-
-def make_extractor(name: str, spec: Spec, data: Data) -> FeatureExtractor:
-    """One of a run's extractors: the same spec and data give the same one.
-
-    Where there are labels, two classifiers; else untrained networks, which rank models as those do, and for the second
-    another family: wavelet packets. The user's own program takes the place of the first.
-    """
-    seed = derive_seed(spec.seed, Stream.EXTRACTOR, EXTRACTORS.index(name))
-    if needs_training(name, spec, data):
-        return train_classifier(data, seed, deep=name == "second")
-    if name == "second":
-        return WaveletPackets(data.shape)
-    return read_program(spec) if spec.features else draw_untrained(data.shape, seed)
-
-
-def keep_extractor(run: RunFiles, data: Data, name: str, extractor: FeatureExtractor) -> None:
-    """Write a frozen extractor; describe it by kind, hash and how often a classifier is right on validation."""
-    content, held_out = to_bytes(extractor), data.validation
-    write_atomic(run.extractor(name, extractor.kind), content)
-    accuracy = None
-    if isinstance(extractor, Classifier) and held_out.labels is not None:
-        accuracy = extractor.accuracy(as_floats(held_out.images), held_out.labels)
-    described = ExtractorInfo(kind=extractor.kind, sha256=hashlib.sha256(content).hexdigest(), accuracy=accuracy)
-    run.update_summary(extractors={name: described})
-
-
-def load_extractors(run: RunFiles) -> dict[str, FeatureExtractor]:
-    """The run's extractors; empty before they were made. Raises ValueError where a file is not the frozen one."""
-    described = run.summary().extractors
-    return {name: load_extractor(run.extractor(name, info.kind), info.sha256) for name, info in described.items()}

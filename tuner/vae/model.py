@@ -6,7 +6,7 @@ Axes: B batch, C channels, H/W pixels, Z latent. Images are (B, C, H, W) floats 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import cast
 
 import torch
@@ -70,10 +70,10 @@ class VAE(Model):
         self.log_variance = nn.Linear(HIDDEN[shape.channels], latent_dim) if variational else None
         self.start = nn.Linear(latent_dim, flat)
         self.up = nn.ModuleList(
-            (ToPixels if kernels == shape.channels else nn.ConvTranspose2d)(
+            (nn.ConvTranspose2d if stage else ToPixels)(
                 inputs, kernels, 3, stride=2, padding=1, output_padding=output_padding(size)
             )
-            for kernels, inputs, size in reversed([*zip(channels, channels[1:], sizes, strict=False)])
+            for stage, kernels, inputs, size in reversed([*zip(count(), channels, channels[1:], sizes, strict=False)])
         )
 
     def features(self, images: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ class Builder:
     def __call__(self, parameters: ModelParameters, seed: int) -> Model:
         """The untrained network of a trial; the same `seed` gives the same weights, whatever ran before.
 
-        Raises ValueError where it is to be the user's own and there is none.
+        Raises ValueError where it is to be the user's own and there is none, or what it gives is no module.
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -136,6 +136,9 @@ class Builder:
                 return VAE(self.shape, parameters.latent_dim, parameters.width, parameters.model == "vae")
             if self.own is None:
                 raise ValueError("the model is a user's own: its code is wanted (--model MODULE:FUNCTION)")
-            model = cast(Model, self.own(self.shape, parameters.latent_dim, **parameters.options))
+            made = self.own(self.shape, parameters.latent_dim, **parameters.options)
+        if not isinstance(made, nn.Module):
+            raise ValueError(f"gives a {type(made).__name__}, expected a torch.nn.Module")
+        model = cast(Model, made)
         model.shape, model.latent_dim = self.shape, parameters.latent_dim
         return model

@@ -1,0 +1,57 @@
+"""YAML as specs are written in it: the only place that knows PyYAML."""
+
+import re
+from typing import Any
+
+import yaml
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's loader that also reads 1e-3 as a number and refuses a key given twice, as YAML 1.2 does."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        names = [key.value for key, _ in node.value]
+        for name, (key, _) in zip(names, node.value, strict=True):
+            if names.count(name) > 1:
+                raise yaml.composer.ComposerError(None, None, f"{name} is given twice", key.start_mark)
+        return node
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def parse(text: str) -> Any:
+    """YAML -> plain values. Raises ValueError, one line, on text that is none."""
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none is a plain ValueError
+        raise ValueError(f"not YAML: {' '.join(str(error).split())}") from error
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """'budget.trials=8' -> ('budget.trials', 8), the value read as YAML. Raises ValueError without a key and '='."""
+    key, equals, value = text.partition("=")
+    if not (key.strip() and equals):
+        raise ValueError(f"--set {text}: expected path.to.key=value")
+    try:
+        return key.strip(), parse(value)
+    except ValueError as error:
+        raise ValueError(f"--set {text}: the value is {error}") from error
+
+
+def put(raw: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key in a mapping of mappings. Raises ValueError where it leads through something else."""
+    # space.model.depth.low: an option's name holds a dot; space.model.choices is that of the parameter model
+    *parents, last = re.split(r"(?<!^space\.model)(?<!^fixed\.model)\.|\.(?=choices$)", key)
+    for part in parents:
+        raw = raw.setdefault(part, {})
+        if not isinstance(raw, dict):
+            raise ValueError(f"--set {key}: {part} is not a mapping")
+    raw[last] = value
+
+
+def dump(raw: dict[str, Any]) -> str:
+    return yaml.safe_dump(raw, sort_keys=False)
