@@ -1,14 +1,14 @@
 """Kills a small digits run at random moments, runs the same command again until it ends, and compares.
 
 `python -m benchmarks.chaos --rounds 30 --seed 0 [--out FILE]`; `make chaos` does that. A round starts the real
-command, kills -9 a random process of it (driver, worker, raylet, gcs_server) at a random moment of a random stage,
-starts the command again, now and then kills again, and ends with an attempt that nothing disturbs. The result is
-held against a run that was never disturbed, and against every round before.
+command, kills -9 a process of it (driver, worker, raylet, gcs_server) at a random moment of a stage, starts the
+command again, now and then kills again, and ends with an attempt that nothing disturbs. Stages and kinds of process
+take turns, each with each. The result is held against a run that was never disturbed, and against every round before.
 
 What can be compared: a proposal depends on the trial's number alone while TPE is in its random start-up (ten
 trials), so parameters are equal, and so is every score of an evaluation, to the last bit. Which trials stop
 at a rung depends on the order in which they reach it. So evaluations are compared by (trial, rung), promotion entries
-by (trial, epoch), and retrain, test and export among the runs that promoted the same evaluation.
+by (trial, epoch), and retrain, test and export among the runs that promoted the same finalists.
 """
 
 import argparse
@@ -26,8 +26,9 @@ import tempfile
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +40,14 @@ from tuner import spec as specs
 from tuner.data_spec import DigitsSpec
 from tuner.promote import contenders
 from tuner.run import RunFiles
-from tuner.study import BASELINE, evaluations, read_study, table
+from tuner.study import BASELINE, RETRAIN, SEARCH, evaluations, read_study, table
 from tuner.vae import codec
 from tuner.vae.checkpoint import Checkpoint
 
 ROOT = Path(__file__).parents[1]
-STAGES = ("extractor", "search", "promote", "retrain", "export")
+STAGES = ("search", "promote", "retrain", "export")
 VICTIMS = ("driver", "worker", "raylet", "gcs_server")
-TRIALS = 6
+TRIALS, FINALISTS = 6, 2
 FLAGS = (
     f"--trials={TRIALS}",
     "--concurrency=2",
@@ -193,17 +194,17 @@ class Round:
 def stage_of(run: RunFiles) -> str | None:
     """The stage a run is in, by its files; None when it is finished."""
     summary = run.summary()
-    for part, stage in (("extractors", "extractor"), ("trials", "search"), ("best", "promote"), ("retrain", "retrain")):
+    for part, stage in (("trials", "search"), ("best", "promote"), ("retrain", "retrain")):
         if not getattr(summary, part):
             return stage
     return None if run.report.exists() and summary.test and summary.test.retrained else "export"
 
 
-def trials_of(run: RunFiles) -> list[FrozenTrial]:
-    """The journal's trials; none before it holds a study."""
+def trials_of(run: RunFiles, name: str = SEARCH) -> list[FrozenTrial]:
+    """The trials of a study of the journal; none before it holds it."""
     if not run.journal.exists() or b"directions" not in run.journal.read_bytes().split(b"\n", 1)[0]:
         return []
-    study = read_study(run.journal)
+    study = read_study(run.journal, name)
     return study.known() if study else []
 
 
@@ -232,7 +233,8 @@ def findings(run: RunFiles) -> Iterator[tuple[tuple[Any, ...], Any]]:
     """All numbers of a finished run, each with what it depends on."""
     summary = run.summary()
     yield ("extractors",), summary.extractors
-    yield ("floor and baseline",), (summary.best.floor, summary.best.baseline, summary.test.floor)
+    for split, found in (("validation", summary.validation), ("test", summary.test)):
+        yield (split, "real and baseline"), (found.real, found.baseline)
     for trial in trials_of(run):
         parameters = json.dumps(trial.user_attrs["parameters"], sort_keys=True)
         yield ("parameters", trial.number), parameters
@@ -244,11 +246,11 @@ def findings(run: RunFiles) -> Iterator[tuple[tuple[Any, ...], Any]]:
                 yield (key, trial.number, parameters), scores
     for entry in summary.promotion:
         yield ("promotion", entry.trial, entry.epoch), entry
-    winner = (summary.best.trial, summary.best.epoch)
+    winner = tuple((entry.trial, entry.epoch) for entry in summary.promotion[:FINALISTS])
     yield ("best", *winner), summary.best
+    yield ("validation", *winner), summary.validation
     yield ("retrain", *winner), summary.retrain
-    for name, scores in summary.test.models.items():
-        yield ("test", name, *(() if name == "baseline" else winner)), scores
+    yield ("test", *winner), summary.test
     for name in ("weights.safetensors", "prior.npz", "samples.png"):
         yield (name, *winner), hashlib.sha256((run.export / name).read_bytes()).hexdigest()
 
@@ -290,7 +292,7 @@ def accounting(run: RunFiles) -> Iterator[str]:
 
 def lost_trials(run: RunFiles) -> int:
     """Trials that failed because their workers were lost."""
-    reasons = [trial.user_attrs.get("reason", "") for trial in trials_of(run)]
+    reasons = [trial.user_attrs.get("reason", "") for name in (SEARCH, RETRAIN) for trial in trials_of(run, name)]
     return sum("lost" in reason or "never started" in reason for reason in reasons)
 
 
@@ -348,7 +350,7 @@ class Chaos:
 
     def __init__(self, seed: int, directory: Path, say: Callable[[str], None] = print):
         self.random, self.directory, self.say = random.Random(seed), directory, say
-        self.known, self.rounds, self.deck = Known(), list[Round](), list[str]()
+        self.known, self.rounds, self.deck = Known(), list[Round](), list[tuple[str, str]]()
         self.durations: dict[str, float] = {}
         self.startup = 0.0
 
@@ -357,7 +359,7 @@ class Chaos:
         run = RunFiles(self.directory / "undisturbed")
         attempt = Attempt(run, "1")
         try:
-            begun, stage = 0.0, "extractor"
+            begun, stage = 0.0, "search"
             while attempt.driver.poll() is None:
                 if not self.startup and run.spec.exists():
                     self.startup = attempt.seconds
@@ -379,17 +381,15 @@ class Chaos:
         shown = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.durations.items())
         self.say(f"undisturbed: {sum(self.durations.values()):.0f} s ({shown})")
 
-    def round(self, stage: str | None = None) -> Round:
-        """Disturb a run, in a stage if one is named, until it is done."""
+    def round(self) -> Round:
+        """Disturb a run until it is done: first by the stage and the kind of process whose turn it is."""
         this = Round(len(self.rounds))
         self.rounds.append(this)
         run = RunFiles(self.directory / f"round-{this.number:02d}")
         attempts: list[Attempt] = []
         started = time.monotonic()
-        if stage is None:
-            stage = self._in_turn() if this.number % 2 == 0 else self._by_duration(STAGES)
         try:
-            self._disturb(run, this, attempts, stage)
+            self._disturb(run, this, attempts, self._in_turn())
         except Exception as error:  # a hang, or a file that can't be read: the round's fault, not the end of all rounds
             this.faults.append(f"{type(error).__name__}: {error}")
         finally:
@@ -409,12 +409,12 @@ class Chaos:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         return this
 
-    def _disturb(self, run: RunFiles, this: Round, attempts: list[Attempt], stage: str | None) -> None:
+    def _disturb(self, run: RunFiles, this: Round, attempts: list[Attempt], turn: tuple[str, str] | None) -> None:
         before = snapshot(run)
         while True:
             attempt = Attempt(run, str(len(attempts) + 1))
             attempts.append(attempt)
-            kill = self._kill(attempt, this, stage) if stage else None
+            kill = self._kill(attempt, this, *turn) if turn else None
             status = attempt.wait()
             if kill:
                 kill.status, kill.ended = status, round(attempt.seconds - kill.seconds, 2)
@@ -436,7 +436,9 @@ class Chaos:
             now = stage_of(run)
             if status == 0 and now is None:
                 break
-            stage = self._by_duration(STAGES[STAGES.index(now or "export") :]) if self.random.random() < AGAIN else None
+            left = STAGES[STAGES.index(now or "export") :]
+            again = self.random.random() < AGAIN
+            turn = (self.random.choice(left), self.random.choice(VICTIMS)) if again else None
         self._finished(run, this, attempts)
 
     def _finished(self, run: RunFiles, this: Round, attempts: list[Attempt]) -> None:
@@ -457,28 +459,28 @@ class Chaos:
             if not attempt.gone():
                 this.faults.append(f"left behind {LEFT_SECONDS} s later: {attempt.processes()}")
 
-    def _in_turn(self) -> str:
-        """Each stage once in random order, and again."""
+    def _in_turn(self) -> tuple[str, str]:
+        """Each stage with each kind of process once in random order, and again."""
         if not self.deck:
-            self.deck = self.random.sample(STAGES, len(STAGES))
+            pairs = list(product(STAGES, VICTIMS))
+            self.deck = self.random.sample(pairs, len(pairs))
         return self.deck.pop()
 
-    def _by_duration(self, stages: Sequence[str]) -> str:
-        """The stage of a moment drawn uniformly from what is left of a run."""
-        return self.random.choices(stages, [self.durations[stage] for stage in stages])[0]
+    def _kill(self, attempt: Attempt, this: Round, wanted: str, kind: str) -> Kill | None:
+        """Kill a random process of a kind at a random moment of a stage, or the first there is after it.
 
-    def _kill(self, attempt: Attempt, this: Round, wanted: str) -> Kill | None:
-        """Kill a random process of a random kind at a random moment of a stage. None where it was over before.
+        None where the attempt was over before.
 
         A stage is shorter on a quieter machine: then the kill falls at its end, and the next takes it for as short.
         """
         part, entered = self.random.random(), 0.0
-        resumed = stage_of(attempt.run) == wanted != "extractor"
+        resumed = stage_of(attempt.run) == wanted != "search"
         while attempt.driver.poll() is None and attempt.seconds < HANG_SECONDS:
             now = stage_of(attempt.run)
             if now == wanted:
                 entered = entered or attempt.seconds
-                if attempt.seconds - entered >= part * (self.durations[wanted] + (self.startup if resumed else 0)):
+                due = attempt.seconds - entered >= part * (self.durations[wanted] + (self.startup if resumed else 0))
+                if due and kind in attempt.victims():
                     break
             elif now is None or STAGES.index(now) > STAGES.index(wanted):
                 self._shorten(wanted, attempt.seconds - entered)
@@ -488,9 +490,8 @@ class Chaos:
             self._shorten(wanted, attempt.seconds - entered)
             return None
         stage, victims, running = stage_of(attempt.run), attempt.victims(), 0
-        if not victims or stage is None:
+        if kind not in victims or stage is None:
             return None
-        kind = self.random.choice(sorted(victims))
         pid, title = self.random.choice(sorted(victims[kind].items()))
         if kind == "worker" and stage == "search" and "Trainable" in title:
             running = sum(trial.state == TrialState.RUNNING for trial in trials_of(attempt.run))

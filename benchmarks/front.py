@@ -12,8 +12,8 @@ from pathlib import Path
 
 from benchmarks.setting import MNIST, parser, say, trained
 from tuner.run import RunFiles
+from tuner.scoring import search_fitter, search_scorer
 from tuner.study import read_study, table
-from tuner.trainable import search_fitter, search_scorer
 from tuner.workspace import open_workspace
 
 WEIGHTS = (0.01, 0.03, 0.1, 0.3, 0.5, 1, 2, 4, 10)

@@ -14,9 +14,9 @@ import optuna
 
 from benchmarks.setting import MNIST, parser, say, trained
 from tuner import sources
+from tuner.scoring import search_fitter, search_scorer
 from tuner.spec import Spec
 from tuner.study import distributions
-from tuner.trainable import search_fitter, search_scorer
 from tuner.vae.data import Data, Split
 from tuner.vae.extractor import train_classifier
 from tuner.vae.process import settle

@@ -14,9 +14,9 @@ from scipy.stats import spearmanr
 from benchmarks.setting import MNIST, models_at, parser, say
 from tuner import sources
 from tuner import spec as specs
+from tuner.scoring import search_fitter, search_scorer
 from tuner.search import DEFAULT_SPEC
 from tuner.study import distributions
-from tuner.trainable import search_fitter, search_scorer
 from tuner.vae.extractor import train_classifier
 from tuner.vae.process import settle
 from tuner.vae.seeds import Stream, derive_seed

@@ -70,7 +70,7 @@ def side_by_side(run: RunFiles) -> np.ndarray:
     """The classic settings from N(0, I) on the left, what the run exported on the right: (H, W) or (H, W, 3) uint8."""
     summary, ink = run.summary(), specs.load(run.spec).data.ink
     assert summary.best
-    ours = Checkpoints(run).best(run.retrain_checkpoint if summary.retrain else run.checkpoint(summary.best.trial))
+    ours = Checkpoints(run).best(run.kept if summary.retrain else run.checkpoint(summary.best.trial))
     pictures = [grid(samples(fitted, SHOWN), COLUMNS, ink) for fitted in (Checkpoints(run).baseline(), ours)]
     gap = np.full((len(pictures[0]), MARGIN, *pictures[0].shape[2:]), 255, np.uint8)
     return np.concatenate([pictures[0], gap, pictures[1]], axis=1)

@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 from tuner import sources
 from tuner import spec as specs
 from tuner.extractors import EXTRACTORS, make_extractor
+from tuner.scoring import PRIOR_IMAGES, SAMPLES
 from tuner.sources.torchvision import torchvision_datasets
 from tuner.spec import Spec
 from tuner.vae.checkpoint import Checkpoint
@@ -36,7 +37,6 @@ from tuner.vae.score import Scorer
 from tuner.vae.shape import ImageShape
 from tuner.vae.step import State
 from tuner.vae.train import train
-from tuner.workspace import FINAL_PRIOR_IMAGES, FINAL_SAMPLES
 
 SPECS = Path(__file__).parents[1] / "search_spaces"
 MNIST = Path("data")
@@ -126,8 +126,8 @@ def shipped_point(data_dir: Path) -> tuple[Parameters, Data, Fitter, Scorer]:
     settle()
     spec, data = specs.load(spec_file(data_dir)), load_data(data_dir)
     extractor, guide = (make_extractor(name, spec, data) for name in EXTRACTORS)
-    fitter = Fitter(data.train, seed=5, count=FINAL_PRIOR_IMAGES, samples=FINAL_SAMPLES, guide=guide)
-    scorer = Scorer(extractor, data.train, data.validation, seed=5, count=FINAL_SAMPLES, quasi_random=True)
+    fitter = Fitter(data.train, seed=5, count=PRIOR_IMAGES, samples=SAMPLES, guide=guide)
+    scorer = Scorer(extractor, data.train, data.validation, seed=5, count=SAMPLES, quasi_random=True)
     say({"floor": scorer.floor}, 3)
     base = spec.parameters(spec.points_to_evaluate[-1] | spec.retrain.priors[-1].model_dump())
     say({"base": base.model_dump()})

@@ -25,6 +25,7 @@ from benchmarks.setting import MNIST, parser, say, trained
 from tuner import sources
 from tuner.extractors import load_extractors
 from tuner.run import RunFiles
+from tuner.scoring import SAMPLES
 from tuner.study import BASELINE
 from tuner.vae import codec
 from tuner.vae.data import Data
@@ -33,7 +34,7 @@ from tuner.vae.fitted import FittedModel
 from tuner.vae.metrics import FINAL_METRICS, gap_closed
 from tuner.vae.score import Scorer
 from tuner.vae.shape import ImageShape
-from tuner.workspace import FINAL_SAMPLES, Checkpoints, open_workspace
+from tuner.workspace import Checkpoints, open_workspace
 
 SHOWN = ("frechet_distance", "gap_closed", "sharpness", *FINAL_METRICS)
 
@@ -89,7 +90,7 @@ def extractors(run: RunFiles, data: Data) -> dict[str, FeatureExtractor]:
 
 
 def drawn(fitted: FittedModel, seed: int = 77) -> Tensor:
-    return fitted.draw(fitted.prior.sample(FINAL_SAMPLES, torch.Generator().manual_seed(seed)))
+    return fitted.draw(fitted.prior.sample(SAMPLES, torch.Generator().manual_seed(seed)))
 
 
 def main() -> None:
@@ -118,12 +119,20 @@ def main() -> None:
             free += sum(weight.numel() for weight in prior.flow.parameters())
         count = {"weights": export.info["weights"], "free numbers of the prior": free}
         scores = {name: export.info["test"][name] for name in SHOWN}
-        say({"run": run.name, **count, "prior": export.fitted.parameters.prior, "floor": tested.floor, **scores})
+        say(
+            {
+                "run": run.name,
+                **count,
+                "prior": export.fitted.parameters.prior,
+                "floor": tested.real.frechet_distance,
+                **scores,
+            }
+        )
     classic = sum(weight.numel() for weight in baseline.model.parameters())
     say({"classic weights": classic})
 
     for name, extractor in extractors(runs[0], data).items():
-        scorer = Scorer(extractor, data.train, test, seed=88, count=FINAL_SAMPLES)
+        scorer = Scorer(extractor, data.train, test, seed=88, count=SAMPLES)
         distances = {who: scorer.distance(images) for who, images in pictures.items()}
         line: dict[str, Any] = {"extractor": name}
         if isinstance(extractor, Classifier):

@@ -9,14 +9,17 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import ray
+from plain_pool import PlainWorkers
 
 from tuner.cluster import cluster
 from tuner.run import RunFiles
+from tuner.scoring import Bench
 from tuner.spec import Resources
 from tuner.vae.process import settle
 from tuner.workspace import Workspace, open_workspace
@@ -72,7 +75,25 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, small_flags: list[str
 
 @pytest.fixture(scope="session")
 def workspace(finished_run: RunFiles) -> Workspace:
-    return open_workspace(finished_run)
+    """The finished run's, which scores in this process."""
+    return replace(open_workspace(finished_run), pool=PlainWorkers)
+
+
+@pytest.fixture(scope="session")
+def bench(workspace: Workspace) -> Bench:
+    """What the finished run's models were scored with on validation."""
+    return Bench(workspace.spec, workspace.data, workspace.extractors)
+
+
+@pytest.fixture(scope="session")
+def lend_extractors(finished_run: RunFiles) -> Callable[[RunFiles], None]:
+    """A function that gives another run the extractors of the finished one."""
+
+    def lend(run: RunFiles) -> None:
+        shutil.copytree(finished_run.extractors, run.extractors)
+        run.update_summary(extractors=finished_run.summary().extractors)
+
+    return lend
 
 
 @pytest.fixture

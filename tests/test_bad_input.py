@@ -21,7 +21,7 @@ from tuner import yaml_text
 from tuner.run import RunFiles
 from tuner.search import DEFAULT_SPEC
 from tuner.sources.idx import IDX_FILES
-from tuner.summary import Best, ExtractorInfo, Promoted, Scores
+from tuner.summary import Best, Compared, ExtractorInfo, Promoted, Scores
 from tuner.vae.parameters import CLASSIC
 
 MNIST = DEFAULT_SPEC.parent / "mnist.yaml"
@@ -347,12 +347,13 @@ def test_a_run_directory_with_a_damaged_summary(refused, tmp_path):
 
 def test_a_run_whose_extractor_is_gone(refused, tmp_path):
     run = _run_of(tmp_path / "run")
-    scores = Scores(frechet_distance=2.0, gap_closed=0.5)
-    searched, distances = {"trial": 0, "epoch": 1.0}, {"again": {"search": 2.0}, "gap_closed": {"search": 0.5}}
+    scores = Scores(frechet_distance=2.0, frechet_distance_error=0.1, gap_closed=0.5, gap_closed_error=0.1)
+    searched, by = {"trial": 0, "epoch": 1.0}, {part: {"search": 1.0} for part in ("again", "gap_closed")}
     run.update_summary(
-        extractors={"search": ExtractorInfo(kind="classifier", sha256="0" * 64, accuracy=1)},
-        promotion=(Promoted(**searched, **distances, searched=2.0, rank=1.0),),
-        best=Best(**searched, parameters=CLASSIC.model_dump(), scores=scores, floor=1.0, baseline=3.0),
+        extractors={"search": ExtractorInfo(kind="classifier", sha256="0" * 64, accuracy=1, floor=1.0)},
+        promotion=(Promoted(**searched, **by, searched=2.0, rank=1.0),),
+        best=Best(**searched, parameters=CLASSIC.model_dump()),
+        validation=Compared(real=scores, baseline=scores, best=scores),
     )
     assert "run/extractors/search.safetensors" in refused("--run", "run")
     for command in (tuner.retrain.main, tuner.export.main):

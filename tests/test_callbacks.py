@@ -9,18 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 from optuna.trial import TrialState, create_trial
+from plain_pool import PlainWorkers
 from ray import cloudpickle, tune
 
-from tuner.callbacks import KeepCheckpoints, KeepExtractors, KeepTable, ShowTrials
+from tuner.callbacks import KeepCheckpoints, KeepContenders, KeepExtractors, KeepTable, ShowTrials
 from tuner.exits import Fatal
-from tuner.extractors import FeatureExtractors, keep_extractor
+from tuner.extractors import FeatureExtractors
 from tuner.promote import CONTENDERS
-from tuner.run import RunFiles
+from tuner.run import RunFiles, write_atomic
 from tuner.spec import Spec
-from tuner.study import Study, open_study
+from tuner.study import RETRAIN, Study, open_study
+from tuner.summary import Summary
 from tuner.tensorboard import TensorBoard
 from tuner.terminal import Progress
-from tuner.trainable import search_scorer
 from tuner.vae.parameters import CLASSIC
 
 SPEC = Spec.model_validate({"space": {"latent_dim": {"choices": [4, 16]}}, "budget": {"trials": 8}})
@@ -71,7 +72,7 @@ def test_the_table_is_written_at_once_and_with_each_start_and_end(run, study):
 
 def test_checkpoints_of_the_baseline_of_contenders_and_of_what_still_runs_are_kept(run, study):
     table = KeepTable(run, SPEC, study)
-    kept = KeepCheckpoints(run, SPEC, table)
+    kept = KeepContenders(run, SPEC, table)
     for number in range(8):
         kept.on_trial_result(**told(number), result={"trial": number, "checkpoint": b"%d" % number})
     assert len(list(run.checkpoints.iterdir())) == 8
@@ -96,12 +97,12 @@ def test_what_a_killed_driver_left_of_trials_that_are_out_is_removed_at_the_next
     run.checkpoints.mkdir()
     run.checkpoint(1).write_bytes(b"left")
     run.checkpoint(2).write_bytes(b"going on")
-    KeepCheckpoints(run, SPEC, KeepTable(run, SPEC, study))
+    KeepContenders(run, SPEC, KeepTable(run, SPEC, study))
     assert [path.name for path in run.checkpoints.iterdir()] == ["0002.pt"]
 
 
 def test_the_traceback_of_a_trial_that_failed_lies_where_its_reason_says(run, study):
-    kept = KeepCheckpoints(run, SPEC, KeepTable(run, SPEC, study))
+    kept = KeepCheckpoints(run)
     result = {"trial": 3, "reason": "error: KeyError: 'x' (traceback in errors/0003.txt)", "traceback": "Traceback é\n"}
     kept.on_trial_result(**told(3), result=result)
     assert (run.path / "errors" / "0003.txt").read_text() == "Traceback é\n"
@@ -110,31 +111,46 @@ def test_the_traceback_of_a_trial_that_failed_lies_where_its_reason_says(run, st
 
 
 def test_what_can_not_be_written_ends_the_command_and_not_the_trial(run, study):
-    kept = KeepCheckpoints(run, SPEC, KeepTable(run, SPEC, study))
+    kept = KeepCheckpoints(run)
     run.checkpoints.write_text("a file in the place of the folder")
     with pytest.raises(Fatal) as error:
         kept.on_trial_result(**told(3), result={"trial": 3, "checkpoint": b"3"})
     assert isinstance(error.value.__cause__, OSError)
 
 
-def test_the_first_extractor_tells_the_floor_once_and_the_second_begins_with_the_last_quarter(run, study, workspace):
-    keep_extractor(run, workspace.data, "search", workspace.extractors["search"])
-    extractors = FeatureExtractors(run, SPEC, workspace.data)
-    with extractors:
-        kept = KeepExtractors(SPEC, study, extractors)
-        assert study.floor == search_scorer(SPEC, workspace.data, workspace.extractors["search"]).floor
-        written = run.journal.read_bytes()
-        kept.on_step_end()
-        assert run.journal.read_bytes() == written
-        kept.on_trial_start(**told(4))
-        assert not extractors.training
-        kept.on_trial_start(**told(5))
-        assert list(extractors.training) == ["second"]
+class Busy(PlainWorkers):
+    """Never ready with anything."""
+
+    def begin(self, work: Any, item: Any) -> Any:
+        return SimpleNamespace(ready=lambda: False)
 
 
-def test_before_there_is_an_extractor_there_is_no_floor(run, study, workspace):
-    KeepExtractors(SPEC, study, FeatureExtractors(run, SPEC, workspace.data))
+def test_the_first_extractor_tells_the_floor_once_and_the_second_begins_with_the_last_quarter(
+    run, study, bench, lend_extractors
+):
+    lend_extractors(run)
+    run.extractor("second").unlink()
+    known = run.summary().extractors["search"]
+    write_atomic(run.summary_file, Summary(extractors={"search": known}).model_dump_json())
+    extractors = FeatureExtractors(run, SPEC, bench.data, Busy(bench))
+    kept = KeepExtractors(SPEC, study, extractors)
+    assert study.floor == known.floor > 0
+    written = run.journal.read_bytes()
+    kept.on_step_end()
+    assert run.journal.read_bytes() == written
+    kept.on_trial_start(**told(4))
+    assert not extractors.training
+    kept.on_trial_start(**told(5))
+    assert list(extractors.training) == ["second"]
+    kept.on_step_end()
+    assert (list(extractors.training), extractors.in_training()) == (["second"], 1)
+
+
+def test_before_there_is_an_extractor_there_is_no_floor(run, study, bench):
+    extractors = FeatureExtractors(run, SPEC, bench.data, Busy(bench))
+    KeepExtractors(SPEC, study, extractors)
     assert math.isnan(study.floor)
+    assert extractors.in_training() == 1
 
 
 def test_a_trial_whose_worker_was_lost_is_shown_as_running_until_it_ends(run, study, tmp_path):
@@ -163,6 +179,33 @@ def test_a_trial_that_the_time_limit_ended_before_its_start_is_shown_all_the_sam
     with Progress("search") as progress:
         ShowTrials(SPEC, KeepTable(run, SPEC, study), board, progress).on_trial_complete(**told(3))
     assert len(list((tmp_path / "tensorboard").glob("0003,*/events*"))) == 1
+
+
+def test_finalists_are_shown_by_how_far_they_have_come_and_keep_their_checkpoints_whatever_becomes_of_them(run):
+    ours, spec = run.of_retrain(), SPEC.of_retrain(2, 0)
+    run.path.mkdir()
+    study = open_study(ours.journal, spec, RETRAIN)
+    for number in range(2):
+        study.add_trial(create_trial(state=TrialState.RUNNING, user_attrs={"parameters": CLASSIC.model_dump()}))
+        write_atomic(ours.checkpoint(number), b"the start")
+    table, board = KeepTable(ours, spec, study), TensorBoard(run.tensorboard, spec, RETRAIN)
+    assert len((run.retrain / "trials.csv").read_text().splitlines()) == 1 + 2
+    assert not run.trials.exists()
+    kept = KeepCheckpoints(ours)
+    kept.on_trial_result(**told(0), result={"trial": 0, "checkpoint": b"further on"})
+    with Progress("retrain") as progress:
+        shown = ShowTrials(spec, table, board, progress)
+        for number in range(2):
+            shown.on_trial_start(**told(number))
+        end(study, 0, 5.0, TrialState.COMPLETE)
+        end(study, 1, 1.0, TrialState.FAIL, "diverged: by plan")
+        table.write()
+        for callback in (kept, shown):
+            for number in range(2):
+                callback.on_trial_complete(**told(number))
+        assert shown.line() == "finalist 0: epoch 1 of 50, best frechet_distance 5 | diverged: by plan"
+    assert [ours.checkpoint(number).read_bytes() for number in range(2)] == [b"further on", b"the start"]
+    assert not run.checkpoints.exists()
 
 
 def test_ray_may_pickle_a_callback_which_comes_back_as_none_of_ours(run, study):

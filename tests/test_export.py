@@ -15,11 +15,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.neighbors import KNeighborsClassifier
+from torch import nn
 
 from tuner import sources
 from tuner.data_spec import DigitsSpec
 from tuner.export import VERSIONS, neighbourhood
 from tuner.export_files import check_files, write_files
+from tuner.scoring import Bench
 from tuner.vae import codec
 from tuner.vae.data import Split, as_floats
 from tuner.vae.extractor import WaveletPackets, draw_untrained
@@ -29,7 +31,7 @@ from tuner.vae.metrics import FINAL_METRICS, gap_closed
 from tuner.vae.model import Builder
 from tuner.vae.neighbours import copied
 from tuner.vae.parameters import Parameters
-from tuner.vae.prior import Prior
+from tuner.vae.prior import Prior, standard_normal
 from tuner.vae.shape import ImageShape
 from tuner.workspace import Checkpoints
 
@@ -63,7 +65,7 @@ def loaded(export) -> codec.Codec:
 @pytest.fixture(scope="module")
 def kept(finished_run) -> FittedModel:
     """What the retrain kept: the exported model."""
-    return Checkpoints(finished_run).best(finished_run.retrain_checkpoint)
+    return Checkpoints(finished_run).best(finished_run.kept)
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +152,8 @@ def test_the_config_says_what_it_is_and_where_it_comes_from(export, finished_run
     assert info["weights"] == sum(weight.numel() for weight in saved.values())
     lineage = info["lineage"]
     assert lineage["run"] == finished_run.path.name
-    assert (lineage["trial"], lineage["epoch"]) == (summary.best.trial, summary.best.epoch)
+    (promoted,) = (entry for entry in summary.promotion if entry.trial == summary.retrain.trial)
+    assert (lineage["trial"], lineage["epoch"]) == (promoted.trial, promoted.epoch)
     assert lineage["retrain_epoch"] == summary.retrain.kept_epoch
     assert lineage["seed"] == workspace.spec.seed == 0
     assert lineage["data"] == {"name": "digits", "train_sha256": workspace.data.train.fingerprint()}
@@ -260,21 +263,43 @@ def test_the_accuracy_of_the_latents_neighbours_is_scikit_learns(workspace, fini
     assert -1 < scores["copied"] < 1
 
 
-def test_training_images_are_copies_of_themselves(workspace, kept, tested):
-    train, extractor = workspace.data.train, workspace.extractors["search"]
-    scores = neighbourhood(kept.model, as_floats(train.images), extractor, train, tested)
-    held_out = copied(as_floats(tested.images).flatten(1), as_floats(train.images).flatten(1))
+class Copier(nn.Module):
+    """A model that has learned images (N, C, H, W) in [0, 1] by heart, and draws each as often as any other."""
+
+    latent_dim = 2
+
+    def __init__(self, images: torch.Tensor):
+        super().__init__()
+        self.images = images
+        self.shape = ImageShape(*images.shape[1:])
+
+    def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return images.flatten(1)[:, 300 : 300 + self.latent_dim], None
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        share = torch.special.ndtr(latents[:, 0])  # of a standard normal: uniform
+        chosen = (share * len(self.images)).long().clamp(max=len(self.images) - 1)
+        return torch.logit(self.images[chosen], 1e-4)
+
+
+def test_training_images_are_copies_of_themselves(bench, tested):
+    learned = as_floats(bench.data.train.images)
+    copies = FittedModel(Copier(learned), Parameters(latent_dim=2), standard_normal(2))
+    scores = neighbourhood(replace(bench, test=tested), copies)
+    held_out = copied(as_floats(tested.images).flatten(1), learned.flatten(1))
+    assert scores.keys() == FINAL_METRICS.keys()
     assert scores["copied"] == pytest.approx(1 - held_out, abs=0.01)
     assert scores["coverage"] == pytest.approx(1, abs=0.01)
 
 
-def test_without_labels_neighbours_do_not_vote_and_groups_of_features_are_compared_as_one(workspace, kept, tested):
-    train, scores = workspace.data.train, {}
-    for extractor in (draw_untrained(workspace.data.shape, seed=0), WaveletPackets(workspace.data.shape)):
-        drawn = as_floats(train.images[:300])
-        scores = neighbourhood(kept.model, drawn, extractor, Split(train.images), Split(tested.images))
+def test_without_labels_neighbours_do_not_vote_and_groups_of_features_are_compared_as_one(bench, tested):
+    data = replace(bench.data, train=Split(bench.data.train.images))
+    copies = FittedModel(Copier(as_floats(data.train.images)), Parameters(latent_dim=2), standard_normal(2))
+    for extractor in (draw_untrained(data.shape, seed=0), WaveletPackets(data.shape)):
+        unlabelled = Bench(bench.spec, data, {"search": extractor}, Split(tested.images))
+        scores = neighbourhood(unlabelled, copies)
         assert scores.keys() == FINAL_METRICS.keys() - {"knn_accuracy"}
-        assert 0.5 < scores["coverage"] < 1.5
+        assert scores["coverage"] == pytest.approx(1, abs=0.02)
 
 
 def test_the_samples_show_ink_on_paper(export):
@@ -285,22 +310,27 @@ def test_the_samples_show_ink_on_paper(export):
     assert 0.05 < (picture < 128).mean() < 0.5
 
 
-def test_the_test_scores_are_those_of_the_exported_models_on_the_test_split(workspace, finished_run, kept, tested):
+def test_the_test_scores_are_those_of_the_exported_models_on_the_test_split(bench, finished_run, kept, tested):
     summary = finished_run.summary()
     assert len(tested) == 400
-    scorer = workspace.scorer(held_out=tested)
+    scorer = replace(bench, test=tested).scorer()
     models = {
         "baseline": Checkpoints(finished_run).baseline(),
         "best": Checkpoints(finished_run).best(finished_run.checkpoint(summary.best.trial)),
+        "refitted": Checkpoints(finished_run).best(finished_run.refitted),
         "retrained": kept,
     }
     assert summary.test.models.keys() == models.keys()
-    assert summary.test.floor == pytest.approx(scorer.floor, rel=1e-9)
+    assert summary.test.real.frechet_distance == pytest.approx(scorer.floor, rel=1e-9)
+    assert (summary.test.real.gap_closed, summary.test.baseline.gap_closed) == (1, 0)
     baseline = summary.test.baseline.frechet_distance
     for name, fitted in models.items():
         reported, scores = summary.test.models[name].model_dump(), scorer(fitted)
         final = FINAL_METRICS.keys() if name == "retrained" else set()
-        assert reported.keys() == scores.keys() | {"gap_closed"} | final
+        errors = {"frechet_distance_error", "gap_closed_error"}
+        assert reported.keys() == scores.keys() | {"gap_closed"} | errors | final
+        assert (reported["gap_closed_error"] > 0) == (name != "baseline")
+        assert reported["frechet_distance_error"] > 0
         for metric, value in scores.items():
             assert reported[metric] == pytest.approx(value, rel=1e-9), (name, metric)
         closed = gap_closed(reported["frechet_distance"], scorer.floor, baseline)

@@ -1,68 +1,91 @@
-"""FeatureExtractors: trained in a process of their own, kept by the run."""
+"""FeatureExtractors: made by the workers, kept by the run."""
 
-import os
-import signal
 import time
 
 import pytest
 import torch
+from plain_pool import PlainWorkers
 
-from tuner.exits import CutOff
-from tuner.extractors import FeatureExtractors, load_extractors
+from tuner.extractors import EXTRACTORS, FeatureExtractors, load_extractors
+from tuner.pool import RayPool
 from tuner.run import RunFiles
+from tuner.scoring import Bench, search_scorer
 from tuner.spec import Spec
 from tuner.vae.data import Data, Split
 from tuner.vae.extractor import train_classifier
-from tuner.vae.process import settle
 from tuner.vae.seeds import Stream, derive_seed
 
 SPEC = Spec.model_validate({"space": {"latent_dim": {"choices": [4, 8]}}, "seed": 3})
 
 
 @pytest.mark.slow
-def test_an_extractor_trained_beside_the_driver_is_the_one_that_its_seed_gives_here_and_is_kept(workspace, tmp_path):
-    run = RunFiles(tmp_path)
-    with FeatureExtractors(run, SPEC, workspace.data) as extractors:
-        assert extractors.in_training() == 1
-        while not extractors.kept:
-            extractors.keep_done()
-            time.sleep(0.05)
-        assert extractors.in_training() == 0
-    settle()
-    here = train_classifier(workspace.data, derive_seed(SPEC.seed, Stream.EXTRACTOR, 0)).state_dict()
+def test_an_extractor_trained_on_the_cluster_is_the_one_that_its_seed_gives_here_and_is_kept(
+    workspace, ray_cluster, tmp_path
+):
+    run, workers = RunFiles(tmp_path), RayPool(SPEC, workspace.data)(Bench(SPEC, workspace.data, {}))
+    extractors = FeatureExtractors(run, SPEC, workspace.data, workers)
+    assert extractors.in_training() == 1
+    while not extractors.kept:
+        extractors.keep_done()
+        time.sleep(0.05)
+    assert extractors.in_training() == 0
+    here = train_classifier(workspace.data, derive_seed(SPEC.seed, Stream.EXTRACTOR, 0))
+    weights = here.state_dict()
     for kept in (extractors.kept["search"], load_extractors(run)["search"]):
-        assert all(torch.equal(kept.state_dict()[key], here[key]) for key in here)
-    with FeatureExtractors(run, SPEC, workspace.data) as again:
-        assert again.in_training() == 0
-        assert again.kept.keys() == {"search"}
+        assert all(torch.equal(kept.state_dict()[key], weights[key]) for key in weights)
+    floor = search_scorer(SPEC, workspace.data, here).floor
+    assert run.summary().extractors["search"].floor == pytest.approx(floor, rel=1e-9)
+    again = FeatureExtractors(run, SPEC, workspace.data, workers)
+    assert again.in_training() == 0
+    assert again.kept.keys() == {"search"}
 
 
-def test_an_extractor_whose_process_dies_cuts_the_command_off(workspace, tmp_path):
-    with FeatureExtractors(RunFiles(tmp_path), SPEC, workspace.data) as extractors:
-        process, _ = extractors.training["search"]
-        os.kill(process.pid, signal.SIGKILL)
-        with pytest.raises(CutOff, match=r"^the process that trains the search extractor died \(-9\)$"):
-            extractors.keep("search")
-    assert load_extractors(RunFiles(tmp_path)) == {}
+def test_those_that_a_run_has_are_not_made_again(lend_extractors, bench, tmp_path):
+    run = RunFiles(tmp_path)
+    lend_extractors(run)
+    extractors = FeatureExtractors(run, bench.spec, bench.data, PlainWorkers(bench))
+    for name in EXTRACTORS:
+        extractors.begin(name)
+        assert extractors.keep(name) is extractors.kept[name]
+    assert (extractors.in_training(), extractors.keep_done(), extractors.training) == (0, [], {})
 
 
-def test_what_still_trains_at_the_end_is_ended(workspace, tmp_path):
-    with FeatureExtractors(RunFiles(tmp_path), SPEC, workspace.data) as extractors:
-        process, _ = extractors.training["search"]
-        assert process.is_alive()
-    assert not process.is_alive()
+def labelled(count: int) -> Data:
+    """Blank images and images with a spot, as many of each."""
+    images = torch.zeros(count, 1, 16, 16, dtype=torch.uint8)
+    images[::2, :, 4:8, 4:8] = 255
+    images[:, :, 0, 0] = torch.arange(count, dtype=torch.uint8).unsqueeze(1)
+    labels = torch.arange(count) % 2
+    return Data(Split(images[20:], labels[20:]), Split(images[:20], labels[:20]))
 
 
-def test_what_needs_no_training_is_kept_at_once_and_no_process_is_started(tmp_path):
+def test_classifiers_are_begun_and_kept_once_they_are_there(tmp_path):
+    run, data = RunFiles(tmp_path), labelled(60)
+    extractors = FeatureExtractors(run, SPEC, data, PlainWorkers(Bench(SPEC, data, {})))
+    assert list(extractors.training) == ["search"]
+    extractors.begin("search")
+    assert (list(extractors.training), run.summary().extractors) == (["search"], {})
+    assert extractors.keep_done() == ["search"]
+    assert extractors.keep_done() == []
+    extractors.keep("second")
+    described = run.summary().extractors
+    assert {name: info.kind for name, info in described.items()} == {"search": "classifier", "second": "classifier"}
+    for name, extractor in load_extractors(run).items():
+        assert 0.5 <= described[name].accuracy <= 1
+        assert described[name].floor == search_scorer(SPEC, data, extractor).floor
+
+
+def test_what_needs_no_training_is_kept_at_once_and_nothing_is_begun(tmp_path):
     images = torch.randint(256, (30, 3, 16, 16), dtype=torch.uint8)
     run, data = RunFiles(tmp_path), Data(Split(images[:20]), Split(images[20:]))
-    with FeatureExtractors(run, SPEC, data) as extractors:
-        assert (extractors.in_training(), extractors.keep("search").kind) == (0, "untrained")
-        extractors.begin("second")
-        assert not extractors.training
+    workers = PlainWorkers(Bench(SPEC, data, {}))
+    extractors = FeatureExtractors(run, SPEC, data, workers)
+    assert (extractors.in_training(), extractors.keep("search").kind) == (0, "untrained")
+    extractors.begin("second")
+    assert not extractors.training
     assert {name: info.kind for name, info in run.summary().extractors.items()} == {
         "search": "untrained",
         "second": "wavelets",
     }
-    with FeatureExtractors(run, SPEC, data) as again:
-        assert again.kept.keys() == {"search", "second"}
+    again = FeatureExtractors(run, SPEC, data, workers)
+    assert again.kept.keys() == {"search", "second"}

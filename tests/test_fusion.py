@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import ray
 
-from tuner.extractors import FeatureExtractors, keep_extractor
+from tuner.extractors import FeatureExtractors
 from tuner.fusion import ArrayHost, fusion, train_fused
+from tuner.pool import RayPool
 from tuner.run import RunFiles
+from tuner.scoring import Bench
 from tuner.search import load_spec, parse
 from tuner.spec import Spec
 from tuner.trials import search_stage
@@ -40,17 +42,17 @@ SPEC = Spec.model_validate(
 )
 
 
-def rows_of(workspace, folder: Path, execution: str) -> list[dict]:
+def rows_of(workspace, lend_extractors, folder: Path, execution: str) -> list[dict]:
     run = RunFiles(folder / execution)
     spec = load_spec(run, parse([*SMALL, f"--set=execution={execution}"]))
-    for name, extractor in workspace.extractors.items():
-        keep_extractor(run, workspace.data, name, extractor)
-    with FeatureExtractors(run, spec, workspace.data) as extractors:
-        return search_stage(run, spec, workspace.data, extractors, 2)
+    lend_extractors(run)
+    pool = RayPool(spec, workspace.data, concurrency=2)
+    extractors = FeatureExtractors(run, spec, workspace.data, pool(Bench(spec, workspace.data, {})))
+    return search_stage(run, spec, pool, extractors)
 
 
-def test_a_fused_search_gets_the_scores_of_one_in_processes(workspace, ray_cluster, tmp_path):
-    alone, fused = (rows_of(workspace, tmp_path, execution) for execution in ("process", "fused"))
+def test_a_fused_search_gets_the_scores_of_one_in_processes(workspace, lend_extractors, ray_cluster, tmp_path):
+    alone, fused = (rows_of(workspace, lend_extractors, tmp_path, execution) for execution in ("process", "fused"))
     assert [row["state"] for row in fused] == [row["state"] for row in alone] == ["complete"] * 3
     for ours, theirs in zip(fused, alone, strict=True):
         assert ours["latent_dim"] == theirs["latent_dim"]

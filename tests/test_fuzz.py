@@ -25,7 +25,7 @@ from tuner.data_spec import IdxSpec
 from tuner.run import RunFiles
 from tuner.sources.idx import IDX_FILES
 from tuner.spec import Spec
-from tuner.study import STATES, Study, open_study, read_study, table
+from tuner.study import RETRAIN, STATES, Study, open_study, read_study, table
 from tuner.summary import Summary
 from tuner.terminal import as_table, promotion_rows, result_rows, search_line, trials_rows
 from tuner.vae import codec
@@ -131,7 +131,8 @@ def goes_on(checkpoint: Checkpoint, spec: Spec) -> None:
     assert isinstance(checkpoint.evaluation, dict)
     fastest_step(checkpoint.state, checkpoint.parameters, torch.device("cpu")).store()
     assert checkpoint.state.step >= 0
-    assert checkpoint.best is None or samples(checkpoint.best, 200).shape == (200, 1, 28, 28)
+    for fitted in checkpoint.kept:
+        assert samples(fitted, 200).shape == (200, 1, 28, 28)
 
 
 def tells_digits(extractor: FeatureExtractor, spec: Spec) -> None:
@@ -197,7 +198,7 @@ def files(finished_run: RunFiles) -> dict[str, bytes]:
     """What whole files hold: those of a run, but a small model and extractor."""
     parameters = Parameters(latent_dim=2, width=2)
     best = FittedModel(build(parameters, seed=0), parameters, standard_normal(2), 0.5, 1.0, {"mse": 0.25})
-    checkpoint = Checkpoint(parameters, State.of(build(parameters, seed=1)), best, {"epoch": 2.0})
+    checkpoint = Checkpoint(parameters, State.of(build(parameters, seed=1)), [best, best], {"epoch": 2.0})
     made = {
         "checkpoints/0003.pt": checkpoint.to_bytes(),
         "extractors/search.safetensors": to_bytes(Classifier(ImageShape(1, 28, 28), 10, width=2)),
@@ -262,8 +263,12 @@ def test_a_journal_cut_off_anywhere_goes_on_with_all_that_was_written_before(run
     run.journal.write_bytes(cut)
     study, whole = open_study(run.journal, spec), cut[: cut.rfind(b"\n") + 1]
     assert run.journal.read_bytes().startswith(whole)
-    assert len(study.known()) == sum(json.loads(line)["op_code"] == 4 for line in whole.splitlines())
+    said = [json.loads(line) for line in whole.splitlines()]
+    trials = [line["study_id"] for line in said if line["op_code"] == 4]
+    assert len(study.known()) == trials.count(0), "the retrain's finalists are in a study of their own"
     makes_a_table(study, spec)
+    if 1 in trials:
+        makes_a_table(read_study(run.journal, RETRAIN), spec.of_retrain(2, 0))
 
 
 # MNIST
@@ -313,10 +318,9 @@ def test_a_folder_in_the_place_of_an_idx_file(tmp_path: Path):
         (tuner.search.main, ["--run"], "summary.json"),
         (tuner.search.main, ["--status"], "study.journal"),
         (tuner.retrain.main, [], "summary.json"),
-        (tuner.retrain.main, [], "retrain/checkpoint.pt"),
+        (tuner.retrain.main, [], "checkpoints/0001.pt"),
         (tuner.export.main, [], "summary.json"),
-        (tuner.export.main, [], "checkpoints/0000.pt"),
-        (tuner.export.main, [], "retrain/checkpoint.pt"),
+        (tuner.export.main, [], "retrain/kept.pt"),
         (tuner.report.main, [], "summary.json"),
         (tuner.report.main, [], "study.journal"),
         (tuner.report.main, [], "checkpoints/0000.pt"),

@@ -29,7 +29,9 @@ import tuner
 from tuner import sources
 from tuner.cluster import cluster
 from tuner.extractors import FeatureExtractors
+from tuner.pool import RayPool
 from tuner.run import RunFiles
+from tuner.scoring import Bench
 from tuner.search import load_spec, parse
 from tuner.spec import load
 from tuner.study import evaluations, read_study, table
@@ -233,12 +235,10 @@ def search_here(path: str) -> None:
     run = RunFiles(Path(path))
     spec = load_spec(run, parse(["--run", path, *SMALL]))
     data = sources.load(spec.data)
-    with (
-        run.claimed(),
-        FeatureExtractors(run, spec, data) as extractors,
-        cluster(None, None, spec.resources),
-    ):
-        search_stage(run, spec, data, extractors, 2)
+    with run.claimed(), cluster(None, None, spec.resources):
+        pool = RayPool(spec, data, concurrency=2)
+        extractors = FeatureExtractors(run, spec, data, pool(Bench(spec, data, {})))
+        search_stage(run, spec, pool, extractors)
 
 
 def entrypoint(folder: Path) -> list[str]:
@@ -344,7 +344,10 @@ def test_workers_saw_neither_the_run_directory_nor_the_data(submitted, nodes):
 
 
 def test_data_reach_a_node_once_however_many_trials_it_runs(submitted, nodes):
-    """A node gets the four objects that all trials share, and the checkpoint of each trial that moved to it."""
+    """A node gets the four objects that all trials share, and the checkpoint of each trial that moved to it.
+
+    And after the search what benches have beside the data, three times, and a model with each task.
+    """
     run, before, *_ = submitted
     host = f"{nodes.network}.5"
     count = re.compile(r"^ray_object_store_dist_count{[^}]*ReceivedFromRemoteRaylet[^}]*} (\S+)$", re.MULTILINE)
@@ -357,4 +360,5 @@ def test_data_reach_a_node_once_however_many_trials_it_runs(submitted, nodes):
     wait_for(received, 60, "Ray tells of no object")
     begun = {number for number, _ in before}
     assert len(trials(run)) - len(begun) >= 3
-    assert received() <= 4 + len(begun)
+    promotion, export = 2 * (1 + len(run.summary().promotion)), 4
+    assert received() <= 4 + len(begun) + 3 + promotion + export

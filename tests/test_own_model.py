@@ -27,11 +27,11 @@ import tuner.search
 from tuner import spec as specs
 from tuner.export_files import write_files
 from tuner.own_model import check, load
+from tuner.pool import send_by_value
 from tuner.run import Refused, RunFiles
 from tuner.spec import Spec
-from tuner.study import BASELINE
+from tuner.study import BASELINE, RETRAIN, evaluations, read_study
 from tuner.terminal import final_words
-from tuner.trials import send_by_value
 from tuner.vae import codec
 from tuner.vae.fitted import FittedModel
 from tuner.vae.model import Builder, OwnModel
@@ -426,6 +426,12 @@ assert not {"tuner", "torch", "examples"} & set(sys.modules)
 """
 
 
+def in_the_midst_of_the_retrain(run: RunFiles) -> bool:
+    """Whether a finalist has been evaluated."""
+    study = read_study(run.journal, RETRAIN)
+    return study is not None and any(evaluations(trial) for trial in study.known())
+
+
 @pytest.mark.slow
 def test_the_example_is_searched_killed_in_the_retrain_gone_on_with_exported_and_used_by_onnxruntime_alone(
     small_flags, tmp_path
@@ -440,7 +446,7 @@ def test_the_example_is_searched_killed_in_the_retrain_gone_on_with_exported_and
     driver = subprocess.Popen(again, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 500
-        while not run.retrain_checkpoint.exists():
+        while not in_the_midst_of_the_retrain(run):
             assert driver.poll() is None, driver.communicate()[1]
             assert time.monotonic() < deadline
             time.sleep(0.02)

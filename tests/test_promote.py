@@ -1,14 +1,17 @@
 """The winner is the checkpoint that was scored, and it was scored again by what the search never saw."""
 
 import hashlib
+from dataclasses import replace
 
 import pytest
 
 from tuner.extractors import EXTRACTORS
-from tuner.promote import CONTENDERS, contenders
+from tuner.promote import CONTENDERS, contenders, promote
+from tuner.run import write_atomic
+from tuner.scoring import search_scorer
 from tuner.spec import Spec
 from tuner.study import BASELINE, read_study, table
-from tuner.trainable import search_scorer
+from tuner.summary import Summary
 from tuner.vae.metrics import gap_closed
 from tuner.workspace import Checkpoints
 
@@ -51,27 +54,50 @@ def test_at_most_five_are_scored_again_and_the_best_rank_wins(summary, searched)
     ranks = [entry.rank for entry in entries]
     assert ranks == sorted(ranks)
     assert (best.trial, best.epoch) == (entries[0].trial, entries[0].epoch)
-    assert best.scores.frechet_distance == entries[0].again["search"]
+    assert summary.validation.best.frechet_distance == pytest.approx(entries[0].again["search"], rel=1e-9)
 
 
-def test_the_winners_scores_are_those_of_its_checkpoint(workspace, summary):
-    best, scorer = summary.best, workspace.scorer()
+def test_in_this_process_the_promotion_comes_out_as_on_the_cluster(workspace, run_copy, summary, searched):
+    write_atomic(run_copy.summary_file, Summary(extractors=summary.extractors).model_dump_json())
+    counts: list[int] = []
+    again = promote(replace(workspace, run=run_copy), searched, counts.append)
+    assert again == run_copy.summary()
+    assert again.best == summary.best
+    for ours, theirs in zip(again.promotion, summary.promotion, strict=True):
+        assert (ours.trial, ours.epoch, ours.searched) == (theirs.trial, theirs.epoch, theirs.searched)
+        assert ours.error == pytest.approx(theirs.error, rel=1e-6)
+        for part in ("again", "gap_closed"):
+            assert getattr(ours, part) == pytest.approx(getattr(theirs, part), rel=1e-9)
+    assert list(again.validation.models) == ["baseline", "best"]
+    assert counts == list(range(1, 1 + len(workspace.extractors) * (2 + len(summary.promotion))))
+
+
+def test_the_winners_scores_are_those_of_its_checkpoint(workspace, bench, summary):
+    best, scored, scorer = summary.best, summary.validation, bench.scorer()
     fitted = Checkpoints(workspace.run).best(workspace.run.checkpoint(best.trial))
     assert fitted.parameters.model_dump() == best.parameters
-    reported = best.scores.model_dump()
+    reported = scored.best.model_dump()
     for name, value in scorer(fitted).items():
         assert reported[name] == pytest.approx(value, rel=1e-9), name
-    assert best.floor == pytest.approx(scorer.floor, rel=1e-9)
-    assert best.scores.gap_closed == pytest.approx(gap_closed(reported[METRIC], best.floor, best.baseline))
+    assert scored.real.frechet_distance == pytest.approx(scorer.floor, rel=1e-9)
+    closed = gap_closed(reported[METRIC], scorer.floor, scored.baseline.frechet_distance)
+    assert scored.best.gap_closed == pytest.approx(closed)
 
 
-def test_the_baseline_is_where_trial_0_ended_with_samples_from_a_standard_normal(workspace, summary, searched):
+def test_each_gap_that_the_searchs_extractor_sees_has_its_error(summary):
+    for entry in summary.promotion:
+        assert entry.again.keys() == entry.gap_closed.keys() == set(EXTRACTORS)
+        assert entry.error > 0
+    assert summary.promotion[0].error == pytest.approx(summary.validation.best.gap_closed_error, rel=1e-6)
+
+
+def test_the_baseline_is_where_trial_0_ended_with_samples_from_a_standard_normal(workspace, bench, summary, searched):
     baseline = Checkpoints(workspace.run).baseline()
     assert searched[BASELINE]["epochs_trained"] == workspace.spec.budget.max_epochs
     assert baseline.parameters == workspace.spec.baseline.model_copy(update={"prior": "standard_normal"})
-    scores = workspace.scorer()(baseline)
+    scores = bench.scorer()(baseline)
     assert scores[METRIC] == scores["frechet_distance_standard_normal"]
-    assert scores[METRIC] == pytest.approx(summary.best.baseline, rel=1e-9)
+    assert scores[METRIC] == pytest.approx(summary.validation.baseline.frechet_distance, rel=1e-9)
 
 
 def test_the_extractors_are_frozen_by_hash_and_the_second_is_another(finished_run, workspace, summary):
@@ -83,6 +109,9 @@ def test_the_extractors_are_frozen_by_hash_and_the_second_is_another(finished_ru
         assert described.kind == extractor.kind == "classifier"
         assert extractor.options == {"classes": 10, "width": 16, "deep": deep}
         assert described.accuracy > 0.9
+        floor = search_scorer(workspace.spec, workspace.data, extractor).floor
+        assert described.floor == pytest.approx(floor, rel=1e-9)
+    assert read_study(finished_run.journal).floor == summary.extractors["search"].floor
 
 
 def test_of_two_objectives_those_on_the_front_with_the_best_samples_contend():

@@ -219,7 +219,7 @@ def test_mnist_is_searched_from_a_folder(place):
     write_mnist(tuner.search.parse(words).data_dir / "MNIST" / "raw")
     assert tuner.search.main([*words, *TINY, "--run=runs/mnist"]) == 0
     tested = RunFiles(Path("runs/mnist")).summary().test
-    assert tested.baseline.frechet_distance > 10 * tested.floor
+    assert tested.baseline.frechet_distance > 10 * tested.real.frechet_distance
 
 
 # Specs and programs

@@ -75,6 +75,9 @@ def test_every_section_says_what_to_see_before_its_picture(finished_run):
     titles = [section.split("</h2>")[0].removeprefix("<h2>") for section in sections]
     assert {"Who won, and by how much", "What they draw", "Learning curves", "Rate and distortion"} <= set(titles)
     assert {"Latents in use", "Who ran what", "Promotion", "The test split", "Where it came from"} <= set(titles)
+    headline = finished_run.report.read_text().split("<section>")[0]
+    trial = finished_run.summary().best.trial
+    assert re.search(rf"Trial {trial} was chosen.*<b>-?\d\.\d{{3}} ± 0\.\d{{3}}</b>.*±.* on the test split", headline)
     for section in sections:
         sentence = section.split("<p class='see'>")[1].split("</p>")[0]
         assert sentence.endswith((".", "%."))
@@ -99,7 +102,7 @@ def test_real_images_stand_before_the_samples_and_above_their_reconstructions(fi
     assert np.array_equal(real[:height], expected[0])
     assert np.array_equal(rebuilt[:height], expected[0])
     assert np.array_equal(rebuilt[2 * (height + 4) :][:height], expected[1])
-    last = Checkpoints(finished_run).best(finished_run.retrain_checkpoint)
+    last = Checkpoints(finished_run).best(finished_run.kept)
     ends = last.draw(last.model.encode(as_floats(rows[0][:1]))[0])
     assert np.abs(between[:56, :56].astype(int) - grid(ends, 1, ink=True, scale=2)).max() <= 1
 

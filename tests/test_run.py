@@ -136,7 +136,7 @@ def test_a_claim_removes_what_a_killed_process_left_half_written_and_nothing_els
             (run.images, "train.safetensors"),
             (run.extractors, "search.safetensors"),
             (run.checkpoints, "0003.pt"),
-            (run.retrain, "checkpoint.pt"),
+            (run.retrain, "kept.pt"),
         ]
     ]
     kept = [
@@ -228,3 +228,20 @@ def test_every_file_of_a_run_lies_inside_of_it(run):
     assert len(set(paths)) == len(paths)
     assert run.checkpoint(7).name == "0007.pt"
     assert run.name_of(run.error(7)) == f"{run.shown}/errors/0007.txt"
+
+
+def test_the_retrain_has_its_trials_in_a_folder_of_its_own_and_shares_the_rest(run):
+    ours = run.of_retrain()
+    own = {ours.checkpoint(0), ours.checkpoint(1), ours.error(1), ours.trials}
+    assert {path.relative_to(run.path).as_posix() for path in own} == {
+        "retrain/0000.pt",
+        "retrain/0001.pt",
+        "retrain/0001.txt",
+        "retrain/trials.csv",
+    }
+    assert not own & {run.checkpoint(0), run.checkpoint(1), run.error(1), run.trials, run.kept, run.refitted}
+    assert (run.kept.name, run.refitted.name) == ("kept.pt", "refitted.pt")
+    shared = vars(run).keys() - {"checkpoints", "errors", "trials"}
+    assert {name: getattr(ours, name) for name in shared} == {name: getattr(run, name) for name in shared}
+    assert run.name_of(ours.checkpoint(1)) == ours.name_of(ours.checkpoint(1)) == f"{run.shown}/retrain/0001.pt"
+    assert run.checkpoint(0).parent == run.checkpoints, "the run itself is as it was"

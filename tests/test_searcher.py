@@ -3,7 +3,10 @@
 Trials are fakes whose objective is known in closed form; Optuna and the journal are real. Ray is in test_trials.
 """
 
+import math
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,8 +14,9 @@ import pytest
 from bowl import ONE_RUNG, SPACE, THREE_RUNGS, bowl, evaluation, random_search, spec_with, study_in
 from optuna.trial import TrialState
 from ray.tune.experiment import Trial as RayTrial
+from ray.tune.search import Searcher
 
-from tuner.searcher import PREEMPTED, StudySearcher, SuccessiveHalving, cause_of
+from tuner.searcher import PREEMPTED, FinalistSearcher, StudySearcher, SuccessiveHalving, ToTheEnd, cause_of
 from tuner.study import BASELINE, table
 from tuner.vae.parameters import CLASSIC
 
@@ -181,7 +185,7 @@ def test_a_report_that_is_repeated_after_a_cut_off_is_written_once(tmp_path):
 # The rule that stops weak trials
 
 
-def decide(rule: SuccessiveHalving, number: int, value: float, rung: int = 1) -> str:
+def decide(rule: ToTheEnd, number: int, value: float, rung: int = 1) -> str:
     trial = RayTrial("fake", config={"trial": number}, stub=True)
     return rule.on_trial_result(None, trial, evaluation(value, rung, last=False))
 
@@ -250,6 +254,85 @@ def test_rungs_refilled_from_the_study_stop_the_same_trials(tmp_path):
         searcher.on_trial_complete("ray", evaluation(value, last=False) | {"done": True})
     assert reopened == decisions
     assert set(decisions) == {"STOP", "CONTINUE"}
+
+
+# Finalists
+
+FINALISTS = [CLASSIC.model_copy(update={"latent_dim": latents, "schedule": "cosine"}) for latents in (9, 5, 7)]
+
+
+def finalists_in(directory: Path, capacity: Callable[[], float] = lambda: math.inf) -> FinalistSearcher:
+    spec = spec_with(budget=THREE_RUNGS | {"trials": 3})
+    return FinalistSearcher(FINALISTS, study_in(directory, spec), spec, capacity)
+
+
+def test_each_finalist_is_proposed_once_in_order_and_as_it_is(tmp_path):
+    searcher = finalists_in(tmp_path)
+    assert searcher.remaining == 3
+    for number, parameters in enumerate(FINALISTS):
+        assert searcher.suggest(str(number)) == {"trial": number, "parameters": parameters.model_dump()}
+        assert searcher.remaining == 2 - number
+    assert searcher.suggest("more") is None, "one that runs may be put back"
+    for number in range(3):
+        searcher.on_trial_complete(str(number), evaluation(1.0, rung=3))
+    assert searcher.suggest("more") == Searcher.FINISHED
+    assert [(trial.state, trial.params) for trial in searcher.study.trials] == [(TrialState.COMPLETE, {})] * 3
+    assert finalists_in(tmp_path).remaining == 0
+
+
+def test_finalists_that_were_cut_off_are_taken_up_again_and_what_has_ended_is_not(tmp_path):
+    searcher = finalists_in(tmp_path, lambda: 2)
+    searcher.suggest("a")
+    searcher.suggest("b")
+    assert searcher.suggest("c") is None, "there is room for two"
+    searcher.on_trial_complete("a", evaluation(1.0, rung=3))
+    again = finalists_in(tmp_path)
+    assert again.remaining == 2
+    assert [again.suggest(name)["trial"] for name in ("d", "e")] == [1, 2]
+    again.on_trial_complete("d", error=True)  # its worker was lost
+    assert again.remaining == 1
+    assert again.suggest("f") == {"trial": 1, "parameters": FINALISTS[1].model_dump()}
+
+
+@pytest.mark.parametrize("cut", ["between lines", "inside of a line"])
+def test_killed_at_any_line_of_the_journal_the_finalists_are_the_same(tmp_path, cut):
+    def run(directory: Path) -> list[Any]:
+        searcher = finalists_in(directory)
+        for index in range(searcher.remaining):
+            number = searcher.suggest(str(index))["trial"]
+            searcher.on_trial_complete(str(index), evaluation(float(number), rung=3))
+        assert searcher.remaining == 0
+        known = study_in(directory, searcher.spec).trials
+        return [(trial.number, trial.state, trial.value, trial.user_attrs) for trial in known]
+
+    straight, lines = run(tmp_path), (tmp_path / "study.journal").read_bytes().splitlines(keepends=True)
+    assert [attributes["parameters"]["latent_dim"] for *_, attributes in straight] == [9, 5, 7]
+    for kept in range(len(lines)):
+        directory = tmp_path / str(kept)
+        directory.mkdir()
+        left = lines[:kept] + ([lines[kept][: len(lines[kept]) // 2]] if cut == "inside of a line" else [])
+        (directory / "study.journal").write_bytes(b"".join(left))
+        assert run(directory) == straight, f"cut at line {kept}: {lines[kept].decode()}"
+
+
+def test_no_finalist_is_stopped_before_its_end(tmp_path):
+    spec = spec_with(budget=THREE_RUNGS)
+    rule = ToTheEnd(study_in(tmp_path, spec), spec)
+    for rung in (1, 2):
+        assert [decide(rule, number, float(number), rung) for number in range(1, 5)] == ["CONTINUE"] * 4
+    trial = RayTrial("fake", config={"trial": 1}, stub=True)
+    assert rule.on_trial_result(None, trial, evaluation(9.0, rung=3)) == "STOP"
+
+
+def test_each_loss_of_a_worker_is_noted_with_its_cause(tmp_path):
+    searcher = finalists_in(tmp_path)
+    rule, number = ToTheEnd(searcher.study, searcher.spec), searcher.suggest("a")["trial"]
+    rule.on_trial_error(None, SimpleNamespace(config={"trial": number}, error_file=None))
+    assert searcher.study.trials[number].user_attrs["lost"] == ["unknown"]
+    path = tmp_path / "error.txt"
+    path.write_text("ray.exceptions.ActorDiedError: The actor died unexpectedly before finishing this task.\n")
+    rule.on_trial_error(None, SimpleNamespace(config={"trial": number}, error_file=str(path)))
+    assert searcher.study.trials[number].user_attrs["lost"] == ["unknown", "its process died"]
 
 
 # Lost workers and the end

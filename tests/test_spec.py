@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from tuner import spec as specs
 from tuner import yaml_text
 from tuner.search import DEFAULT_SPEC
-from tuner.spec import Objective, Spec
+from tuner.spec import EvenBudget, Objective, Spec
 from tuner.study import distributions
 from tuner.vae.flow import Flow
 from tuner.vae.metrics import METRICS
@@ -323,6 +323,55 @@ def test_an_autoencoder_has_no_rate(metric):
 def test_rungs_are_a_first_look_grace_times_powers_of_the_factor_and_the_end(grace, factor, most, rungs):
     budget = _spec(budget={"grace_epochs": grace, "reduction_factor": factor, "max_epochs": most}).budget
     assert budget.rungs == pytest.approx(rungs)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "rungs"),
+    [
+        (1, [1]),
+        (4, [1, 2, 3, 4]),
+        (10, range(1, 11)),
+        (50, range(5, 51, 5)),
+        (15, [2, 3, 4, 6, 8, 9, 10, 12, 14, 15]),  # halves go to the even one
+        (1000, range(100, 1001, 100)),
+    ],
+)
+def test_an_even_budget_has_ten_rungs_as_far_apart_as_whole_epochs_let_them_be(epochs, rungs):
+    budget = EvenBudget(trials=2, max_epochs=epochs, grace_epochs=epochs)
+    assert budget.rungs == tuple(map(float, rungs))
+    assert all(type(rung) is float for rung in budget.rungs)
+
+
+def test_finalists_are_trained_on_as_trials_are_but_all_of_them_to_the_end():
+    spec = _spec(
+        retrain={"epochs": 50, "finalists": 3},
+        budget={"trials": 40, "max_epochs": 9, "time_limit": "30m"},
+        resources={"cpu": 2, "gpu": 0.5},
+        execution="fused",
+        seed=7,
+    )
+    ours = spec.of_retrain(2, 123)
+    assert (ours.budget.trials, ours.budget.max_epochs, ours.budget.rungs[-1]) == (2, 50, 50)
+    assert ours.budget.grace_epochs == 50, "nobody is weak before the end"
+    assert ours.budget.time_limit is None, "the limit ends the search, not what comes after it"
+    assert (ours.seed, spec.seed) == (123, 7)
+    for name in ("data", "space", "fixed", "retrain", "resources", "execution"):
+        assert getattr(ours, name) == getattr(spec, name)
+
+
+@pytest.mark.parametrize(
+    ("objective", "ours"),
+    [
+        ("mse", "mse"),
+        ("loss", "frechet_distance"),  # which only training has
+        (["rate", "distortion"], "frechet_distance"),
+        ({"metric": "active_units", "direction": "maximize"}, "active_units"),
+    ],
+)
+def test_finalists_are_ranked_by_one_objective_that_finished_models_have(objective, ours):
+    spec = Spec.model_validate({"space": {"latent_dim": {"choices": [4, 8]}}, "objective": objective})
+    (found,) = spec.of_retrain(2, 0).objective
+    assert (found.metric, found) == (ours, spec.selection_objective)
 
 
 def test_rungs_are_floats_by_default_too():

@@ -266,7 +266,7 @@ def test_whoever_pulls_between_two_writes_misses_nothing_that_is_listed(bucket, 
     write_atomic(mirror.run.spec, "spec")
     for name in ("search", "second"):
         write_atomic(mirror.run.extractor(name), name)
-    described = {"kind": "classifier", "sha256": "1", "accuracy": 0.9}
+    described = {"kind": "classifier", "sha256": "1", "accuracy": 0.9, "floor": 1.0}
     mirror.run.update_summary(extractors={"search": described, "second": described})
     end_trial(mirror.run, 0)
     for _ in range(2):

@@ -12,12 +12,13 @@ from tensorboard import context
 from tensorboard.backend.event_processing import data_provider, plugin_event_multiplexer
 from tensorboard.plugins import base_plugin
 from tensorboard.plugins.hparams import api_pb2, backend_context, get_experiment, list_session_groups
+from tensorboard.util import tensor_util
 
 from tuner import spec as specs
 from tuner.data_spec import TorchvisionSpec
 from tuner.run import RunFiles
 from tuner.spec import Spec
-from tuner.study import read_study, table
+from tuner.study import RETRAIN, read_study, table
 from tuner.tensorboard import NUMBERS, OUTCOME_TAG, SPRITE, TensorBoard
 
 OUTCOMES = {number: outcome for outcome, number in NUMBERS.items()}
@@ -111,6 +112,26 @@ def test_a_trial_is_listed_from_its_first_second(tmp_path):
     board.close()
 
 
+def test_a_finalist_has_its_curves_and_its_end_but_is_no_session_of_hparams(tmp_path):
+    search, board = TensorBoard(tmp_path, spec_of()), TensorBoard(tmp_path, spec_of().of_retrain(2, 0), RETRAIN)
+    parameters = {"latent_dim": 4, "learning_rate": 1e-3, "kl_weight": 0.5}
+    search.start_search()
+    search.start_trial(0, parameters)
+    board.start_trial(0, parameters)
+    for epoch in (5, 10):
+        board.add_trial(0, {"epoch": epoch, "loss": 9.0, "frechet_distance": 10.0 - epoch}, {})
+    board.end_trial(0, "failed", "diverged: by plan")
+    search.close()
+    shown, name = Board(tmp_path), "retrain-0,latent_dim=4,learning_rate=0.001,kl_weight=0.5"
+    assert set(shown.events.Runs()) == {".", shown.runs()[0], name}
+    assert [event.step for event in shown.events.Tensors(name, "objective/frechet_distance")] == [5, 10]
+    scalars = {"objective/frechet_distance", "loss/loss", OUTCOME_TAG}
+    assert shown.tags(name) == scalars | {"outcome/reason/text_summary"}
+    last = shown.events.Tensors(name, OUTCOME_TAG)[-1]
+    assert OUTCOMES[round(float(tensor_util.make_ndarray(last.tensor_proto)))] == "failed"
+    assert shown.outcomes() == {0: "running"}
+
+
 def test_hparams_know_domains_and_metrics(logdir):
     experiment = Board(logdir).experiment()
     infos = {info.name: info for info in experiment.hparam_infos}
@@ -147,8 +168,14 @@ def test_a_real_search_is_shown_as_its_study_says(finished_run: RunFiles):
 
 
 def test_the_retrain_and_the_projector_stand_beside_the_trials(finished_run: RunFiles):
-    board = Board(finished_run.tensorboard)
-    assert [event.step for event in board.events.Tensors("retrain", "loss/loss")] == [1, 2, 3, 4]
+    board, spec = Board(finished_run.tensorboard), specs.load(finished_run.spec)
+    assert board.outcomes().keys() == set(range(spec.budget.trials)), "HParams takes no finalist for a trial"
+    for number, entry in enumerate(finished_run.summary().promotion[: spec.retrain.finalists]):
+        (name,) = (name for name in board.events.Runs() if name.startswith(f"retrain-{number},"))
+        assert name.partition(",")[2] == board.runs()[entry.trial].partition(",")[2], "the parameters of its trial"
+        assert PICTURES | {"objective/frechet_distance", OUTCOME_TAG} <= board.tags(name)
+        assert [event.step for event in board.events.Tensors(name, "loss/loss")] == [1, 2, 3, 4]
+        assert not any(tag.startswith("_hparams_") for tag in board.tags(name))
     projector = finished_run.tensorboard / "projector"
     assert (projector / "projector_config.pbtxt").exists()
     assert len(list(projector.rglob("sprite.png"))) == 1

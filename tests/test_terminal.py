@@ -8,7 +8,19 @@ import pytest
 from tuner.run import RunFiles
 from tuner.search import main
 from tuner.spec import Spec
-from tuner.terminal import Progress, duration, search_line
+from tuner.summary import Best, Compared, ExtractorInfo, Promoted, Retrained, Scores, Summary
+from tuner.terminal import (
+    Progress,
+    chosen_words,
+    duration,
+    edges,
+    finalists_line,
+    promotion_rows,
+    result_rows,
+    search_line,
+    with_error,
+)
+from tuner.vae.parameters import CLASSIC
 
 SPEC = Spec.model_validate({"space": {"latent_dim": {"choices": [4, 8]}}, "budget": {"trials": 10}})
 
@@ -35,6 +47,135 @@ def test_the_search_line_counts_and_extrapolates():
     assert search_line(rows, SPEC, seconds=30, before=2).endswith("gap closed 0.500)")
 
 
+def test_the_finalists_line_says_how_far_each_has_come_and_which_is_out_of_it():
+    spec = SPEC.of_retrain(3, 0)
+    rows = [
+        {"trial": 0, "reason": "", "epochs_trained": 15.0, "frechet_distance": 40.0},
+        {"trial": 1, "reason": "diverged: by plan", "epochs_trained": 5.0, "frechet_distance": 60.0},
+        {"trial": 2, "reason": "", "epochs_trained": 0},
+    ]
+    assert finalists_line(rows, spec) == (
+        "finalist 0: epoch 15 of 50, best frechet_distance 40 | diverged: by plan | finalist 2: epoch 0 of 50"
+    )
+    assert finalists_line([], spec) == "starting"
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "decimals", "text"),
+    [
+        (0.97123, 0.01449, 3, "0.971 ± 0.014"),
+        (-1.0909, 0.02841, 3, "-1.091 ± 0.028"),
+        (31.1967, 19.826, None, "31 ± 20"),
+        (4059.61, 86.7698, None, "4060 ± 87"),
+        (12.3456, 9.96, None, "12.3 ± 10.0"),
+        (12.3456, 1.0, None, "12.3 ± 1.0"),
+        (1.23456, 0.0558, None, "1.235 ± 0.056"),
+        (1.23456, 0.000123, None, "1.23456 ± 0.00012"),
+        (1.0, 0.0, 3, "1.000"),
+        (31.1967, 0.0, None, "31.2"),
+        (31.1967, None, None, "31.2"),
+        (0.97123, None, 3, "0.971"),
+    ],
+)
+def test_a_figure_has_as_many_decimals_as_show_two_digits_of_its_error(value, error, decimals, text):
+    assert with_error(value, error, decimals) == text
+
+
+def promoted(trial: int, search: float, second: float = 0.5, error: float | None = 0.0625) -> Promoted:
+    """By the gaps it closes; numbers that floats hold exactly."""
+    again, gaps = {"search": 100.0, "second": 25.0}, {"search": search, "second": second}
+    return Promoted(trial=trial, epoch=9, searched=2, again=again, gap_closed=gaps, error=error, rank=1)
+
+
+@pytest.mark.parametrize(
+    ("others", "words"),
+    [
+        ([], "Trial 7 was chosen"),
+        ([promoted(3, 0.75)], "Trial 7 was chosen, not clearly before 3"),  # they just touch
+        ([promoted(3, 0.74)], "Trial 7 was chosen"),
+        ([promoted(3, 0.9)], "Trial 7 was chosen, not clearly before 3"),  # it lost by the other extractor
+        ([promoted(3, 0.5, error=0.5)], "Trial 7 was chosen, not clearly before 3"),
+        ([promoted(3, 0.8, error=None)], "Trial 7 was chosen"),
+        ([promoted(3, 0.8), promoted(5, 0.5), promoted(2, 0.8)], "Trial 7 was chosen, not clearly before 3 and 2"),
+    ],
+)
+def test_trials_whose_intervals_overlap_are_not_called_better_and_worse(others, words):
+    assert chosen_words([promoted(7, 0.875), *others]) == words
+
+
+def test_the_promotion_is_shown_with_the_error_where_it_is_known():
+    assert promotion_rows([promoted(7, 0.875), promoted(3, 0.75, error=None)], "frechet_distance")[1:] == [
+        ["7", "9", "2", "100", "0.875 ± 0.062", "25", "0.500"],
+        ["3", "9", "2", "100", "0.750", "25", "0.500"],
+    ]
+
+
+def test_a_winner_at_an_end_of_its_range_is_told_so():
+    space = {
+        "kl_weight": {"type": "float", "low": 0.01, "high": 3, "log": True},
+        "latent_dim": {"type": "int", "low": 4, "high": 32, "log": True},
+        "learning_rate": {"type": "float", "low": 0.0003, "high": 0.01, "log": True},
+        "width": {"choices": [16, 32]},
+        "model.depth": {"type": "int", "low": 1, "high": 3},
+    }
+    spec = Spec.model_validate({"space": space})
+    found = {"kl_weight": 0.0103, "latent_dim": 32, "learning_rate": 0.001, "width": 16}
+    assert edges(found, spec) == [
+        "kl_weight 0.0103 is at the low end of 0.01..3: widen it",
+        "latent_dim 32 is at the high end of 4..32: widen it",
+    ]
+    assert edges(found | {"kl_weight": 0.1, "latent_dim": 16}, spec) == []
+
+
+def scores(distance: float, error: float = 0.25) -> Scores:
+    """Between a floor of 1 and a baseline of 3."""
+    gap = {"gap_closed": (3 - distance) / 2, "gap_closed_error": error / 2}
+    return Scores(frechet_distance=distance, frechet_distance_error=error, **gap)
+
+
+def summary_with(**parts: object) -> Summary:
+    named = {"real": scores(1, 0), "baseline": scores(3, 0), "best": scores(2)}
+    return Summary(
+        extractors={name: ExtractorInfo(kind="untrained", sha256="00", floor=1) for name in ("search", "second")},
+        promotion=(promoted(7, 0.5),),
+        best=Best(trial=7, epoch=9, parameters=CLASSIC.model_dump()),
+        **{"validation": Compared(**named)} | parts,
+    )
+
+
+def test_the_closing_table_tells_what_the_prior_did_from_what_the_epochs_did():
+    named = {"real": scores(1, 0), "baseline": scores(3, 0), "best": scores(2)}
+    later = {"refitted": scores(1.5), "retrained": scores(1.25)}
+    retrain = {"epochs": 50, "kept_epoch": 45, "parameters": CLASSIC.model_dump()}
+    header = ["", "validation", "gap closed", "test", "gap closed"]
+    real, classic = ["1", "1.000"], ["3", "0.000"]
+    best, refitted, retrained = (
+        ["2.00 ± 0.25", "0.500 ± 0.125"],
+        ["1.50 ± 0.25", "0.750 ± 0.125"],
+        ["1.25 ± 0.25", "0.875 ± 0.125"],
+    )
+    for trial, last in ((7, "after 45 more epochs"), (3, "after 45 more epochs (trial 3)")):
+        summary = summary_with(
+            retrain=Retrained(trial=trial, **retrain),
+            validation=Compared(**named, **later),
+            test=Compared(**named, **later),
+        )
+        assert result_rows(summary) == [
+            header,
+            ["real images", *real, *real],
+            ["classic settings", *classic, *classic],
+            ["best trial (7)", *best, *best],
+            ["... with the final prior", *refitted, *refitted],
+            [last, *retrained, *retrained],
+        ]
+    assert result_rows(summary_with()) == [
+        header,
+        ["real images", *real, "", ""],
+        ["classic settings", *classic, "", ""],
+        ["best trial (7)", *best, "", ""],
+    ]
+
+
 def test_a_plain_log_gets_lines_without_control_characters(capsys):
     with Progress("search") as progress:
         for step in range(100):
@@ -55,7 +196,9 @@ def test_status_shows_stages_trials_and_result(finished_run: RunFiles, capsys):
         "best frechet_distance",
         "kl_weight",
         "classic settings",
-        "after 4 more epochs",
+        "... with the final prior",
+        " more epochs",
+        " ± ",
     ):
         assert words in shown
     assert {path: path.stat().st_mtime_ns for path in finished_run.path.rglob("*")} == before

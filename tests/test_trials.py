@@ -18,8 +18,10 @@ from optuna.trial import TrialState
 from ray import cloudpickle, tune
 
 from tuner.exits import Fatal, fatal
-from tuner.extractors import FeatureExtractors, keep_extractor
+from tuner.extractors import FeatureExtractors
+from tuner.pool import RayPool
 from tuner.run import RunFiles
+from tuner.scoring import Bench
 from tuner.search import load_spec, parse
 from tuner.searcher import WORKER_RETRIES
 from tuner.spec import Spec
@@ -284,16 +286,16 @@ TIMES = {"seconds_train", "seconds_score", "started", "ended"}
 
 
 @pytest.fixture(scope="module")
-def tiny(workspace, ray_cluster, tmp_path_factory) -> Callable[[int], RunFiles]:
+def tiny(workspace, lend_extractors, ray_cluster, tmp_path_factory) -> Callable[[int], RunFiles]:
     """A function that searches a new run with `TINY` and the extractors of the finished run, whose seed it has."""
 
     def search(concurrency: int) -> RunFiles:
         run = RunFiles(tmp_path_factory.mktemp("tiny"))
         spec = load_spec(run, parse(TINY))
-        for name, extractor in workspace.extractors.items():
-            keep_extractor(run, workspace.data, name, extractor)
-        with FeatureExtractors(run, spec, workspace.data) as extractors:
-            search_stage(run, spec, workspace.data, extractors, concurrency)
+        lend_extractors(run)
+        pool = RayPool(spec, workspace.data, concurrency=concurrency)
+        extractors = FeatureExtractors(run, spec, workspace.data, pool(Bench(spec, workspace.data, {})))
+        search_stage(run, spec, pool, extractors)
         return run
 
     return search

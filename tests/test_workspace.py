@@ -14,8 +14,9 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from tuner.extractors import keep_extractor, load_extractors, make_extractor
+from tuner.extractors import Made, keep_extractor, load_extractors, make, make_extractor
 from tuner.run import Refused, RunFiles, write_atomic
+from tuner.scoring import Bench, search_scorer
 from tuner.spec import Spec
 from tuner.study import BASELINE
 from tuner.vae.checkpoint import Checkpoint
@@ -45,7 +46,7 @@ def checkpoint() -> Checkpoint:
     """Of a small model that trained on after its best evaluation."""
     latents = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
     best = FittedModel(build(SMALL, seed=0), SMALL, fit_mixture(latents, 1, seed=0), 0.5, 1.0, {"mse": 0.25})
-    return Checkpoint(SMALL, State.of(build(SMALL, seed=1)), best, {"epoch": 2.0})
+    return Checkpoint(SMALL, State.of(build(SMALL, seed=1)), [best], {"epoch": 2.0})
 
 
 def saved(content: Any) -> bytes:
@@ -100,8 +101,8 @@ OTHERS: dict[str, Callable[[], bytes | None]] = {
     "a tensor": lambda: saved(torch.zeros(3)),
     "a list": lambda: saved([1, 2]),
     "an empty mapping": lambda: saved({}),
-    "empty parts": lambda: saved({"parameters": {}, "state": {}, "best": {}, "evaluation": {}}),
-    "nothing in parts": lambda: saved({"parameters": None, "state": None, "best": None, "evaluation": None}),
+    "empty parts": lambda: saved({"parameters": {}, "state": {}, "kept": [], "evaluation": {}}),
+    "nothing in parts": lambda: saved({"parameters": None, "state": None, "kept": None, "evaluation": None}),
     "code": lambda: saved(Code()),
     "a pickle with code": lambda: pickle.dumps(Code()),
     "a module": lambda: saved(torch.nn.Linear(2, 2)),
@@ -141,10 +142,11 @@ def test_a_checkpoint_that_is_gone_is_refused_by_its_name(run):
 
 def test_an_extractor_comes_back_as_it_was_kept_and_another_file_in_its_place_is_refused(run, workspace):
     kept = workspace.extractors["second"]
-    keep_extractor(run, workspace.data, "second", kept)
+    described = workspace.run.summary().extractors["second"]
+    keep_extractor(run, "second", Made(kept, described.accuracy, described.floor))
     found = load_extractors(run)["second"].state_dict()
     assert all(torch.equal(weight, found[name]) for name, weight in kept.state_dict().items())
-    assert run.summary().extractors["second"] == workspace.run.summary().extractors["second"]
+    assert run.summary().extractors["second"] == described
     write_atomic(run.extractor("second"), run.extractor("second").read_bytes() + b" ")
     with pytest.raises(ValueError, match=rf"{re.escape(str(run.extractor('second')))}: not the extractor this run"):
         load_extractors(run)
@@ -176,14 +178,11 @@ def test_a_folder_without_a_spec_is_no_workspace(tmp_path):
         open_workspace(RunFiles(tmp_path))
 
 
-def test_what_is_exported_is_guided_by_the_extractor_that_scores_nothing_any_more(workspace):
-    assert workspace.fitter().guide is workspace.extractors["second"]
-    assert workspace.scorer().extractor is workspace.extractors["search"]
-
-
-def test_a_scorer_for_another_split_draws_independent_samples(workspace):
-    other = workspace.scorer(held_out=workspace.data.train)
-    assert (workspace.scorer().quasi_random, other.quasi_random) == (True, False)
+def test_its_workers_score_on_validation_unless_they_are_given_the_test_split(workspace):
+    bench = workspace.workers().bench
+    assert (bench.spec, bench.data, bench.extractors) == (workspace.spec, workspace.data, workspace.extractors)
+    assert bench.test is None
+    assert workspace.workers(workspace.data.validation).bench.test is workspace.data.validation
 
 
 SPACE = {"latent_dim": {"choices": [4, 8]}}
@@ -223,15 +222,18 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_extractors_are_what_the_data_and_the_spec_have(run, program, labels, own, kinds):
     data, spec = pictures(0.2, 3, labels), spec_of(**({"features": str(program)} if own else {}))
-    made = {name: make_extractor(name, spec, data) for name in ("search", "second")}
-    for name, extractor in made.items():
-        keep_extractor(run, data, name, extractor)
+    made = {name: make(Bench(spec, data, {}), name) for name in ("search", "second")}
+    for name, found in made.items():
+        keep_extractor(run, name, found)
     described = run.summary().extractors
-    assert [extractor.kind for extractor in made.values()] == [info.kind for info in described.values()] == kinds
+    assert [found.extractor.kind for found in made.values()] == [info.kind for info in described.values()] == kinds
+    for name, found in made.items():
+        assert (described[name].accuracy, described[name].floor) == (found.accuracy, found.floor)
+        assert found.floor == search_scorer(spec, data, found.extractor).floor
     assert [info.accuracy is not None for info in described.values()] == [kind == "classifier" for kind in kinds]
     again = load_extractors(run)
     assert {name: to_bytes(extractor) for name, extractor in again.items()} == {
-        name: to_bytes(extractor) for name, extractor in made.items()
+        name: to_bytes(found.extractor) for name, found in made.items()
     }
     if own:
         assert (run.extractors / "search.pt2").read_bytes() == program.read_bytes()
@@ -283,7 +285,7 @@ def test_a_program_that_takes_other_images_is_refused_by_name_and_one_that_is_ke
     require_fit(run, spec, pictures(0.2, 3))
     with pytest.raises(ValueError, match=rf"^features: {re.escape(str(path))} takes no images 1x1x20x20: "):
         require_fit(run, spec, pictures(0.2))
-    keep_extractor(run, pictures(0.2, 3), "search", make_extractor("search", spec, pictures(0.2, 3)))
+    keep_extractor(run, "search", make(Bench(spec, pictures(0.2, 3), {}), "search"))
     path.write_bytes(b"another")
     require_fit(run, spec, pictures(0.2, 3))
     with pytest.raises(ValueError, match=rf"^{re.escape(str(path))}: not the extractor this run"):

@@ -14,10 +14,9 @@ from tuner.extractors import FeatureExtractors
 from tuner.promote import contenders
 from tuner.run import RunFiles, write_atomic
 from tuner.spec import Spec
-from tuner.study import BASELINE, ENDED, Study, table
+from tuner.study import BASELINE, ENDED, SEARCH, Study, table
 from tuner.tensorboard import TensorBoard
-from tuner.terminal import Progress, search_line
-from tuner.trainable import search_scorer
+from tuner.terminal import Progress, finalists_line, search_line
 
 
 class SearchCallback(tune.Callback):
@@ -57,11 +56,10 @@ class KeepTable(SearchCallback):
 
 
 class KeepCheckpoints(SearchCallback):
-    """Writes each checkpoint and traceback that comes in, and removes the checkpoints of trials that are out of it."""
+    """Writes each checkpoint and traceback that comes in."""
 
-    def __init__(self, run: RunFiles, spec: Spec, table: KeepTable):
-        self.run, self.spec, self.table = run, spec, table
-        self.on_trial_left(BASELINE)
+    def __init__(self, run: RunFiles):
+        self.run = run
 
     @fatal
     def on_trial_result(self, result: dict[str, Any], **info: Any) -> None:
@@ -69,6 +67,15 @@ class KeepCheckpoints(SearchCallback):
             content = result.pop(key, None)
             if content is not None:
                 write_atomic(path(result["trial"]), content)
+
+
+class KeepContenders(KeepCheckpoints):
+    """The same, and removes the checkpoints of trials that are out of it."""
+
+    def __init__(self, run: RunFiles, spec: Spec, table: KeepTable):
+        super().__init__(run)
+        self.spec, self.table = spec, table
+        self.on_trial_left(BASELINE)
 
     def on_trial_left(self, number: int) -> None:
         """Only the baseline, the promotion's contenders and trials that go on keep theirs."""
@@ -98,9 +105,9 @@ class KeepExtractors(SearchCallback):
 
     def tell_floor(self) -> None:
         """Trials wait for the first; the floor is known as soon as it is, which is before the first result."""
-        if math.isnan(self.study.floor) and "search" in self.extractors.kept:
-            scorer = search_scorer(self.spec, self.extractors.data, self.extractors.kept["search"])
-            self.study.set_user_attr("floor", scorer.floor)
+        described = self.extractors.run.summary().extractors.get("search")
+        if described and math.isnan(self.study.floor):
+            self.study.set_user_attr("floor", described.floor)
 
 
 class ShowTrials(SearchCallback):
@@ -108,6 +115,7 @@ class ShowTrials(SearchCallback):
 
     def __init__(self, spec: Spec, table: KeepTable, board: TensorBoard, progress: Progress):
         self.spec, self.table, self.board, self.progress = spec, table, board, progress
+        self.searches = board.stage == SEARCH
         self.before = sum(row["state"] in ENDED for row in table.rows)
 
     @fatal
@@ -133,4 +141,6 @@ class ShowTrials(SearchCallback):
         self.progress.show(self.line())
 
     def line(self) -> str:
+        if not self.searches:
+            return finalists_line(self.table.rows, self.spec)
         return search_line(self.table.rows, self.spec, self.progress.seconds, self.before)

@@ -7,50 +7,61 @@ import json
 import platform
 import shutil
 import sys
+from collections.abc import Callable
 from contextlib import closing
 from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from torch import Tensor
 
 from tuner import sources
+from tuner.alone import run_alone
 from tuner.export_files import write_files
+from tuner.pool import RayPool
 from tuner.run import sync_directory, write_atomic
-from tuner.summary import Scores, Summary, Tested
+from tuner.scoring import Bench, compared
+from tuner.summary import Summary
 from tuner.tensorboard import TensorBoard
 from tuner.terminal import stage
 from tuner.vae.data import Split, as_floats
-from tuner.vae.extractor import FeatureExtractor
 from tuner.vae.fitted import FittedModel, encode
 from tuner.vae.image_grid import interleaved, samples, sheet
-from tuner.vae.metrics import gap_closed
-from tuner.vae.model import Model
+from tuner.vae.model import OwnModel
 from tuner.vae.neighbours import copied, coverage, knn_accuracy, nearest, recall
-from tuner.workspace import Workspace, run_alone
+from tuner.workspace import Workspace
 
 NEIGHBOUR_IMAGES, NEIGHBOURS_SHOWN = 5_000, 20
 PROJECTED = 1_000  # test images in TensorBoard's projector
 VERSIONS = ("torch", "ray", "optuna", "numpy", "onnx", "onnxruntime", "scikit-learn")
 
 
-def export(workspace: Workspace) -> Summary:
+def export(workspace: Workspace, show: Callable[[str], None]) -> Summary:
     """Score baseline, best and retrained on the test split, write `export/` and return the summary.
 
-    The files are made in a temporary folder and checked against the checkpoint to 1e-5 before they take
-    their name. Raises RuntimeError where one disagrees.
+    The files are checked against the checkpoint to 1e-5 before they are written. Raises RuntimeError where one
+    disagrees.
     """
     run, spec = workspace.run, workspace.spec
     summary = run.summary()
     assert summary.best
-    models = {"best": workspace.checkpoints.best(run.checkpoint(summary.best.trial))}
+    checkpoints = workspace.checkpoints
+    models = {"best": checkpoints.best(run.checkpoint(summary.best.trial))}
     if summary.retrain:
-        models["retrained"] = workspace.checkpoints.best(run.retrain_checkpoint)
+        models |= {"refitted": checkpoints.best(run.refitted), "retrained": checkpoints.best(run.kept)}
     chosen = models.get("retrained", models["best"])
 
     test = sources.load_test(spec.data, run.images)
-    tested = score_test(workspace, models, test)
-    temporary = run.export.with_name(f".{run.export.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    workers = workspace.workers(test)
+    scored = {"real": None, "baseline": checkpoints.baseline(), **models}
+    show("scoring on the test split")
+    *measured, final = workers.map(_measure, [*((fitted, False) for fitted in scored.values()), (chosen, True)])
+    measured[-1].scores.update(final)
+    tested = compared(dict(zip(scored, measured, strict=True)))
+    show("writing the files")
+    trial = summary.retrain.trial if summary.retrain else summary.best.trial
+    (promoted,) = (entry for entry in summary.promotion if entry.trial == trial)
     info = {
         "images": {
             "shape": list(chosen.model.shape),
@@ -64,8 +75,8 @@ def export(workspace: Workspace) -> Summary:
         "test": tested.exported.model_dump(),
         "lineage": {
             "run": run.name,
-            "trial": summary.best.trial,
-            "epoch": summary.best.epoch,
+            "trial": promoted.trial,
+            "epoch": promoted.epoch,
             "retrain_epoch": chosen.epoch if summary.retrain else None,
             "seed": spec.seed,
             "own_model": spec.own_model and spec.own_model.model_dump(),
@@ -73,51 +84,54 @@ def export(workspace: Workspace) -> Summary:
             "versions": {name: version(name) for name in VERSIONS} | {"python": platform.python_version()},
         },
     }
-    write_files(chosen, info, temporary, as_floats(test.images[:7]), workspace.own)
-    write_atomic(temporary / "neighbours.png", beside_neighbours(chosen, workspace.data.train, spec.data.ink))
-    sync_directory(temporary)
+    ((files, latents),) = workers.map(files_of, [(chosen, info, workspace.own)])
+    temporary = run.export.with_name(f".{run.export.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    for name, content in files.items():
+        write_atomic(temporary / name, content)
     with closing(TensorBoard(run.tensorboard, spec)) as board:
-        images = as_floats(test.images[:PROJECTED])
         labels = None if test.labels is None else test.labels[:PROJECTED]
-        board.embed(encode(chosen.model, images)[0], labels, images)
+        board.embed(latents, labels, as_floats(test.images[:PROJECTED]))
     shutil.rmtree(run.export, ignore_errors=True)
     temporary.rename(run.export)
     sync_directory(run.path)
     return run.update_summary(test=tested)
 
 
-def score_test(workspace: Workspace, models: dict[str, FittedModel], test: Split) -> Tested:
-    """Every score on the test split, for the baseline with samples from N(0, I) and for each of the models.
+def _measure(bench: Bench, fitted: FittedModel | None, final: bool) -> Any:
+    return neighbourhood(bench, fitted) if final and fitted else bench.score(fitted)
 
-    The last of them is the one that is exported: it gets `FINAL_METRICS`, too.
+
+def files_of(
+    bench: Bench, fitted: FittedModel, info: dict[str, Any], own: OwnModel | None
+) -> tuple[dict[str, bytes], Tensor]:
+    """The files of an export by name, each checked, and the latents of some test images for the projector."""
+    assert bench.test is not None
+    with TemporaryDirectory() as folder:
+        write_files(fitted, info, Path(folder), as_floats(bench.test.images[:7]), own)
+        files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+    files["neighbours.png"] = beside_neighbours(fitted, bench.data.train, bench.spec.data.ink)
+    return files, encode(fitted.model, as_floats(bench.test.images[:PROJECTED]))[0]
+
+
+def neighbourhood(bench: Bench, fitted: FittedModel) -> dict[str, float]:
+    """`FINAL_METRICS` of a model: recall and coverage in the extractor's features, copies in pixels.
+
+    Neighbours vote only where there are labels. That accuracy is of all test images; its first thousands alone would be
+    another number.
     """
-    scorer = workspace.scorer(held_out=test)
-    scores = {name: scorer(fitted) for name, fitted in {"baseline": workspace.checkpoints.baseline(), **models}.items()}
-    baseline = scores["baseline"]["frechet_distance"]
-    for found in scores.values():
-        found["gap_closed"] = gap_closed(found["frechet_distance"], scorer.floor, baseline)
-    *_, (last, exported) = models.items()
-    drawn = scorer.samples(exported, NEIGHBOUR_IMAGES)
-    scores[last] |= neighbourhood(exported.model, drawn, scorer.extractor, workspace.data.train, test)
-    return Tested(floor=scorer.floor, **{name: Scores(**found) for name, found in scores.items()})
-
-
-def neighbourhood(
-    model: Model, drawn: Tensor, extractor: FeatureExtractor, train: Split, test: Split
-) -> dict[str, float]:
-    """`FINAL_METRICS` of samples (N, C, H, W): recall and coverage in the extractor's features, copies in pixels.
-
-    Neighbours vote only where there are labels.
-
-    The accuracy is that of all test images; its first thousands alone would be another number.
-    """
+    scorer, train, test = bench.scorer(), bench.data.train, bench.test
+    assert test is not None
+    fitted = fitted.to(scorer.device)
+    drawn = scorer.samples(fitted, NEIGHBOUR_IMAGES)
     shown, learned = as_floats(test.images), as_floats(train.images)
     scores = {}
     if test.labels is not None and train.labels is not None:
-        latents, references = encode(model, shown)[0], encode(model, learned)[0]
+        latents, references = encode(fitted.model, shown)[0], encode(fitted.model, learned)[0]
         scores["knn_accuracy"] = knn_accuracy(latents, test.labels, references, train.labels)
     shown = shown[:NEIGHBOUR_IMAGES]
-    real, fake, like = (extractor.features(images).flatten(1) for images in (shown, drawn, learned[:NEIGHBOUR_IMAGES]))
+    sets = (shown, drawn, learned[:NEIGHBOUR_IMAGES])
+    real, fake, like = (scorer.extractor.features(images).flatten(1) for images in sets)
     return scores | {
         "recall": recall(real, fake) / recall(real, like),
         "coverage": coverage(real, fake) / coverage(real, like),
@@ -132,10 +146,10 @@ def beside_neighbours(fitted: FittedModel, train: Split, ink: bool) -> bytes:
     return sheet(interleaved(drawn, closest, 10), 10, ink)
 
 
-def export_stage(workspace: Workspace) -> None:
+def export_stage(workspace: Workspace, pool: RayPool) -> None:
     """Export with progress on the terminal."""
     with stage(workspace.run, "export") as progress:
-        export(workspace)
+        export(workspace, progress.show)
         progress.done("checked against the checkpoint, scored on the test split")
         for file, reason in json.loads((workspace.run.export / "config.json").read_text())["left_out"].items():
             progress.done(f"without {file}: {reason}")

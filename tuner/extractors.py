@@ -1,18 +1,10 @@
-"""A run's extractors; classifiers train in processes beside the driver: nothing is scored before a first rung."""
+"""A run's feature extractors: made on the cluster, kept in the run and read."""
 
 import hashlib
-import os
-import signal
-from contextlib import suppress
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
-from pathlib import Path
-from types import TracebackType
+from dataclasses import dataclass
 
-from tuner import sources
-from tuner.exits import CutOff
 from tuner.run import RunFiles, write_atomic
+from tuner.scoring import Bench, Pending, Workers, search_scorer
 from tuner.spec import Spec
 from tuner.summary import ExtractorInfo
 from tuner.vae.data import Data, as_floats
@@ -22,93 +14,67 @@ from tuner.vae.extractor import (
     Program,
     WaveletPackets,
     draw_untrained,
-    from_bytes,
     load_extractor,
     to_bytes,
     train_classifier,
 )
-from tuner.vae.process import settle
 from tuner.vae.seeds import Stream, derive_seed
 
 EXTRACTORS = ("search", "second")  # the search never sees the second, which sees what the first can't
 
 
-class FeatureExtractors:
-    """Makes extractors where the driver runs, so that no node's end takes one along.
+@dataclass(frozen=True)
+class Made:
+    """An extractor, how often it is right on validation if it is a classifier, and the floor of a search's scores."""
 
-    As a context it begins the search's extractor; on the way out what still trains is ended.
+    extractor: FeatureExtractor
+    accuracy: float | None
+    floor: float
+
+
+class FeatureExtractors:
+    """Makes a run's extractors: classifiers by the workers, beside the trials; nothing is scored before a first
+    rung. The search's is begun at once.
 
     Raises ValueError where an extractor of the run is not the one that was frozen.
     """
 
-    def __init__(self, run: RunFiles, spec: Spec, data: Data):
-        self.run, self.spec, self.data = run, spec, data
+    def __init__(self, run: RunFiles, spec: Spec, data: Data, workers: Workers):
+        self.run, self.spec, self.data, self.workers = run, spec, data, workers
         self.kept = load_extractors(run)
-        self.training: dict[str, tuple[BaseProcess, Connection]] = {}
-
-    def __enter__(self) -> "FeatureExtractors":
+        self.training: dict[str, Pending[Made]] = {}
         self.begin("search")
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        for process, _ in self.training.values():
-            process.terminate()
-            process.join()
 
     def begin(self, name: str) -> None:
-        """Train an extractor, or make and keep it if it needs no training; unless that was begun before."""
+        """Have an extractor made, unless that was begun before; one that needs no training is made here."""
         if name in self.kept or name in self.training:
             return
-        if not needs_training(name, self.spec, self.data):
-            self.kept[name] = make_extractor(name, self.spec, self.data)
-            keep_extractor(self.run, self.data, name, self.kept[name])
-            return
-        context = get_context("spawn")  # a fork would inherit torch's and Ray's threads
-        receiver, sender = context.Pipe(duplex=False)
-        arguments = (sender, name, self.spec, self.run.images)
-        process = context.Process(target=_train, args=arguments, daemon=True)
-        # A Ctrl-C in the terminal is for the driver alone; a process starts with its parent's mask.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        sender.close()
-        self.training[name] = process, receiver
+        if needs_training(name, self.spec, self.data):
+            self.training[name] = self.workers.begin(make, (name,))
+        else:
+            self._keep(name, make(Bench(self.spec, self.data, {}), name))
 
     def in_training(self) -> int:
         """How many are: while the first is, a trial more would only make both its score and the others' wait."""
-        return sum(not receiver.poll() for _, receiver in self.training.values())
+        return sum(not pending.ready() for pending in self.training.values())
 
     def keep_done(self) -> list[str]:
         """Write to the run what has been trained since -> its names."""
-        done = [name for name, (_, receiver) in self.training.items() if receiver.poll()]
+        done = [name for name, pending in self.training.items() if pending.ready()]
         for name in done:
             self.keep(name)
         return done
 
     def keep(self, name: str) -> FeatureExtractor:
-        """An extractor, waited for and written to the run. Raises CutOff where the process that trains it died."""
+        """An extractor, waited for and written to the run."""
         self.begin(name)
-        if name not in self.kept:
-            process, receiver = self.training[name]
-            try:
-                self.kept[name] = from_bytes(receiver.recv_bytes())
-            except EOFError as error:
-                process.join()
-                raise CutOff(f"the process that trains the {name} extractor died ({process.exitcode})") from error
-            process.join()
-            del self.training[name]
-            keep_extractor(self.run, self.data, name, self.kept[name])
+        if name in self.training:
+            self._keep(name, self.training.pop(name).result())
         return self.kept[name]
 
-
-def _train(sender: Connection, name: str, spec: Spec, kept: Path) -> None:
-    os.nice(19)  # Ray starts meanwhile, and gives its workers 15
-    settle()
-    extractor = make_extractor(name, spec, sources.load(spec.data, kept))
-    with suppress(BrokenPipeError):  # the driver was killed meanwhile
-        sender.send_bytes(to_bytes(extractor))
+    def _keep(self, name: str, made: Made) -> None:
+        self.kept[name] = made.extractor
+        keep_extractor(self.run, name, made)
 
 
 def read_program(spec: Spec) -> Program:
@@ -140,14 +106,21 @@ def make_extractor(name: str, spec: Spec, data: Data) -> FeatureExtractor:
     return read_program(spec) if spec.features else draw_untrained(data.shape, seed)
 
 
-def keep_extractor(run: RunFiles, data: Data, name: str, extractor: FeatureExtractor) -> None:
-    """Write a frozen extractor; describe it by kind, hash and how often a classifier is right on validation."""
-    content, held_out = to_bytes(extractor), data.validation
-    write_atomic(run.extractor(name, extractor.kind), content)
-    accuracy = None
-    if isinstance(extractor, Classifier) and held_out.labels is not None:
-        accuracy = extractor.accuracy(as_floats(held_out.images), held_out.labels)
-    described = ExtractorInfo(kind=extractor.kind, sha256=hashlib.sha256(content).hexdigest(), accuracy=accuracy)
+def make(bench: Bench, name: str) -> Made:
+    """One of a run's extractors, described."""
+    extractor, held_out = make_extractor(name, bench.spec, bench.data), bench.data.validation
+    scorer, accuracy = search_scorer(bench.spec, bench.data, extractor), None
+    if isinstance(scorer.extractor, Classifier) and held_out.labels is not None:
+        accuracy = scorer.extractor.accuracy(as_floats(held_out.images), held_out.labels)
+    return Made(extractor, accuracy, scorer.floor)
+
+
+def keep_extractor(run: RunFiles, name: str, made: Made) -> None:
+    """Write a frozen extractor; describe it by kind, hash, accuracy and floor."""
+    content = to_bytes(made.extractor)
+    write_atomic(run.extractor(name, made.extractor.kind), content)
+    sha256 = hashlib.sha256(content).hexdigest()
+    described = ExtractorInfo(kind=made.extractor.kind, sha256=sha256, accuracy=made.accuracy, floor=made.floor)
     run.update_summary(extractors={name: described})
 
 

@@ -15,7 +15,7 @@ from tuner.spec import Resources, Spec
 from tuner.vae.data import Data
 from tuner.vae.fused import Fused, FusedShape, Job
 from tuner.vae.parameters import Parameters
-from tuner.vae.process import settle
+from tuner.vae.process import device_of, settle
 from tuner.vae.step import State
 from tuner.vae.train import Record, stops
 
@@ -58,9 +58,10 @@ class ArrayHost:
 
     def __init__(self, data: Data, widest: int, slots: int):
         settle()
-        self.images = data.train.images.to("cuda" if torch.cuda.is_available() else "cpu")
-        if self.images.is_cuda:
-            torch.set_float32_matmul_precision("high")  # TF32, as PyTorch's convolutions have by default
+        self.images = data.train.images.to(device_of(ray.get_gpu_ids()))
+        if self.images.is_cuda:  # nothing is scored here: TF32
+            torch.set_float32_matmul_precision("high")
+            torch.backends.cudnn.allow_tf32 = True
         self.widest, self.slots = widest, slots
         self.arrays: dict[FusedShape, Fused] = {}
         self.changed = threading.Condition()

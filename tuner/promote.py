@@ -1,12 +1,13 @@
 """Stage 3: score the best few checkpoints again, with fresh noise and an extractor the search never saw."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from tuner.scoring import Bench, compared
 from tuner.spec import Spec
 from tuner.study import ranked
-from tuner.summary import Best, Promoted, Scores, Summary
-from tuner.terminal import as_table, console, promotion_rows, stage
+from tuner.summary import Best, Compared, Promoted, Summary
+from tuner.terminal import as_table, chosen_words, console, promotion_rows, stage
 from tuner.vae.metrics import gap_closed
 from tuner.workspace import Workspace
 
@@ -18,51 +19,52 @@ def contenders(rows: Sequence[Mapping[str, Any]], spec: Spec) -> list[Mapping[st
     return ranked([row for row in rows if row["state"] in ("complete", "pruned")], spec)[:CONTENDERS]
 
 
-def promote(workspace: Workspace, rows: Sequence[Mapping[str, Any]]) -> Summary:
+def promote(workspace: Workspace, rows: Sequence[Mapping[str, Any]], show: Callable[[int], None]) -> Summary:
     """Choose the winner among a study's rows and write it to the summary.
 
     A contender's rank is the mean cost over all extractors, each extractor's scale set by the baseline; ties go to the
-    earlier trial. Floor, baseline and the winner's scores in the summary are those of the search's extractor under the
-    fresh noise. The baseline must have been scored. Raises Refused where a checkpoint is damaged.
+    earlier trial. The baseline must have been scored. Raises Refused where a checkpoint is damaged.
     """
     run, spec = workspace.run, workspace.spec
     objective, searched = spec.selection_objective, spec.trial_objective.metric
-    scorers = {name: workspace.scorer(name) for name in workspace.extractors}
-    classic = {name: scorer(workspace.checkpoints.baseline()) for name, scorer in scorers.items()}
-    entries: list[tuple[Promoted, Best]] = []
-    for row in contenders(rows, spec):
-        fitted = workspace.checkpoints.best(run.checkpoint(row["trial"]))
-        scores = {name: scorer(fitted) for name, scorer in scorers.items()}
-        gaps, ranks = {}, []
-        for name, scorer in scorers.items():
-            distance, baseline = scores[name]["frechet_distance"], classic[name]["frechet_distance"]
-            gaps[name] = gap_closed(distance, scorer.floor, baseline)
-            ranks.append(objective.cost(scores[name]) / (abs(classic[name][objective.metric]) or 1))
+    chosen = contenders(rows, spec)
+    models = [workspace.checkpoints.best(run.checkpoint(row["trial"])) for row in chosen]
+    scored = (None, workspace.checkpoints.baseline(), *models)
+    units = [(fitted, name) for name in workspace.extractors for fitted in scored]
+    measures = workspace.workers().map(Bench.score, units, show)
+    by_extractor = {
+        name: measures[part * len(scored) :][: len(scored)] for part, name in enumerate(workspace.extractors)
+    }
+    real, classic, *others = by_extractor["search"]
+    entries: list[tuple[Promoted, Best, Compared]] = []
+    for number, (row, fitted) in enumerate(zip(chosen, models, strict=True), 2):
+        again, gaps, ranks = {}, {}, []
+        for name, found in by_extractor.items():
+            scores, yardstick = found[number].scores, found[1].scores
+            again[name] = scores[objective.metric]
+            distances = [each.scores["frechet_distance"] for each in (found[number], *found[:2])]
+            gaps[name] = gap_closed(*distances)
+            ranks.append(objective.cost(scores) / (abs(yardstick[objective.metric]) or 1))
+        best = Best(trial=row["trial"], epoch=fitted.epoch, parameters=fitted.parameters.model_dump())
+        validation = compared({"real": real, "baseline": classic, "best": others[number - 2]})
         entry = Promoted(
             trial=row["trial"],
             epoch=row["epoch"],
             searched=row[searched],
-            again={name: scores[name][objective.metric] for name in scorers},
+            again=again,
             gap_closed=gaps,
+            error=validation.best.gap_closed_error,
             rank=sum(ranks) / len(ranks),
         )
-        best = Best(
-            trial=row["trial"],
-            epoch=fitted.epoch,
-            parameters=fitted.parameters.model_dump(),
-            scores=Scores(**scores["search"], gap_closed=gaps["search"]),
-            floor=scorers["search"].floor,
-            baseline=classic["search"]["frechet_distance"],
-        )
-        entries.append((entry, best))
+        entries.append((entry, best, validation))
     entries.sort(key=lambda pair: (pair[0].rank, pair[0].trial))
-    return run.update_summary(promotion=tuple(entry for entry, _ in entries), best=entries[0][1])
+    _, best, validation = entries[0]
+    return run.update_summary(promotion=tuple(entry for entry, *_ in entries), best=best, validation=validation)
 
 
 def promote_stage(workspace: Workspace, rows: Sequence[Mapping[str, Any]]) -> None:
     with stage(workspace.run, "promote") as progress:
-        summary = promote(workspace, rows)
-        winner = summary.promotion[0].trial
-        progress.done(f"trial {winner} won among {len(summary.promotion)} under two extractors")
+        summary = promote(workspace, rows, lambda done: progress.show(f"{done} scored"))
+        progress.done(f"{len(summary.promotion)} scored under two extractors. {chosen_words(summary.promotion)}")
     rows_shown = promotion_rows(summary.promotion, workspace.spec.selection_objective.metric)
     console().print(as_table(rows_shown, "Promotion, under fresh noise"))

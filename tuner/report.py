@@ -26,9 +26,9 @@ from tuner.exits import command, refuse, resumable
 from tuner.run import RunFiles, write_atomic
 from tuner.spec import Objective, Spec
 from tuner.storage import opened
-from tuner.study import BASELINE, Study, evaluations, front, read_study, table
+from tuner.study import BASELINE, RETRAIN, Study, evaluations, front, read_study, table
 from tuner.summary import Summary
-from tuner.terminal import duration, promotion_rows, result_rows, stage, text
+from tuner.terminal import chosen_words, duration, edges, promotion_rows, result_rows, stage, text, with_error
 from tuner.vae.fitted import FittedModel, encode
 from tuner.vae.image_grid import (
     COLUMNS,
@@ -134,28 +134,31 @@ def headline(page: Page, material: Material) -> None:
     counted = ", ".join(f"{count} {state}" for state, count in counts.items())
     title = f"{material.run.name}: the search for a VAE on {material.spec.data.title}"
     page.parts.append(f"<h1>{html.escape(title)}</h1>")
-    best, test = summary.best, summary.test
+    best = summary.best
     if best is None:
         page.parts.append(
             f"<p class='big'>The search is under way: {counted} of {material.spec.budget.trials} trials.</p>"
         )
         return
-    if test:
-        split, final, baseline, floor = "test", test.exported, test.baseline.frechet_distance, test.floor
-    else:
-        split, final = "validation", summary.retrain.scores if summary.retrain else best.scores
-        baseline, floor = best.baseline, best.floor
+    split, compared = ("test", summary.test) if summary.test else ("validation", summary.validation)
+    assert compared
+    final, baseline, floor = compared.exported, compared.baseline.frechet_distance, compared.real.frechet_distance
     searched = ", ".join(
         f"{name} {text(best.parameters[name])}" for name in material.spec.space if name in best.parameters
     )
     page.parts.append(
-        f"<p class='big'>Trial {best.trial} won ({searched}). Its samples close <b>{final.gap_closed:.1%}</b> of "
-        f"the gap between the classic settings ({baseline:.4g}) and real images ({floor:.4g}): "
-        f"Frechet distance {final.frechet_distance:.4g} on the {split} split. Trials: {counted}.</p>"
+        f"<p class='big'>{chosen_words(summary.promotion)} ({searched}). What is exported closes "
+        f"<b>{with_error(final.gap_closed, final.gap_closed_error, 3)}</b> of the gap between the classic settings "
+        f"({baseline:.4g}) and real images ({floor:.4g}): Frechet distance "
+        f"{with_error(final.frechet_distance, final.frechet_distance_error)} on the {split} split. "
+        f"Trials: {counted}.</p>"
     )
+    page.parts.extend(f"<p>{html.escape(note)}.</p>" for note in edges(best.parameters, material.spec))
     page.section(
         "Who won, and by how much",
-        "Lower distance is better; a gap closed of 1 is as good as real images, and more is the luck of the draw.",
+        "Lower distance is better; a gap closed of 1 is as good as real images, and more is the luck of the draw. "
+        "± is one standard error, over images and draws; the prior is the difference between the best "
+        "trial and the row below it, the epochs between that and the last.",
         _table(result_rows(summary)),
     )
 
@@ -170,7 +173,7 @@ def pictures(page: Page, material: Material) -> None:
             (f"best trial ({summary.best.trial})", material.checkpoints.best(run.checkpoint(summary.best.trial)))
         )
     if summary.retrain:
-        shown.append(("retrained", material.checkpoints.best(run.retrain_checkpoint)))
+        shown.append(("retrained", material.checkpoints.best(run.kept)))
     if not shown:
         return
     name, last = shown[-1]
@@ -223,8 +226,22 @@ def gap(page: Page, material: Material) -> None:
 
 
 def curves(page: Page, material: Material) -> None:
-    figure = go.Figure(layout={"xaxis_title": "epoch", "yaxis_title": material.metric})
-    for trial, row in zip(material.trials, material.rows, strict=True):
+    see = "Each line is a trial; a cross marks where a trial was stopped, and lines that go on were worth it."
+    _lines(page, "Learning curves", see, material.trials, material.rows, material.metric)
+    retrain = read_study(material.run.journal, RETRAIN)
+    if retrain:
+        see = (
+            "Each line is a finalist, scored on the way under its trial's prior; what is kept is chosen under the last."
+        )
+        metric = material.spec.selection_objective.metric
+        _lines(page, "Retrain", see, retrain.known(), table(retrain, material.spec), metric)
+
+
+def _lines(
+    page: Page, title: str, see: str, trials: Sequence[FrozenTrial], rows: Sequence[Mapping[str, Any]], metric: str
+) -> None:
+    figure = go.Figure(layout={"xaxis_title": "epoch", "yaxis_title": metric})
+    for trial, row in zip(trials, rows, strict=True):
         scored = evaluations(trial)
         if not scored:
             continue
@@ -233,18 +250,14 @@ def curves(page: Page, material: Material) -> None:
             symbols[-1] = "x"
         figure.add_scatter(
             x=[scores["epoch"] for scores in scored],
-            y=[scores[material.metric] for scores in scored],
+            y=[scores[metric] for scores in scored],
             mode="lines+markers", name=f"trial {trial.number}", showlegend=False,
             marker={"symbol": symbols, "size": 8}, line={"color": COLOURS[row["state"]]},
         )  # fmt: skip
     if figure.data:
         if all(value > 0 for line in figure.data for value in line.y):
             figure.update_yaxes(type="log")
-        page.figure(
-            "Learning curves",
-            "Each line is a trial; a cross marks where a trial was stopped, and lines that go on were worth it.",
-            figure,
-        )
+        page.figure(title, see, figure)
 
 
 def importances(page: Page, material: Material) -> None:
@@ -354,7 +367,13 @@ def test_split(page: Page, material: Material) -> None:
             if any(name in scores for scores in found.values()):
                 known = described.get(name)
                 words = [known.unit, known.meaning] if known else ["", "1 is as good as real images"]
-                rows.append([name, *(text(scores.get(name)) for scores in found.values()), *words])
+                cells = [
+                    with_error(scores[name], scores[f"{name}_error"])
+                    if scores.get(f"{name}_error")
+                    else text(scores.get(name))
+                    for scores in found.values()
+                ]
+                rows.append([name, *cells, *words])
         page.section("The test split", "Read once, after every choice was made.", _table(rows))
     neighbours = material.run.export / "neighbours.png"
     if neighbours.exists():

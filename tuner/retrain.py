@@ -1,113 +1,129 @@
-"""Stage 4: train the promoted checkpoint on, and keep the best.
+"""Stage 4: train the finalists of the promotion on, choose the prior, and keep the best.
 
-Runs alone as `python -m tuner.retrain RUN`; cut off, it goes on from the last finished epoch.
+Runs alone as `python -m tuner.retrain RUN`; cut off, it goes on from each finalist's last evaluation.
 """
 
 import sys
-from collections.abc import Callable
-from contextlib import closing, suppress
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
+from tuner.alone import run_alone
+from tuner.pool import RayPool
 from tuner.run import write_atomic
-from tuner.summary import Retrained, Scores, Summary
-from tuner.tensorboard import TensorBoard
-from tuner.terminal import stage
+from tuner.scoring import Bench, Measured, Workers, compared
+from tuner.spec import Objective, Spec
+from tuner.summary import Retrained, Summary
+from tuner.terminal import stage, with_error
+from tuner.trials import retrain_trials
 from tuner.vae.checkpoint import Checkpoint
-from tuner.vae.fitted import FittedModel, better
-from tuner.vae.losses import Diverged
-from tuner.vae.metrics import gap_closed
-from tuner.vae.seeds import Stream, derive_seed
+from tuner.vae.fitted import FittedModel
+from tuner.vae.prior import standard_normal
+from tuner.vae.resampling import standard_error
 from tuner.vae.step import State
-from tuner.vae.train import train
-from tuner.workspace import Workspace, run_alone
+from tuner.workspace import Workspace
 
-EVALUATIONS = 10  # over the whole retrain; a checkpoint is kept after every epoch
 # Adam starts without its averages, so gently; then down to zero.
 SCHEDULE = {"schedule": "cosine", "warmup_steps": 100, "kl_warmup_epochs": 0.0}
 
 
-def retrain(workspace: Workspace, on_epoch: Callable[[dict[str, Any]], None]) -> Summary:
-    """Train the promoted checkpoint for `retrain.epochs` with a cosine to zero and keep the best.
+@dataclass(frozen=True)
+class Candidate:
+    """A finalist as it stood after some epoch, with one of the priors, and what it scores on validation."""
 
-    The result is never worse on validation than what it started from, because the start takes part. At the
-    end the prior is chosen on validation. Writes `retrain/checkpoint.pt` and calls `on_epoch` after each epoch; in the
-    end the checkpoint's best is the kept model.
+    trial: int
+    fitted: FittedModel
+    measured: Measured
+
+
+def retrain(workspace: Workspace, pool: RayPool) -> Summary:
+    """Train the finalists for `retrain.epochs` with a cosine to zero and keep one of the best.
+
+    The last epoch of each, its two best others and the promoted trial as it was get each of `retrain.priors`: what is
+    kept is chosen under the prior that is exported. Writes `retrain/kept.pt` and, for the comparison,
+    `retrain/refitted.pt`: the promoted trial with nothing but its prior chosen anew.
     """
-    run, spec, epochs = workspace.run, workspace.spec, workspace.spec.retrain.epochs
-    promoted, objective = run.summary().best, spec.selection_objective
-    assert promoted
-    trial = promoted.trial
-    seed = derive_seed(spec.seed, Stream.RETRAIN)
-    scorer, fitter = workspace.scorer(), workspace.fitter()
+    run, spec = workspace.run, workspace.spec
+    promoted = [entry.trial for entry in run.summary().promotion[: spec.retrain.finalists]]
+    starts = [replace(workspace.checkpoints.best(run.checkpoint(trial)), epoch=0) for trial in promoted]
+    training = [replace(start, parameters=start.parameters.model_copy(update=SCHEDULE)) for start in starts]
+    ends = retrain_trials(workspace, pool, training)
 
-    def scored(fitted: FittedModel) -> FittedModel:
-        return replace(fitted, scores=scorer(fitted))
-
-    if run.retrain_checkpoint.exists():
-        checkpoint = workspace.checkpoints.read(run.retrain_checkpoint)
-        best = workspace.checkpoints.best(run.retrain_checkpoint)
-    else:
-        start = workspace.checkpoints.best(run.checkpoint(trial))
-        checkpoint = Checkpoint(start.parameters, State.of(start.snapshot().model))
-        best = scored(replace(start, epoch=0))
-    parameters, state = checkpoint.parameters, checkpoint.state
-
-    training = parameters.model_copy(update=SCHEDULE)
-    evaluated = {max(1, round(epochs * part / EVALUATIONS)) for part in range(1, EVALUATIONS + 1)}
-    images = workspace.data.train.images
-    with suppress(Diverged):  # the best so far stands, and the start was part of it
-        for record in train(state, training, images, range(1, epochs + 1), seed=seed, trial=trial, total_epochs=epochs):
-            line: dict[str, Any] = {"epoch": record.epoch, "loss": record.loss, "seconds_train": record.seconds}
-            if record.epoch in evaluated:
-                fitted = scored(fitter(state.model, parameters, record.epoch))
-                line |= fitted.scores
-                best = better(best, fitted, objective.cost)
-            checkpoint.best, checkpoint.evaluation = best, line
-            write_atomic(run.retrain_checkpoint, checkpoint.to_bytes())
-            on_epoch(line)
-
-    if parameters.prior != "standard_normal":
-        for prior in spec.retrain.priors:
-            with suppress(Diverged):
-                other = parameters.model_copy(update=prior.model_dump())
-                best = better(best, scored(fitter(best.model, other, best.epoch)), objective.cost)
-    checkpoint.best = best
-    write_atomic(run.retrain_checkpoint, checkpoint.to_bytes())
-    gap = gap_closed(best.scores["frechet_distance"], promoted.floor, promoted.baseline)
-    kept = Retrained(
-        epochs=epochs,
-        kept_epoch=best.epoch,
-        parameters=best.parameters.model_dump(),
-        scores=Scores(**best.scores, gap_closed=gap),
+    with stage(run, "priors") as progress:
+        models = [(promoted[0], starts[0])]
+        for trial, end in zip(promoted, ends, strict=True):
+            models += [(trial, fitted) for fitted in contenders(end, spec.retrain.epochs)]
+        workers = workspace.workers()
+        candidates = refitted(workers, models, spec, lambda done: progress.show(f"{done} fitted"))
+        kept = choose(candidates, spec.selection_objective)
+        begun = [found for found in candidates if not found.fitted.epoch]
+        best = {"best": starts[0], "refitted": choose(begun, spec.selection_objective).fitted if begun else starts[0]}
+        for path, fitted in ((run.refitted, best["refitted"]), (run.kept, kept.fitted)):
+            content = Checkpoint(fitted.parameters, State.of(fitted.model), [fitted]).to_bytes()
+            write_atomic(path, content)
+        shown = {"real": None, "baseline": workspace.checkpoints.baseline(), **best, "retrained": kept.fitted}
+        measured = workers.map(Bench.score, [(fitted,) for fitted in shown.values()])
+        validation = compared(dict(zip(shown, measured, strict=True)))
+        last = validation.exported
+        gap, parameters = with_error(last.gap_closed, last.gap_closed_error, 3), kept.fitted.parameters
+        prior = f"{parameters.prior} {parameters.prior_components}"
+        progress.done(f"epoch {kept.fitted.epoch:g} of trial {kept.trial} kept, with {prior}: gap closed {gap}")
+    found = Retrained(
+        epochs=spec.retrain.epochs,
+        trial=kept.trial,
+        kept_epoch=kept.fitted.epoch,
+        parameters=kept.fitted.parameters.model_dump(),
     )
-    return run.update_summary(retrain=kept)
+    return run.update_summary(retrain=found, validation=validation)
 
 
-def retrain_stage(workspace: Workspace) -> None:
-    """Retrain with progress on the terminal and a run of its own in TensorBoard."""
-    epochs = workspace.spec.retrain.epochs
-    with (
-        stage(workspace.run, "retrain") as progress,
-        closing(TensorBoard(workspace.run.tensorboard, workspace.spec)) as board,
-    ):
+def contenders(end: Checkpoint, epochs: int) -> list[FittedModel]:
+    """The last epoch of a finalist, if it got there, and its two best others."""
+    others = [fitted for fitted in end.kept if fitted.epoch != epochs][:2]
+    if end.evaluation.get("epoch") != epochs:
+        return others
+    model = end.state.model
+    return [FittedModel(model, end.parameters, standard_normal(model.latent_dim), epoch=epochs), *others]
 
-        def on_epoch(line: dict[str, Any]) -> None:
-            board.add("retrain", line)
-            then = ", fitting the priors" if line["epoch"] == epochs and workspace.spec.retrain.priors else ""
-            progress.show(f"epoch {line['epoch']:g} of {epochs}, loss {line['loss']:.2f}{then}")
 
-        kept = retrain(workspace, on_epoch).retrain
-        assert kept
-        progress.done(
-            f"{epochs} epochs, epoch {kept.kept_epoch:g} kept, frechet_distance {kept.scores.frechet_distance:.4g}, "
-            f"gap closed {kept.scores.gap_closed:.3f}"
-        )
+def refitted(
+    workers: Workers, models: Sequence[tuple[int, FittedModel]], spec: Spec, show: Callable[[int], None]
+) -> list[Candidate]:
+    """Each model with each prior that it may be exported with; what diverges is left out."""
+    units = [
+        (trial, fitted, fitted.parameters.model_copy(update=prior))
+        for trial, fitted in models
+        for prior in priors(fitted, spec)
+    ]
+    found = workers.map(Bench.refit, [(fitted, parameters) for _, fitted, parameters in units], show)
+    return [Candidate(unit[0], *made) for unit, made in zip(units, found, strict=True) if made]
+
+
+def priors(fitted: FittedModel, spec: Spec) -> list[dict[str, object]]:
+    """As updates of parameters. The trial's own is one where there is no other, and for a start."""
+    named = [prior.model_dump() for prior in spec.retrain.priors if fitted.parameters.prior != "standard_normal"]
+    return [*named, *([{}] if not (named and fitted.epoch) else [])]
+
+
+def choose(candidates: Sequence[Candidate], objective: Objective) -> Candidate:
+    """The one-standard-error rule, Breiman et al. 1984, section 3.4.3: of those that are within one standard error of
+    the best, the one trained longest, then with the fewest components, then the best.
+
+    The error is that of the Frechet distance; by another objective the best is taken.
+    """
+
+    def cost(candidate: Candidate) -> float:
+        return objective.cost(candidate.measured.scores)
+
+    best = min(candidates, key=cost)
+    known = best.measured.replicates if objective.metric == "frechet_distance" else None
+    error = 0.0 if known is None else standard_error(known)
+    near = [candidate for candidate in candidates if cost(candidate) <= cost(best) + error]
+    return min(near, key=lambda found: (-found.fitted.epoch, found.fitted.parameters.prior_components, cost(found)))
 
 
 def main(argv: list[str] | None = None) -> int:
-    description = "Train the promoted checkpoint of a run on and keep the best."
-    return run_alone("tuner.retrain", description, retrain_stage, argv)
+    description = "Train the finalists of a run on, choose the prior and keep the best."
+    return run_alone("tuner.retrain", description, retrain, argv)
 
 
 if __name__ == "__main__":

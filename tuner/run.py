@@ -1,5 +1,6 @@
 """The run directory: every path in it, its lock, atomic writes, the summary."""
 
+import copy
 import csv
 import fcntl
 import io
@@ -65,8 +66,9 @@ class RunFiles:
         self.extractors = path / "extractors"
         self.held_out = path / "held_out.safetensors"
         self.checkpoints = path / "checkpoints"
+        self.errors = path / "errors"
         self.retrain = path / "retrain"
-        self.retrain_checkpoint = self.retrain / "checkpoint.pt"
+        self.kept, self.refitted = self.retrain / "kept.pt", self.retrain / "refitted.pt"
         self.export = path / "export"
         self.report = path / "report.html"
         self.summary_file = path / "summary.json"
@@ -115,13 +117,16 @@ class RunFiles:
         """The one checkpoint of a trial: where it stands, and its best evaluation."""
         return self.checkpoints / f"{trial:04d}.pt"
 
-    @staticmethod
-    def relative_error(trial: int) -> str:
-        """Where in a run the traceback of a trial lies that failed by an exception."""
-        return f"errors/{trial:04d}.txt"
-
     def error(self, trial: int) -> Path:
-        return self.path / self.relative_error(trial)
+        """The traceback of a trial that failed by an exception."""
+        return self.errors / f"{trial:04d}.txt"
+
+    def of_retrain(self) -> "RunFiles":
+        """The same run's files, but those of trials are the retrain's: its finalists are numbered anew."""
+        files = copy.copy(self)
+        files.checkpoints = files.errors = self.retrain
+        files.trials = self.retrain / "trials.csv"
+        return files
 
     def extractor(self, name: str, kind: str = "classifier") -> Path:
         return self.extractors / f"{name}.{'pt2' if kind == 'program' else 'safetensors'}"

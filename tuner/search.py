@@ -6,8 +6,10 @@
 import argparse
 import sys
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -38,14 +40,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def job(run: RunFiles, arguments: argparse.Namespace) -> int:
     """All stages of a run, each skipped where it is done already -> exit status."""
-    # torch and Ray take seconds to import: --help, --status and a mistyped flag don't wait for them, nor does the
-    # extractor for Ray.
+    # torch and Ray take seconds to import: --help, --status and what is refused don't wait for them.
     from tuner import own_model
-    from tuner.export import export_stage
-    from tuner.extractors import FeatureExtractors, load_extractors
-    from tuner.promote import promote_stage
-    from tuner.report import report_stage
-    from tuner.retrain import retrain_stage
+    from tuner.extractors import load_extractors
     from tuner.workspace import Workspace, keep_held_out, load_data, require_fit
 
     try:
@@ -61,35 +58,50 @@ def job(run: RunFiles, arguments: argparse.Namespace) -> int:
     except ValueError as error:
         refuse(error)
 
+    from tuner.cluster import cluster
+    from tuner.export import export_stage
+    from tuner.extractors import FeatureExtractors
+    from tuner.pool import RayPool
+    from tuner.promote import promote_stage
+    from tuner.report import report_stage
+    from tuner.retrain import retrain
+    from tuner.scoring import Bench
+    from tuner.trials import search_stage
+
     with run.claimed():
         if not run.spec.exists():
             write_atomic(run.spec, spec.to_yaml())
         if not run.held_out.exists():
             keep_held_out(run, data)
-        if not run.summary().best:
-            with FeatureExtractors(run, spec, data) as extractors:
-                from tuner.cluster import cluster
-                from tuner.trials import search_stage
-
-                with cluster(arguments.address, arguments.concurrency, spec.resources):
-                    rows = search_stage(run, spec, data, extractors, arguments.concurrency, own)
-            if not rows:
-                print("error: no trial was started within budget.time_limit", file=sys.stderr)
-                return 1
-            if rows[BASELINE]["state"] == "failed" or not rows[BASELINE]["epochs_trained"]:
-                everything = all(row["state"] == "failed" for row in rows)
-                reasons = Counter(row["reason"] for row in (rows if everything else rows[: BASELINE + 1]))
-                subject = "every trial failed" if everything else "the baseline was never scored"
-                print(f"error: {subject}: {reasons.most_common(1)[0][0]}", file=sys.stderr)
-                return 1
-            promote_stage(Workspace(run, spec, data, load_extractors(run), own), rows)
-        workspace = Workspace(run, spec, data, load_extractors(run), own)
-        if not (arguments.no_retrain or run.summary().retrain):
-            retrain_stage(workspace)
-        run.report.unlink(missing_ok=True)  # a report is the last thing a finished run gets
-        export_stage(workspace)
+        with cluster(arguments.address, arguments.concurrency, spec.resources):
+            pool = RayPool(spec, data, own, arguments.concurrency)
+            if not run.summary().best:
+                extractors = FeatureExtractors(run, spec, data, pool(Bench(spec, data, {})))
+                rows = search_stage(run, spec, pool, extractors)
+                if ends_here(rows):
+                    return 1
+                promote_stage(Workspace(run, spec, data, load_extractors(run), own, pool), rows)
+            workspace = Workspace(run, spec, data, load_extractors(run), own, pool)
+            if not (arguments.no_retrain or run.summary().retrain):
+                retrain(workspace, pool)
+            run.report.unlink(missing_ok=True)  # a report is the last thing a finished run gets
+            export_stage(workspace, pool)
         report_stage(run, own)
     return show(final_words(run, spec))
+
+
+def ends_here(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Say why a search has found nothing to go on with, if so."""
+    if not rows:
+        print("error: no trial was started within budget.time_limit", file=sys.stderr)
+    elif rows[BASELINE]["state"] == "failed" or not rows[BASELINE]["epochs_trained"]:
+        everything = all(row["state"] == "failed" for row in rows)
+        reasons = Counter(row["reason"] for row in (rows if everything else rows[: BASELINE + 1]))
+        subject = "every trial failed" if everything else "the baseline was never scored"
+        print(f"error: {subject}: {reasons.most_common(1)[0][0]}", file=sys.stderr)
+    else:
+        return False
+    return True
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -6,7 +6,7 @@ PRUNED with its intermediate values, one that is not finite is FAIL at once, a f
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +174,43 @@ class StudySearcher(Searcher):
         """Nothing to restore: the journal holds all."""
 
 
-class SuccessiveHalving(FIFOScheduler):
+class FinalistSearcher(StudySearcher):
+    """Proposes the finalists of a promotion, each once, by `parameters` in their order."""
+
+    def __init__(self, parameters: Sequence[Parameters], study: Study, spec: Spec, capacity: Callable[[], float]):
+        super().__init__(study, spec, capacity)
+        self.finalists = parameters
+
+    def _propose(self) -> FrozenTrial:
+        number = len(self.study.known())
+        self._add(TrialState.RUNNING, self.finalists[number], None)
+        return self.study.known()[number]
+
+
+class ToTheEnd(FIFOScheduler):
+    """No trial is stopped before its end."""
+
+    def __init__(self, study: Study, spec: Spec):
+        super().__init__()
+        self.study, self.spec = study, spec
+
+    @fatal
+    def on_trial_result(self, tune_controller: Any, trial: RayTrial, result: dict[str, Any]) -> str:
+        return str(TrialScheduler.STOP if result["done"] or self.is_weak(trial, result) else TrialScheduler.CONTINUE)
+
+    def is_weak(self, trial: RayTrial, result: dict[str, Any]) -> bool:
+        return False
+
+    @fatal
+    def on_trial_error(self, tune_controller: Any, trial: RayTrial) -> None:
+        """Note in the study why a worker was lost, each time: Tune tells the rule, but not the searcher."""
+        text = Path(trial.error_file).read_text() if trial.error_file else ""
+        frozen = self.study.known()[trial.config["trial"]]
+        causes = [*frozen.user_attrs.get("lost", []), cause_of(text)]
+        self.study.trial(frozen.number).set_user_attr("lost", causes)
+
+
+class SuccessiveHalving(ToTheEnd):
     """Asynchronous successive halving, the stopping rule of Li et al. 2020 (ASHA).
 
     At each rung from grace_epochs on, a trial goes on while it is among the best 1/reduction_factor
@@ -183,8 +219,7 @@ class SuccessiveHalving(FIFOScheduler):
     """
 
     def __init__(self, study: Study, spec: Spec):
-        super().__init__()
-        self.study = study
+        super().__init__(study, spec)
         self.objective = spec.objective[0]
         self.factor = spec.budget.reduction_factor
         self.grace = spec.budget.grace_epochs
@@ -194,24 +229,13 @@ class SuccessiveHalving(FIFOScheduler):
             for rung, value in trial.intermediate_values.items():
                 self.rungs.setdefault(rung, {})[trial.number] = self.objective.cost({self.objective.metric: value})
 
-    @fatal
-    def on_trial_result(self, tune_controller: Any, trial: RayTrial, result: dict[str, Any]) -> str:
-        if result["done"]:
-            return str(TrialScheduler.STOP)
+    def is_weak(self, trial: RayTrial, result: dict[str, Any]) -> bool:
         number, value = trial.config["trial"], self.objective.cost(result)
         rung = self.rungs.setdefault(result["rung"], {})
         rung.setdefault(number, value)
         better = sum(other < value for other in rung.values())
         weak = result["epoch"] >= self.grace and better >= math.ceil(len(rung) / self.factor)
-        return str(TrialScheduler.STOP if self.active and weak and number != BASELINE else TrialScheduler.CONTINUE)
-
-    @fatal
-    def on_trial_error(self, tune_controller: Any, trial: RayTrial) -> None:
-        """Note in the study why a worker was lost, each time: Tune tells the rule, but not the searcher."""
-        text = Path(trial.error_file).read_text() if trial.error_file else ""
-        frozen = self.study.known()[trial.config["trial"]]
-        causes = [*frozen.user_attrs.get("lost", []), cause_of(text)]
-        self.study.trial(frozen.number).set_user_attr("lost", causes)
+        return self.active and weak and number != BASELINE
 
 
 def cause_of(error: str) -> str:

@@ -9,6 +9,7 @@ from tuner.data_spec import Frozen, Whole
 
 Value = bool | int | float | str
 Real = Annotated[float, Strict()]
+NEAR = 0.05  # of a range
 
 
 class _Range(Frozen):
@@ -40,6 +41,17 @@ class _Range(Frozen):
         if isinstance(low, int):
             return bool((value - low) % (step or 1) == 0)
         return step is None or abs((value - low) / step - round((value - low) / step)) < 1e-8
+
+    def end_near(self, value: float) -> str | None:
+        """'low' or 'high' where a value is within a twentieth of the range from there, on the range's own scale."""
+        low, high = self.ends()
+        scale = math.log if self.log else float
+        if low == high:
+            return None
+        if self.log and value <= 0:  # the baseline's, which need not lie inside
+            return "low"
+        at = (scale(value) - scale(low)) / (scale(high) - scale(low))  # type: ignore[arg-type]
+        return "low" if at < NEAR else "high" if at > 1 - NEAR else None
 
 
 class IntRange(_Range):

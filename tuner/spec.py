@@ -97,6 +97,18 @@ class Budget(Frozen):
         return (*rungs, self.max_epochs)
 
 
+class EvenBudget(Budget):
+    """Every trial goes to the end, and is scored as often on the way."""
+
+    evaluations: Whole = 10
+
+    @property
+    def rungs(self) -> tuple[float, ...]:
+        """Whole epochs, as far apart as that lets them be."""
+        parts = range(1, self.evaluations + 1)
+        return tuple(sorted({float(max(1, round(self.max_epochs * part / self.evaluations))) for part in parts}))
+
+
 class FittedPrior(Frozen):
     """A prior that is fitted after training, as in a trial's parameters."""
 
@@ -106,14 +118,15 @@ class FittedPrior(Frozen):
 
 
 class RetrainSpec(Frozen):
-    """How the promoted trial is trained on."""
+    """How the best of the promotion are trained on."""
 
-    epochs: Whole = Field(50, ge=1, description="epochs that the promoted trial is trained on")
+    epochs: Whole = Field(50, ge=1, description="epochs that a finalist is trained on")
+    finalists: Whole = Field(2, ge=1, le=5, description="how many of the promoted trials are trained on, side by side")
     priors: tuple[FittedPrior, ...] = tuple(
         FittedPrior(prior="gaussian_mixture", prior_components=count) for count in (10, 20, 50, 100)
     )
-    """priors tried after the last epoch beside the trial's own; the best on validation is kept; none is tried where the
-    trial's prior is standard_normal"""
+    """priors that each finalist gets after the last epoch; one of the best on validation is kept; where a trial's prior
+    is standard_normal, that stays"""
 
 
 class Resources(Frozen):
@@ -145,7 +158,7 @@ class Spec(Frozen):
     )
     """one metric, or a list; of several the front is searched, and no trial is stopped early"""
     budget: Budget = Field(Budget(), description="how much is searched, and when weak trials are stopped")
-    retrain: RetrainSpec = Field(RetrainSpec(), description="how the promoted trial is trained on")
+    retrain: RetrainSpec = Field(RetrainSpec(), description="how the best of the promotion are trained on")
     resources: Resources = Field(Resources(), description="what one trial takes of a node")
     execution: Literal["process", "fused", "auto"] = "auto"
     """process: each trial in its own; fused: many as one array; auto: fused where there is a GPU"""
@@ -261,6 +274,11 @@ class Spec(Frozen):
 
     def to_yaml(self) -> str:
         return yaml_text.dump(self.model_dump(mode="json"))
+
+    def of_retrain(self, finalists: int, seed: int) -> "Spec":
+        """By which finalists are trained on: as trials are, but all of them to the end."""
+        budget = EvenBudget(trials=finalists, max_epochs=self.retrain.epochs, grace_epochs=self.retrain.epochs)
+        return self.model_copy(update={"budget": budget, "seed": seed, "objective": (self.selection_objective,)})
 
     @property
     def trial_objective(self) -> Objective:

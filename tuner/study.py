@@ -23,7 +23,7 @@ from tuner.vae.metrics import METRICS, gap_closed
 from tuner.vae.parameters import Parameters
 
 BASELINE = 0  # the trial of the classic settings
-NAME = "search"
+SEARCH, RETRAIN = "search", "retrain"  # the studies in a run's journal
 NEEDED = ("epoch", "seconds_train", "seconds_score", "frechet_distance", "frechet_distance_standard_normal")
 ENDED = ("complete", "pruned", "failed")
 STATES = {
@@ -46,12 +46,12 @@ class RunLock:
 
 
 class Study(optuna.Study):
-    """Optuna's study with what a search keeps beside its trials."""
+    """Optuna's study with what a stage keeps beside its trials."""
 
-    def __init__(self, storage: JournalStorage):
-        super().__init__(NAME, storage, sampler=optuna.samplers.RandomSampler())  # never asked: see the searcher
+    def __init__(self, storage: JournalStorage, name: str):
+        super().__init__(name, storage, sampler=optuna.samplers.RandomSampler())  # never asked: see the searcher
         self.storage = storage
-        self.identity = storage.get_study_id_from_name(NAME)
+        self.identity = storage.get_study_id_from_name(name)
 
     def known(self) -> list[FrozenTrial]:
         """All trials by number, not to be changed."""
@@ -69,38 +69,45 @@ class Study(optuna.Study):
     @property
     def baseline(self) -> float:
         """The classic settings' last distance under N(0, I); NaN until that trial ended."""
+        if "baseline" in self.user_attrs:  # of a study that has no trial of theirs
+            return float(self.user_attrs["baseline"])
         trials = self.known()
         if not trials or trials[BASELINE].state != TrialState.COMPLETE:
             return math.nan
         return evaluations(trials[BASELINE])[-1]["frechet_distance_standard_normal"]
 
 
-def open_study(journal: Path, spec: Spec) -> Study:
-    """The study of a run, made on first use. To be opened by the process that claimed the run.
+def open_study(journal: Path, spec: Spec, name: str = SEARCH) -> Study:
+    """A study of a run, made on first use. To be opened by the process that claimed the run.
 
     A last line that a kill left unfinished is cut off: what it was to say is said again. Raises Refused where
     the journal is damaged.
     """
     if journal.exists() and not journal.read_bytes().endswith(b"\n"):
         os.truncate(journal, journal.read_bytes().rfind(b"\n") + 1)
-    return _load(journal, spec)
+    study = _load(journal, spec, name)
+    assert study
+    return study
 
 
-def read_study(journal: Path) -> Study | None:
-    """The study of a run to look at, also while it is being written; None before it began. Raises Refused."""
+def read_study(journal: Path, name: str = SEARCH) -> Study | None:
+    """A study of a run to look at, also while it is being written; None before it began. Raises Refused."""
     if not journal.exists() or (journal.is_file() and not journal.stat().st_size):
         return None
-    return _load(journal, None)
+    return _load(journal, None, name)
 
 
-def _load(journal: Path, spec: Spec | None) -> Study:
+def _load(journal: Path, spec: Spec | None, name: str) -> Study | None:
+    """None where there is no retrain yet and none is to be made."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
         storage = JournalStorage(JournalFileBackend(str(journal), lock_obj=RunLock()))  # type: ignore[arg-type]
         if spec:
             directions = [objective.direction for objective in spec.objective]
-            optuna.create_study(storage=storage, study_name=NAME, directions=directions, load_if_exists=True)
-        study = Study(storage)
+            optuna.create_study(storage=storage, study_name=name, directions=directions, load_if_exists=True)
+        elif name == RETRAIN and name not in optuna.get_all_study_names(storage):
+            return None
+        study = Study(storage, name)
         study.known()
     except Exception as error:  # Optuna raises whatever the damage provokes; a full disk is another matter
         if isinstance(error, OSError) and not isinstance(error, IsADirectoryError):
@@ -115,7 +122,8 @@ def _load(journal: Path, spec: Spec | None) -> Study:
 
 def _check(study: Study) -> None:
     """Raises KeyError, TypeError, ValueError or OverflowError where a study says less than was written to it."""
-    _require_number("the floor", study.user_attrs.get("floor", 0.0))
+    for name in ("floor", "baseline"):
+        _require_number(f"the {name}", study.user_attrs.get(name, 0.0))
     for trial in study.known():
         Parameters.model_validate(trial.user_attrs["parameters"])
         scored = evaluations(trial)

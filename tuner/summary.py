@@ -16,11 +16,13 @@ TrialParameters = Annotated[dict[str, Any], AfterValidator(lambda found: Paramet
 
 
 class ExtractorInfo(_Part):
-    """A frozen feature extractor: its kind, its file's hash, and how often a classifier is right on validation."""
+    """A frozen feature extractor: its kind, its file's hash, how often a classifier is right on validation, and the
+    Frechet distance of real training images in it, scored as trials are."""
 
     kind: Literal["classifier", "untrained", "wavelets", "program"]
     sha256: str
     accuracy: float | None = None
+    floor: float
 
     @property
     def words(self) -> str:
@@ -31,79 +33,83 @@ class ExtractorInfo(_Part):
 
 
 class Scores(_Part):
-    """Every score of a model by its name; these two are always there."""
+    """Every score of a model by its name; the distance and the gap are always there, with standard errors if known."""
 
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
     __pydantic_extra__: dict[str, float] = Field(init=False)
 
     frechet_distance: float
+    frechet_distance_error: float | None = None
     gap_closed: float
+    gap_closed_error: float | None = None
 
 
 class Promoted(_Part):
-    """A trial that the promotion scored again; `again` and `gap_closed` are by extractor."""
+    """A trial that the promotion scored again, by extractor; `error` is that of the gap closed by the search's."""
 
     trial: int
     epoch: float
     searched: float
     again: dict[str, float]
     gap_closed: dict[str, float]
+    error: float | None = None
     rank: float
 
 
 class Best(_Part):
-    """The trial that the promotion chose, with the floor and the baseline's distance that its gap is measured by."""
+    """The trial that the promotion chose."""
 
     trial: int
     epoch: float
     parameters: TrialParameters
-    scores: Scores
-    floor: float
-    baseline: float
 
 
 class Retrained(_Part):
-    """What the retrain kept."""
+    """What the retrain kept: of which trial, and after how many epochs more."""
 
     epochs: int
+    trial: int
     kept_epoch: float
     parameters: TrialParameters
-    scores: Scores
 
 
-class Tested(_Part):
-    """Scores on the test split, read once."""
+class Compared(_Part):
+    """Real images and models on one split. `refitted` is the best trial with a prior of the retrain's."""
 
-    floor: float
+    real: Scores
     baseline: Scores
     best: Scores
+    refitted: Scores | None = None
     retrained: Scores | None = None
 
     @property
     def models(self) -> dict[str, Scores]:
         """By name, in the order in which they came about; the last is the exported one."""
         named = {"baseline": self.baseline, "best": self.best}
-        return named | ({"retrained": self.retrained} if self.retrained else {})
+        later = {"refitted": self.refitted, "retrained": self.retrained}
+        return named | {name: scores for name, scores in later.items() if scores}
 
     @property
     def exported(self) -> Scores:
-        return self.retrained or self.best
+        return [*self.models.values()][-1]
 
 
 class Summary(_Part):
-    """The results of a run so far: on the validation split, but for `test`."""
+    """The results of a run so far."""
 
     extractors: dict[str, ExtractorInfo] = {}
     trials: dict[str, int] = {}
     promotion: tuple[Promoted, ...] = ()
     best: Best | None = None
     retrain: Retrained | None = None
-    test: Tested | None = None
+    validation: Compared | None = None
+    test: Compared | None = None  # read once
     seconds: dict[str, float] = {}
 
     @model_validator(mode="after")
     def _whole(self) -> "Summary":
         by = [names.keys() for entry in self.promotion for names in (entry.again, entry.gap_closed)]
-        if self.best and not (self.extractors and by and all(names == self.extractors.keys() for names in by)):
+        known = self.validation and self.extractors and by and all(names == self.extractors.keys() for names in by)
+        if self.best and not known:
             raise ValueError("has a best trial, but not what it was chosen by")
         return self

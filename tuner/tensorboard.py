@@ -16,6 +16,7 @@ from torch.utils.tensorboard.writer import SummaryWriter
 
 from tuner.space import Choices, FloatRange, IntRange
 from tuner.spec import Spec
+from tuner.study import SEARCH
 from tuner.vae.metrics import METRICS
 
 GROUPS = {
@@ -50,9 +51,9 @@ class TensorBoard:
     of an epoch; the text panel says so.
     """
 
-    def __init__(self, directory: Path, spec: Spec):
+    def __init__(self, directory: Path, spec: Spec, stage: str = SEARCH):
         self.directory = directory
-        self.spec = spec
+        self.spec, self.stage = spec, stage
         self.writers: dict[str, SummaryWriter] = {}
         self.names: dict[int, str] = {}
         self.steps_per_epoch = next(
@@ -86,9 +87,11 @@ class TensorBoard:
         """Name the trial and its parameters, so that HParams lists it from its first second."""
         searched = {name: parameters[name] for name in self.spec.space if name in parameters}
         shown = [f"{name}={_short(value)}" for name, value in searched.items()]
-        self.names[number] = ",".join([f"{number:04d}", *shown])
+        listed = self.stage == SEARCH  # HParams would take a finalist for a trial more
+        self.names[number] = ",".join([f"{number:04d}" if listed else f"{self.stage}-{number}", *shown])
         writer = self._writer(self.names[number])
-        self._add(writer, hp.hparams_pb({"trial": number} | searched, trial_id=f"trial {number:04d}"))
+        if listed:
+            self._add(writer, hp.hparams_pb({"trial": number} | searched, trial_id=f"trial {number:04d}"))
         writer.add_scalar(OUTCOME_TAG, NUMBERS["running"], 0)
         writer.flush()
 
@@ -112,12 +115,8 @@ class TensorBoard:
         writer.add_scalar(OUTCOME_TAG, NUMBERS[outcome], 1)
         if reason:
             writer.add_text("outcome/reason", reason)
-        ended = plugin_data_pb2.SessionEndInfo(status=STATUS[outcome], end_time_secs=time.time())
-        content = plugin_data_pb2.HParamsPluginData(session_end_info=ended)
-        end = Summary()
-        end.value.add(tag=metadata.SESSION_END_INFO_TAG, metadata=metadata.create_summary_metadata(content))
-        end.value[0].tensor.CopyFrom(metadata.NULL_TENSOR)
-        self._add(writer, end)
+        if self.stage == SEARCH:
+            self._add(writer, _session_end(outcome))
         self.writers.pop(self.names[number]).close()
 
     def embed(self, latents: torch.Tensor, labels: torch.Tensor | None, images: torch.Tensor) -> None:
@@ -147,3 +146,13 @@ class TensorBoard:
 
 def _short(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _session_end(outcome: str) -> Summary:
+    """HParams' note that a trial has ended."""
+    info = plugin_data_pb2.SessionEndInfo(status=STATUS[outcome], end_time_secs=time.time())
+    content = plugin_data_pb2.HParamsPluginData(session_end_info=info)
+    end = Summary()
+    end.value.add(tag=metadata.SESSION_END_INFO_TAG, metadata=metadata.create_summary_metadata(content))
+    end.value[0].tensor.CopyFrom(metadata.NULL_TENSOR)
+    return end

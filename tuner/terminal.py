@@ -1,5 +1,6 @@
 """What a run says while it works, and the table it ends with."""
 
+import math
 import sys
 import time
 from collections import Counter
@@ -13,9 +14,10 @@ from rich.table import Table
 
 from tuner import spec as specs
 from tuner.run import RunFiles
+from tuner.space import Choices
 from tuner.spec import Spec
 from tuner.study import ENDED, read_study, table
-from tuner.summary import Promoted, Scores, Summary
+from tuner.summary import Promoted, Summary
 
 LOG_COLUMNS = 160
 PLAIN_SECONDS = 10  # between lines where output is not a terminal
@@ -116,33 +118,77 @@ def promotion_rows(promotion: Sequence[Promoted], metric: str) -> list[list[str]
     columns = [column for name in promotion[0].again for column in (f"{metric}, {name} extractor", "gap closed")]
     rows = [["trial", "epoch", "in the search", *columns]]
     for entry in promotion:
-        again = [number for name, value in entry.again.items() for number in (value, entry.gap_closed[name])]
-        rows.append([text(number) for number in (entry.trial, entry.epoch, entry.searched, *again)])
+        cells = [text(number) for number in (entry.trial, entry.epoch, entry.searched)]
+        for name, value in entry.again.items():
+            error = entry.error if name == "search" else None
+            cells += [text(value), with_error(entry.gap_closed[name], error, 3)]
+        rows.append(cells)
     return rows
+
+
+def chosen_words(promotion: Sequence[Promoted]) -> str:
+    """Which trial was chosen, and which others may be as good: their intervals overlap with its own."""
+    first, *others = promotion
+    level = [
+        str(other.trial)
+        for other in others
+        if first.gap_closed["search"] - other.gap_closed["search"] <= (first.error or 0) + (other.error or 0)
+    ]
+    beside = f", not clearly before {' and '.join(level)}" if level else ""
+    return f"Trial {first.trial} was chosen{beside}"
+
+
+def edges(found: Mapping[str, Any], spec: Spec) -> list[str]:
+    """Which parameters of a winner stand at an end of their range: better ones may lie beyond."""
+    notes = []
+    for name, entry in spec.space.items():
+        if name not in found or isinstance(entry, Choices):
+            continue
+        end = entry.end_near(found[name])
+        if end:
+            notes.append(f"{name} {text(found[name])} is at the {end} end of {entry.low:g}..{entry.high:g}: widen it")
+    return notes
+
+
+def finalists_line(rows: Sequence[Mapping[str, Any]], spec: Spec) -> str:
+    """How far each finalist has come, and what it scores."""
+    metric, epochs = spec.trial_objective.metric, spec.budget.max_epochs
+    parts = []
+    for row in rows:
+        scored = f", best {metric} {row[metric]:.4g}" if metric in row else ""
+        parts.append(
+            f"finalist {row['trial']}: epoch {row['epochs_trained']:g} of {epochs:g}{scored} {row['reason']}".strip()
+        )
+    return " | ".join(parts) or "starting"
 
 
 def result_rows(summary: Summary) -> list[list[str]]:
     """Real images, classic settings, best trial and retrained: distance and gap closed on validation and on test."""
-    best, test = summary.best, summary.test
+    best, retrain = summary.best, summary.retrain
     assert best
-    Pair = tuple[float, float] | None  # distance and gap closed, where they are known
-
-    def pair(scores: Scores | None) -> Pair:
-        return (scores.frechet_distance, scores.gap_closed) if scores else None
-
-    parts: list[tuple[str, Pair, Pair]] = [
-        ("real images", (best.floor, 1.0), (test.floor, 1.0) if test else None),
-        ("classic settings", (best.baseline, 0.0), pair(test.baseline if test else None)),
-        (f"best trial ({best.trial})", pair(best.scores), pair(test.best if test else None)),
-    ]
-    if summary.retrain:
-        more = f"after {summary.retrain.epochs} more epochs"
-        parts.append((more, pair(summary.retrain.scores), pair(test.retrained if test else None)))
+    names = {"real": "real images", "baseline": "classic settings", "best": f"best trial ({best.trial})"}
+    if retrain:
+        names["refitted"] = "... with the final prior"
+        other = "" if retrain.trial == best.trial else f" (trial {retrain.trial})"
+        names["retrained"] = f"after {retrain.kept_epoch:g} more epochs{other}"
     rows = [["", "validation", "gap closed", "test", "gap closed"]]
-    for name, validation, tested in parts:
-        cells = [f"{number:.4g}" for pair in (validation, tested) for number in pair or ()]
-        rows.append([name, *cells, *[""] * (4 - len(cells))])
+    for key, name in names.items():
+        cells = []
+        for split in (summary.validation, summary.test):
+            scores = getattr(split, key, None)
+            cells += [with_error(scores.frechet_distance, scores.frechet_distance_error)] if scores else [""]
+            cells += [with_error(scores.gap_closed, scores.gap_closed_error, 3)] if scores else [""]
+        rows.append([name, *cells])
     return rows
+
+
+def with_error(value: float, error: float | None, decimals: int | None = None) -> str:
+    """'0.971 ± 0.014': by default as many decimals as show two digits of the error, which may not be known."""
+    if not error:
+        return text(value) if decimals is None else f"{value:.{decimals}f}"
+    if decimals is None:
+        decimals = max(0, 1 - math.floor(math.log10(error)))
+    return f"{value:.{decimals}f} ± {error:.{decimals}f}"
 
 
 def final_words(run: RunFiles, spec: Spec) -> list[Table | str]:
@@ -155,6 +201,7 @@ def final_words(run: RunFiles, spec: Spec) -> list[Table | str]:
     return [
         as_table(result_rows(summary), "Frechet distance, and how much of the gap to real images is closed"),
         f"winner   {', '.join(winner)}",
+        *(f"note     {note}" for note in edges(found, spec)),
         f"model    {run.name_of(run.export)}: samples.png, config.json, weights.safetensors, {programs}",
         f"report   {run.name_of(run.report)}",
         f"trials   {run.name_of(run.trials)}",

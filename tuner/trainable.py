@@ -15,34 +15,21 @@ from ray.actor import ActorHandle
 from tuner.extractors import load_extractors
 from tuner.fusion import train_fused
 from tuner.run import RunFiles
+from tuner.scoring import search_fitter, search_scorer
 from tuner.spec import Spec
 from tuner.study import BASELINE
 from tuner.vae.checkpoint import Checkpoint
-from tuner.vae.data import Data
 from tuner.vae.extractor import FeatureExtractor
-from tuner.vae.fitted import Fitter, better
 from tuner.vae.image_grid import evenly_spaced, image_grids
 from tuner.vae.losses import Diverged
 from tuner.vae.model import Builder, OwnModel
 from tuner.vae.parameters import Parameters
-from tuner.vae.process import settle
+from tuner.vae.process import device_of, settle
 from tuner.vae.score import Scorer
 from tuner.vae.step import State
 from tuner.vae.train import Record, train
 
-SEARCH_SAMPLES = 2_500  # of each kind per score: keeps scoring below 15 % of training on MNIST
-SEARCH_PRIOR_IMAGES = 10_000
 NO_MEMORY = ("can't allocate memory", "not enough memory", "CUDA out of memory")  # how PyTorch's RuntimeErrors say it
-
-
-def search_scorer(spec: Spec, data: Data, extractor: FeatureExtractor) -> Scorer:
-    """The scorer that all trials of a search face, with the same noise."""
-    return Scorer(extractor, data.train, data.validation, seed=spec.seed, count=SEARCH_SAMPLES, quasi_random=True)
-
-
-def search_fitter(spec: Spec, data: Data) -> Fitter:
-    """What fits the priors of all trials of a search."""
-    return Fitter(data.train, seed=spec.seed, count=SEARCH_PRIOR_IMAGES, samples=SEARCH_SAMPLES)
 
 
 class FileServer:
@@ -70,6 +57,8 @@ class Shared:
     data: ObjectRef  # to Data
     arrays: tuple[ActorHandle, ...] = ()  # where trials are fused; without any, each trains in its own process
     own: OwnModel | None = None  # the code of a user's own model
+    errors: str = "errors"  # where in the run tracebacks lie
+    kept: int = 1  # how many of its best evaluations a checkpoint holds
 
 
 class TrialTrainable(tune.Trainable):
@@ -83,7 +72,8 @@ class TrialTrainable(tune.Trainable):
 
     def setup(self, config: dict[str, Any], shared: Shared) -> None:
         settle()
-        self.shared, self.spec, self.data = shared, shared.spec, ray.get(shared.data)
+        self.shared, self.spec = shared, shared.spec
+        self.data = ray.get(shared.data).to(device_of(ray.get_gpu_ids()))
         self.fitter = search_fitter(self.spec, self.data)
         self.reset_config(config)
 
@@ -117,7 +107,7 @@ class TrialTrainable(tune.Trainable):
         except Exception as error:  # whatever a model, PyTorch or a library under it raises fails this trial alone
             if any(words in str(error) for words in NO_MEMORY):
                 return self._failed("out of memory", _first_line(error))
-            named = RunFiles.relative_error(self.number)
+            named = f"{self.shared.errors}/{self.number:04d}.txt"
             reason = f"{type(error).__name__}: {_first_line(error)} (traceback in {named})"
             return self._failed("error", reason) | {"traceback": traceback.format_exc()}
 
@@ -139,11 +129,10 @@ class TrialTrainable(tune.Trainable):
         if arrays:
             host = arrays[self.number % len(arrays)]
             return train_fused(host, len(images), state, self.parameters, spec, self.number)
-        device = "cuda" if spec.resources.gpu and torch.cuda.is_available() else "cpu"
         return train(
             state,
             self.parameters,
-            images.to(device),
+            images,
             spec.budget.rungs,
             seed=spec.seed,
             trial=self.number,
@@ -168,13 +157,13 @@ class TrialTrainable(tune.Trainable):
             "outcome": "complete" if last else "running",
             "done": last,
         }
-        pictures = image_grids(fitted, evenly_spaced(self.scorer.images), self.spec.data.ink)
+        pictures = image_grids(fitted, evenly_spaced(self.scorer.images).cpu(), self.spec.data.ink)
         past_grace = last or record.epoch > self.spec.budget.grace_epochs  # till then latents that sleep often wake up
         if past_grace and not fitted.scores["active_units"] and self.number != BASELINE:
             reason = f"no active latent unit at epoch {record.epoch:g}"
             return self._failed("collapsed", reason, evaluation) | {"pictures": pictures}
         checkpoint.evaluation = evaluation
-        checkpoint.best = better(checkpoint.best, fitted, self.spec.trial_objective.cost)
+        checkpoint.keep(fitted, self.spec.trial_objective.cost, self.shared.kept)
         return evaluation | {"checkpoint": checkpoint.to_bytes(), "pictures": pictures}
 
     def _failed(self, outcome: str, reason: str, evaluation: dict[str, Any] | None = None) -> dict[str, Any]:

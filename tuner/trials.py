@@ -1,60 +1,55 @@
 """The part of the job that runs on Ray: the trials."""
 
 import os
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray import cloudpickle, tune
+from ray import tune
 from ray.autoscaler import sdk as autoscaler
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from tuner.callbacks import KeepCheckpoints, KeepExtractors, KeepTable, ShowTrials
+from tuner.callbacks import KeepCheckpoints, KeepContenders, KeepExtractors, KeepTable, ShowTrials
 from tuner.cluster import alive, dead_processes, slots
 from tuner.extractors import EXTRACTORS, FeatureExtractors
 from tuner.fusion import Fusion, fusion
-from tuner.own_model import told
-from tuner.run import Refused, RunFiles
-from tuner.searcher import StudySearcher, SuccessiveHalving
+from tuner.pool import RayPool
+from tuner.run import Refused, RunFiles, write_atomic
+from tuner.searcher import FinalistSearcher, StudySearcher, SuccessiveHalving, ToTheEnd
 from tuner.spec import Resources, Spec
-from tuner.study import ENDED, Study, open_study
+from tuner.study import ENDED, RETRAIN, Study, open_study
 from tuner.tensorboard import TensorBoard
 from tuner.terminal import stage
 from tuner.trainable import FileServer, Shared, TrialTrainable
-from tuner.vae.data import Data
-from tuner.vae.model import OwnModel
-from tuner.vae.process import settle
+from tuner.vae.checkpoint import Checkpoint
+from tuner.vae.fitted import FittedModel
+from tuner.vae.seeds import Stream, derive_seed
+from tuner.vae.step import State
+from tuner.workspace import Workspace
+
+SearcherMaker = Callable[[Study, Spec, Callable[[], float]], StudySearcher]
+RuleMaker = Callable[[Study, Spec], ToTheEnd]
+KEPT = 3  # evaluations of a finalist that may yet be the best once the priors are chosen, the last perhaps among them
 
 
 def search_stage(
     run: RunFiles,
     spec: Spec,
-    data: Data,
+    pool: RayPool,
     extractors: FeatureExtractors,
-    concurrency: int | None,
-    own: OwnModel | None = None,
 ) -> list[dict[str, Any]]:
     """Run the trials that are left -> the rows of trials.csv; the extractors are trained and kept on the way."""
-    settle()  # the floor is measured here
-    send_by_value(spec, own)
     study = open_study(run.journal, spec)
-    reference = ray.put(data)
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    lasting = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)
-    files = lasting(FileServer).remote(run)
-    fused = fusion(spec, reference, concurrency)
-    shared = Shared(spec, files, reference, fused.arrays, own)
     with stage(run, "search") as progress, closing(TensorBoard(run.tensorboard, spec)) as board:
         board.start_search()
         table = KeepTable(run, spec, study)
         shown = ShowTrials(spec, table, board, progress)
-        callbacks = [table, KeepCheckpoints(run, spec, table), KeepExtractors(spec, study, extractors), shown]
-        trainable = tune.with_parameters(TrialTrainable, shared=shared)
-        run_trials(study, spec, trainable, run.ray.absolute(), concurrency, callbacks, fused, extractors.in_training)
+        callbacks = [table, KeepContenders(run, spec, table), KeepExtractors(spec, study, extractors), shown]
+        train(run, spec, study, pool, callbacks, others=extractors.in_training)
         table.write()
         progress.done(shown.line())
     with stage(run, "extractor") as progress:
@@ -67,16 +62,55 @@ def search_stage(
     return table.rows
 
 
-def send_by_value(spec: Spec, own: OwnModel | None) -> None:
-    """Let the package of a user's own model travel with it: workers need not have it. Raises Refused where it can't."""
-    if own is None or not spec.own_model:
-        return
-    package = spec.own_model.function.partition(":")[0].partition(".")[0]
-    cloudpickle.register_pickle_by_value(sys.modules[package])
-    try:
-        cloudpickle.dumps(own)
-    except Exception as error:  # whatever their code makes of it
-        raise Refused(f"--model {spec.own_model.function}: can't be sent to workers: {told(error)}") from error
+def retrain_trials(workspace: Workspace, pool: RayPool, finalists: Sequence[FittedModel]) -> list[Checkpoint]:
+    """Train finalists on, each from where it stands -> the checkpoints that they end with, in their order."""
+    run = workspace.run.of_retrain()
+    spec = workspace.spec.of_retrain(len(finalists), derive_seed(workspace.spec.seed, Stream.RETRAIN) % 2**32)
+    study, search = open_study(run.journal, spec, RETRAIN), open_study(run.journal, workspace.spec)
+    for name in ("floor", "baseline"):
+        study.set_user_attr(name, getattr(search, name))
+    ended = {trial.number for trial in study.known() if trial.state.is_finished()}
+    for number, start in enumerate(finalists):
+        try:
+            workspace.checkpoints.read(run.checkpoint(number))
+        except Refused:  # there is none, or it is damaged
+            if number in ended:
+                raise
+            state = State.of(start.snapshot().model)
+            write_atomic(run.checkpoint(number), Checkpoint(start.parameters, state).to_bytes())
+    with stage(run, "retrain") as progress, closing(TensorBoard(run.tensorboard, spec, RETRAIN)) as board:
+        table = KeepTable(run, spec, study)
+        shown = ShowTrials(spec, table, board, progress)
+        callbacks = [table, KeepCheckpoints(run), shown]
+        searcher = partial(FinalistSearcher, [start.parameters for start in finalists])
+        train(run, spec, study, pool, callbacks, searcher=searcher, rule=ToTheEnd, kept=KEPT)
+        progress.done(shown.line())
+    return [workspace.checkpoints.read(run.checkpoint(number)) for number in range(len(finalists))]
+
+
+def train(
+    run: RunFiles,
+    spec: Spec,
+    study: Study,
+    pool: RayPool,
+    callbacks: Sequence[tune.Callback],
+    *,
+    searcher: SearcherMaker = StudySearcher,
+    rule: RuleMaker = SuccessiveHalving,
+    others: Callable[[], int] = lambda: 0,
+    kept: int = 1,
+) -> None:
+    """Train the trials that `searcher` proposes until `rule` or the spec's last rung ends each."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    lasting = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)
+    fused = fusion(spec, pool.data, pool.concurrency)
+    errors = run.errors.relative_to(run.path).as_posix()
+    shared = Shared(spec, lasting(FileServer).remote(run), pool.data, fused.arrays, pool.own, errors, kept)
+    trainable = tune.with_parameters(TrialTrainable, shared=shared)
+    storage = run.ray.absolute()
+    run_trials(
+        study, spec, trainable, storage, pool.concurrency, callbacks, fused, others, searcher=searcher, rule=rule
+    )
 
 
 def _bundle(wanted: Resources) -> dict[str, float]:
@@ -92,6 +126,9 @@ def run_trials(
     callbacks: Sequence[tune.Callback],
     fused: Fusion | None = None,
     others: Callable[[], int] = lambda: 0,
+    *,
+    searcher: SearcherMaker = StudySearcher,
+    rule: RuleMaker = SuccessiveHalving,
 ) -> None:
     """Ray Tune over what is left of a study, while `others` work beside the trials and want a core each."""
     wanted = fused.resources if fused else spec.resources
@@ -104,15 +141,15 @@ def run_trials(
 
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(spec.budget.trials)  # the searcher holds back by itself
     while True:
-        searcher = StudySearcher(study, spec, capacity)
-        left = searcher.remaining
+        proposes = searcher(study, spec, capacity)
+        left = proposes.remaining
         if not left:
             return
         tuner = tune.Tuner(
             tune.with_resources(trainable, {"cpu": wanted.cpu, "gpu": wanted.gpu}),
             tune_config=tune.TuneConfig(
-                search_alg=searcher,
-                scheduler=SuccessiveHalving(study, spec),
+                search_alg=proposes,
+                scheduler=rule(study, spec),
                 num_samples=-1,  # the searcher ends it
                 time_budget_s=spec.budget.time_limit,
                 reuse_actors=True,
@@ -120,7 +157,7 @@ def run_trials(
                 trial_dirname_creator=lambda trial: f"{trial.config['trial']:04d}",
             ),
             run_config=tune.RunConfig(
-                name="search",
+                name=study.study_name,
                 storage_path=str(storage),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the driver keeps them
                 verbose=0,
@@ -135,7 +172,7 @@ def run_trials(
             if not isinstance(error.__cause__, ray.exceptions.ObjectLostError):
                 raise
         else:
-            searcher.close()
+            proposes.close()
             return
         finally:
             if not dead_processes():

@@ -1,8 +1,5 @@
 """What every stage works on: a run with its spec, data and extractors."""
 
-import argparse
-import sys
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,27 +10,21 @@ from torch import Tensor
 
 from tuner import own_model, sources
 from tuner import spec as specs
-from tuner.exits import command, refuse, resumable
 from tuner.extractors import load_extractors, read_program
 from tuner.run import Refused, RunFiles, one_line, write_atomic
+from tuner.scoring import Bench, Pool, Workers
 from tuner.spec import Spec
-from tuner.storage import opened
 from tuner.study import BASELINE
 from tuner.terminal import Progress
 from tuner.vae.checkpoint import Checkpoint
 from tuner.vae.data import Data, Split, as_floats
 from tuner.vae.extractor import FeatureExtractor, Program
-from tuner.vae.fitted import FittedModel, Fitter, grey_share
+from tuner.vae.fitted import FittedModel, grey_share
 from tuner.vae.image_grid import HELD_OUT, evenly_spaced
 from tuner.vae.model import OwnModel
 from tuner.vae.prior import standard_normal
-from tuner.vae.process import settle
-from tuner.vae.score import Scorer
-from tuner.vae.seeds import Stream, derive_seed
 from tuner.vae.shape import ImageShape
 
-FINAL_SAMPLES = 10_000  # outside of the search a score may cost more
-FINAL_PRIOR_IMAGES = 50_000
 MOST_GREY = 0.5  # share of pixels; of MNIST's 0.09 are, of Fashion-MNIST's 0.40, of the digits' 0.42
 GREY_IMAGES = 1_000
 
@@ -71,38 +62,23 @@ class Checkpoints:
 
 @dataclass(frozen=True)
 class Workspace:
-    """Making one settles the process."""
+    """A run with all that its later stages draw on."""
 
     run: RunFiles
     spec: Spec
     data: Data
     extractors: dict[str, FeatureExtractor]
     own: OwnModel | None = None
-
-    def __post_init__(self) -> None:
-        settle()
+    pool: Pool | None = None  # where nothing is scored there is none
 
     @property
     def checkpoints(self) -> Checkpoints:
         return Checkpoints(self.run, self.own)
 
-    def scorer(self, extractor: str = "search", held_out: Split | None = None) -> Scorer:
-        """A scorer with noise that no trial was scored with: on validation, to choose by, or on a `held_out` split."""
-        train, validation = self.data.train, self.data.validation
-        seed, quasi_random = self._seed, held_out is None
-        features = self.extractors[extractor]
-        return Scorer(
-            features, train, held_out or validation, seed=seed, count=FINAL_SAMPLES, quasi_random=quasi_random
-        )
-
-    def fitter(self) -> Fitter:
-        """Fits what is exported, guided by the second extractor, which after the promotion scores nothing any more."""
-        count, guide = FINAL_PRIOR_IMAGES, self.extractors["second"]
-        return Fitter(self.data.train, seed=self._seed, count=count, samples=FINAL_SAMPLES, guide=guide)
-
-    @property
-    def _seed(self) -> int:
-        return derive_seed(self.spec.seed, Stream.PROMOTE)
+    def workers(self, test: Split | None = None) -> Workers:
+        """Who scores on validation, to choose by; or on the `test` split."""
+        assert self.pool is not None
+        return self.pool(Bench(self.spec, self.data, self.extractors, test))
 
 
 def open_workspace(run: RunFiles, data_place: Path | None = None, model: str | None = None) -> Workspace:
@@ -122,31 +98,6 @@ def load_data(run: RunFiles, spec: Spec) -> Data:
     """The images, with progress on the terminal where they have to be decoded. Raises ValueError as `sources.load`."""
     with Progress("images") as progress:
         return sources.load(spec.data, run.images, progress.show)
-
-
-def run_alone(module: str, description: str, work: Callable[[Workspace], object], argv: Sequence[str] | None) -> int:
-    """One stage as a command of its own: `python -m MODULE RUN [FLAGS]` -> exit status.
-
-    Ends the process with one line and status 2 where the run can't be worked on.
-    """
-    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
-    parser.add_argument("run", metavar="RUN", help="run directory or URL of a search")
-    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="where images lie or are downloaded to")
-    parser.add_argument("--model", metavar="MODULE:FUNCTION", help="the model of your own that the search began with")
-    given = sys.argv[1:] if argv is None else argv
-    arguments = parser.parse_args(given)
-    with resumable(command(module, given)), opened(arguments.run) as run:
-        try:
-            workspace = open_workspace(run, arguments.data_dir, arguments.model)
-            if not run.summary().best:
-                model = ["--model", arguments.model] if arguments.model else []
-                again = command("tuner.search", ["--run", run.shown, *model])
-                raise Refused(f"{run.shown}: its search has not ended; go on with {again}")
-        except ValueError as error:
-            refuse(error)
-        with run.claimed():
-            work(workspace)
-    return 0
 
 
 def keep_held_out(run: RunFiles, data: Data) -> None:

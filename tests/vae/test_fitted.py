@@ -13,7 +13,6 @@ from tuner.vae.fitted import (
     FittedModel,
     Fitter,
     as_seen,
-    better,
     encode,
     grey_share,
     matching_temperature,
@@ -201,19 +200,6 @@ def test_a_snapshot_stays_where_the_training_left_it():
     assert torch.equal(kept.draw(LATENTS), before)
     assert not torch.equal(fitted.draw(LATENTS), before)
     assert (kept.temperature, kept.epoch, kept.scores) == (0.5, 3, {"mse": 0.1})
-
-
-def test_the_lower_cost_wins_and_the_first_a_tie():
-    def cost(scores):
-        return scores["mse"]
-
-    first, same, worse = (_fitted(scores={"mse": mse, "loss": loss}) for mse, loss in ((2, 5), (2, 1), (3, 1)))
-    assert better(first, same, cost) is first
-    assert better(first, worse, cost) is first
-    for beaten in (worse, None):
-        won = better(beaten, first, cost)
-        assert (won.scores, won.model is first.model) == (first.scores, False)  # training moves it no longer
-        assert torch.equal(won.draw(LATENTS), first.draw(LATENTS))
 
 
 def test_a_file_brings_it_back(fitter):

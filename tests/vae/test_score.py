@@ -95,6 +95,23 @@ def test_another_seed_draws_other_samples(scorer, extractor, digits):
     assert scorer(_plain())["frechet_distance"] != other(_plain())["frechet_distance"]
 
 
+@pytest.mark.parametrize("quasi_random", [False, True])
+def test_measuring_gives_the_scores_and_replicates_that_depend_on_the_seed_alone(extractor, digits, quasi_random):
+    scorers = [
+        Scorer(extractor, digits.train, digits.validation, seed=seed, count=60, quasi_random=quasi_random)
+        for seed in (0, 0, 1)
+    ]
+    (scores, replicates), (again, same), (_, others) = (scorer.measure(_plain()) for scorer in scorers)
+    assert scores == again == scorers[0](_plain())
+    assert replicates.ndim == 1
+    assert torch.equal(replicates, same)
+    assert not torch.equal(replicates, others)
+    assert replicates.isfinite().all()
+    floors = [scorer.floor_replicates for scorer in scorers]
+    assert floors[0].shape == replicates.shape, "they are compared one by one"
+    assert torch.equal(floors[0], floors[1])
+
+
 def test_groups_of_features_are_scored_by_the_mean_over_them(digits):
     extractor = WaveletPackets(digits.shape)
     scorer = Scorer(extractor, digits.train, digits.validation, seed=0, count=100)

@@ -26,6 +26,7 @@ def test_a_derived_seed_is_pinned():
 def test_streams_keep_their_numbers():
     streams = "INITIALISATION ORDER NOISE SCORE EXTRACTOR PROPOSAL RETRAIN PROMOTE PIXELS"
     purposes = "IMAGES POSTERIOR MIXTURE SAMPLES RECONSTRUCTION TEMPERATURE LIKELIHOOD BINARIZATION MATCHING"
+    purposes += " HELD_OUT_PARTS TRAINING_PARTS SAMPLE_PARTS"
     assert {name: number for number, name in enumerate(streams.split())} == dict(Stream.__members__)
     assert {name: number for number, name in enumerate(purposes.split())} == dict(Scoring.__members__)
 
@@ -49,7 +50,7 @@ def test_a_generator_begins_at_the_derived_seed():
 
 def test_trials_fits_and_scores_of_one_seed_share_no_numbers(digits):
     """Watched from outside: every call of `derive_seed`, by what it was called with."""
-    used: dict[str, list[tuple[int, ...]]] = {"trained": [], "fitted": [], "scored": []}
+    used: dict[str, list[tuple[int, ...]]] = {"trained": [], "fitted": [], "scored": [], "floor": []}
     stage = "trained"
 
     def watch(frame, event, _):
@@ -66,7 +67,10 @@ def test_trials_fits_and_scores_of_one_seed_share_no_numbers(digits):
         stage = "fitted"
         fitted = Fitter(digits.train, seed=5, count=50, samples=250)(state.model, parameters)
         stage = "scored"
-        Scorer(Classifier(digits.shape, 10, 1), digits.train, digits.validation, seed=5, count=50)(fitted)
+        scorer = Scorer(Classifier(digits.shape, 10, 1), digits.train, digits.validation, seed=5, count=50)
+        scorer.measure(fitted)
+        stage = "floor"
+        assert len(scorer.floor_replicates)
     finally:
         sys.setprofile(None)
     assert len(set(used["trained"])) == len(used["trained"]) == 6 * (3 + 4)  # weights, order, noise; pixels a step
@@ -75,7 +79,14 @@ def test_trials_fits_and_scores_of_one_seed_share_no_numbers(digits):
     shared = {Scoring.IMAGES, Scoring.BINARIZATION}  # which images, and their one draw: the same for all models
     assert not purposes["trained"]
     assert purposes["fitted"] - shared == {Scoring.POSTERIOR, Scoring.MIXTURE, Scoring.TEMPERATURE, Scoring.MATCHING}
-    assert purposes["scored"] - shared == {Scoring.SAMPLES, Scoring.RECONSTRUCTION, Scoring.LIKELIHOOD}
+    assert purposes["scored"] - shared == {
+        Scoring.SAMPLES,
+        Scoring.RECONSTRUCTION,
+        Scoring.LIKELIHOOD,
+        Scoring.HELD_OUT_PARTS,
+        Scoring.SAMPLE_PARTS,
+    }
+    assert purposes["floor"] - shared == {Scoring.TRAINING_PARTS}
     seeds = [derive_seed(*path) for path in {path for calls in used.values() for path in calls}]
     assert len(set(seeds)) == len(seeds)
 

@@ -2,6 +2,7 @@
 
 import io
 import zipfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,8 +21,19 @@ class Checkpoint:
 
     parameters: Parameters
     state: State
-    best: FittedModel | None = None
+    kept: list[FittedModel] = field(default_factory=list)  # the best evaluations, the best first
     evaluation: dict[str, Any] = field(default_factory=dict)  # the last: scores, epoch, loss, times
+
+    @property
+    def best(self) -> FittedModel | None:
+        return self.kept[0] if self.kept else None
+
+    def keep(self, fitted: FittedModel, cost: Callable[[Mapping[str, float]], float], count: int) -> None:
+        """Have an evaluation among the best if it is of the best `count`; the earlier wins a tie."""
+        place = sum(cost(other.scores) <= cost(fitted.scores) for other in self.kept)
+        if place < count:
+            self.kept.insert(place, fitted.snapshot())  # which training on no longer moves
+            del self.kept[count:]
 
     def to_bytes(self) -> bytes:
         """Tensors, numbers and plain containers in PyTorch's format."""
@@ -30,7 +42,7 @@ class Checkpoint:
             "shape": list(self.state.model.shape),
             "parameters": self.parameters.model_dump(),
             "state": self.state.state_dict(),
-            "best": None if self.best is None else self.best.state_dict(),
+            "kept": [fitted.state_dict() for fitted in self.kept],
             "evaluation": self.evaluation,
         }
         torch.save(saved, buffer)
@@ -47,13 +59,13 @@ class Checkpoint:
             parameters = Parameters.model_validate(saved["parameters"])
             state = State.of(Builder(ImageShape(*saved["shape"]), own)(parameters, seed=0))
             state.load_state_dict(saved["state"])
-            best = None if saved["best"] is None else FittedModel.from_state_dict(saved["best"], own)
+            kept = [FittedModel.from_state_dict(best, own) for best in saved["kept"]]
             evaluation = dict(saved["evaluation"])
             if state.step < 0:
                 raise ValueError(f"step is {state.step}")
         except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError) as error:
             raise ValueError(f"it holds something else: {' '.join(str(error).split())[:200]}") from error
-        return cls(parameters, state, best, evaluation)
+        return cls(parameters, state, kept, evaluation)
 
 
 def _load(content: bytes) -> Any:

@@ -11,13 +11,16 @@ from tuner.vae.shape import ImageShape
 
 @dataclass(frozen=True)
 class Split:
-    """Images (N, C, H, W) uint8; labels (N,) int64 from 0, where there are any."""
+    """Images (N, C, H, W) uint8; labels (N,) int64 from 0, where there are any. Work on them is done where they are."""
 
     images: Tensor
     labels: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def to(self, device: torch.device) -> "Split":
+        return Split(self.images.to(device), None if self.labels is None else self.labels.to(device))
 
     def fingerprint(self) -> str:
         """SHA-256 over pixels and labels, in hex."""
@@ -33,6 +36,9 @@ class Data:
 
     train: Split
     validation: Split
+
+    def to(self, device: torch.device) -> "Data":
+        return Data(self.train.to(device), self.validation.to(device))
 
     @property
     def shape(self) -> ImageShape:

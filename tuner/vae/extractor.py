@@ -5,6 +5,7 @@ packets, which need none; or a program of the user's own. Axes: B images, D feat
 which is compared by itself.
 """
 
+import copy
 import hashlib
 import io
 import json
@@ -19,9 +20,11 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
+from torch.export.passes import move_to_device_pass
 
 from tuner.vae.data import Data, Split, as_floats
 from tuner.vae.model import MOST_CHANNELS, channels_of
+from tuner.vae.process import CPU
 from tuner.vae.shape import ImageShape
 
 FEATURES = 64
@@ -38,6 +41,10 @@ class FeatureExtractor(nn.Module):
     trunk: nn.Module
     shape: ImageShape
     options: dict[str, Any]  # what makes another one of the same layers, beside the shape
+
+    def on(self, device: torch.device) -> "FeatureExtractor":
+        """A copy there."""
+        return copy.deepcopy(self).to(device)
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
@@ -100,14 +107,18 @@ class Program(FeatureExtractor):
 
     kind = "program"
 
-    def __init__(self, content: bytes):
+    def __init__(self, content: bytes, device: torch.device = CPU):
         super().__init__()
         self.content = content
         logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # it prints a traceback before it raises
         try:
-            self.trunk = torch.export.load(io.BytesIO(content)).module()
+            program = torch.export.load(io.BytesIO(content))
+            self.trunk = (move_to_device_pass(program, device) if device != CPU else program).module()
         except Exception as error:  # whatever its parts raise
             raise ValueError(f"no program of torch.export: {_one_line(error)}") from error
+
+    def on(self, device: torch.device) -> "Program":
+        return Program(self.content, device)  # its operators name devices, too
 
     def __reduce__(self) -> tuple[type["Program"], tuple[bytes]]:
         return Program, (self.content,)
@@ -192,7 +203,7 @@ def frozen(extractor: Extractor) -> Extractor:
 
 
 def train_classifier(data: Data, seed: int, width: int = 16, deep: bool = False) -> Classifier:
-    """Train and freeze a classifier of labelled data: the same `seed` gives the same one."""
+    """Train and freeze a classifier of labelled data: the same `seed` gives the same one on the same device."""
     assert data.classes is not None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -200,8 +211,9 @@ def train_classifier(data: Data, seed: int, width: int = 16, deep: bool = False)
 
 
 def fit(extractor: Classifier, train: Split) -> Classifier:
-    """Train and freeze in place: Adam 4e-3 with cosine decay on the training split, no augmentation."""
+    """Train and freeze in place, where the images are: Adam 4e-3 with cosine decay, no augmentation."""
     assert train.labels is not None
+    extractor.to(train.images.device)
     steps = min(MOST_STEPS, MOST_EPOCHS * len(train) // BATCH)
     optimizer = torch.optim.Adam(extractor.parameters(), lr=4e-3, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -209,13 +221,13 @@ def fit(extractor: Classifier, train: Split) -> Classifier:
     for _ in range(steps):
         if len(order) < BATCH:
             order = torch.cat([order, torch.randperm(len(train))])
-        index, order = order[:BATCH], order[BATCH:]
+        index, order = order[:BATCH].to(train.images.device), order[BATCH:]
         logits = extractor.classes(extractor.trunk(as_floats(train.images[index])))
         optimizer.zero_grad(set_to_none=True)
         F.cross_entropy(logits, train.labels[index]).backward()
         optimizer.step()
         schedule.step()
-    return frozen(extractor)
+    return frozen(extractor.cpu())
 
 
 def draw_untrained(shape: ImageShape, seed: int) -> UntrainedNetworks:

@@ -5,7 +5,6 @@ Fitting the prior after training is ex-post density estimation (Ghosh et al. 202
 
 import copy
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -21,6 +20,7 @@ from tuner.vae.model import Builder, Model, OwnModel, features
 from tuner.vae.moment_matching import match
 from tuner.vae.parameters import Parameters
 from tuner.vae.prior import Prior, fit_flow, fit_mixture, standard_normal
+from tuner.vae.process import CPU
 from tuner.vae.seeds import Scoring, Stream, derive_seed, generator
 from tuner.vae.shape import ImageShape
 
@@ -45,6 +45,10 @@ class FittedModel:
         """Latents (N, Z), many at a time -> images (N, C, H, W) in [0, 1]."""
         self.model.eval()
         return torch.cat([_draw(self.model, self.temperature, batch) for batch in latents.split(BATCH)])
+
+    def to(self, device: torch.device) -> "FittedModel":
+        """A copy there."""
+        return replace(self, model=copy.deepcopy(self.model).to(device), prior=self.prior.to(device))
 
     def snapshot(self) -> "FittedModel":
         """The same with weights of its own, which training on no longer moves."""
@@ -76,11 +80,6 @@ class FittedModel:
         return cls(model.eval(), parameters, prior, float(saved["temperature"]), float(saved["epoch"]), scores)
 
 
-def better(first: FittedModel | None, second: FittedModel, cost: Callable[[Mapping[str, float]], float]) -> FittedModel:
-    """Which of two has the lower cost, apart from the training that goes on; the first wins a tie."""
-    return second.snapshot() if first is None or cost(second.scores) < cost(first.scores) else first
-
-
 def tempered(logits: Tensor, temperature: float) -> Tensor:
     """Images in [0, 1] of logits divided by the temperature, as Guo et al. 2017 do for classifiers."""
     return torch.sigmoid(logits * (1 / temperature))
@@ -106,7 +105,7 @@ def grey_share(images: Tensor) -> float:
 
 def matching_temperature(logits: Tensor, share: float) -> float:
     """The temperature at which a `share` of the pixels is grey, which is where |logit / temperature| < ln 9."""
-    return float(np.quantile(logits.abs().numpy(), share)) / math.log((1 - GREY) / GREY)
+    return float(np.quantile(logits.abs().cpu().numpy(), share)) / math.log((1 - GREY) / GREY)
 
 
 class Fitter:
@@ -114,12 +113,13 @@ class Fitter:
 
     Randomness depends on `seed` alone. Matched mixtures are fitted by the model's own encoder and by a `guide`, an
     extractor that must not be the one that scores them; each of their steps draws a fifth of the `samples` of a score,
-    of which there are no more than training images.
+    of which there are no more than training images. Works where those are; gives what is on the CPU.
     """
 
     def __init__(self, train: Split, *, seed: int, count: int, samples: int, guide: FeatureExtractor | None = None):
         self.images = as_floats(train.images[shuffled(len(train), seed)[:count]])
-        self.seed, self.matching_count, self.guide = seed, min(samples, len(train)) // 5, guide
+        self.seed, self.matching_count, self.device = seed, min(samples, len(train)) // 5, self.images.device
+        self.guide = guide.on(self.device) if guide else None
 
     @cached_property
     def training_grey(self) -> float:
@@ -130,20 +130,20 @@ class Fitter:
 
         Raises Diverged where codes or temperature are not finite or all codes the same.
         """
-        model.eval()
-        prior = self._prior(model, parameters)
-        temperature = self._temperature(model, parameters, prior)
+        there = copy.deepcopy(model.eval()).to(self.device)
+        prior = self._prior(there, parameters)
+        temperature = self._temperature(there, parameters, prior)
         if parameters.prior == "matched_mixture":
-            observers = [partial(features, model)] + ([self.guide.trunk] if self.guide else [])
+            observers = [partial(features, there)] + ([self.guide.trunk] if self.guide else [])
             seed = derive_seed(self.seed, Stream.SCORE, Scoring.MATCHING)
-            draw = partial(_draw, model, temperature)
+            draw = partial(_draw, there, temperature)
             prior = match(prior, draw, self.images, observers, self.matching_count, seed)
-            temperature = self._temperature(model, parameters, prior)
-        return FittedModel(model, parameters, prior, temperature, epoch)
+            temperature = self._temperature(there, parameters, prior)
+        return FittedModel(model, parameters, prior.to(CPU), temperature, epoch)
 
     def _prior(self, model: Model, parameters: Parameters) -> Prior:
         if parameters.prior == "standard_normal":
-            return standard_normal(model.latent_dim)
+            return standard_normal(model.latent_dim).to(self.device)
         means, log_variance = encode(model, as_seen(self.images, parameters, self.seed))
         deviations = torch.zeros_like(means) if log_variance is None else torch.exp(0.5 * log_variance)
         seed = derive_seed(self.seed, Stream.SCORE, Scoring.MIXTURE)
@@ -151,7 +151,7 @@ class Fitter:
             if parameters.prior == "flow":
                 return fit_flow(means, deviations, parameters.prior_components, seed)
             noise = generator(self.seed, Stream.SCORE, Scoring.POSTERIOR)
-            latents = means + deviations * torch.randn(means.shape, generator=noise)
+            latents = means + deviations * torch.randn(means.shape, generator=noise).to(means.device)
             return fit_mixture(latents, parameters.prior_components, seed)
         except ValueError as error:
             raise Diverged(str(error)) from error

@@ -26,7 +26,7 @@ def importance_weighted_bound(
     for image in images.split(1):
         mean, log_variance = model.encode(image)
         assert log_variance is not None
-        noise = torch.randn(samples, mean.shape[1], generator=generator)
+        noise = torch.randn(samples, mean.shape[1], generator=generator).to(mean.device)
         latents = mean + torch.exp(0.5 * log_variance) * noise
         posterior = -0.5 * (noise.square() + log_variance + math.log(2 * math.pi)).sum(1)
         likelihood = -torch.cat(

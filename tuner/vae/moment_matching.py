@@ -45,9 +45,9 @@ def match(
     units: Tensor | None = None
     noises, uniforms = quasi_random_noise(STEPS * count, prior.means.shape[1], seed)
     for noise, uniform in zip(noises.split(count), uniforms.split(count), strict=True):
-        component = start.component(uniform)
+        component = start.component(uniform.to(shifts.device))
         means, factors = _moved(start, shifts, bends)
-        drawn = means[component] + (factors[component] @ noise.unsqueeze(2)).squeeze(2)
+        drawn = means[component] + (factors[component] @ noise.to(shifts.device).unsqueeze(2)).squeeze(2)
         seen = _seen(map(draw, drawn.split(BATCH)), observers)
         distances = torch.stack([frechet_distance(goal, now) for goal, now in zip(goals, seen, strict=True)])
         units = distances.detach() if units is None else units
@@ -63,7 +63,7 @@ def match(
 def _moved(start: Sampler, shifts: Tensor, bends: Tensor) -> tuple[Tensor, Tensor]:
     """Means (K, Z) and factors (K, Z, Z) of the covariances."""
     means = start.means + (start.factors @ shifts.unsqueeze(2)).squeeze(2)
-    return means, start.factors @ (torch.eye(means.shape[1]) + bends.tril())
+    return means, start.factors @ (torch.eye(means.shape[1], device=means.device) + bends.tril())
 
 
 def _seen(batches: Iterable[Tensor], observers: Sequence[Observer]) -> list[Moments]:

@@ -4,6 +4,7 @@ Fitting it after training is ex-post density estimation (Ghosh et al. 2020, sect
 that a flow bends.
 """
 
+import copy
 import math
 from dataclasses import dataclass
 
@@ -32,6 +33,11 @@ class Prior:
     covariances: Tensor
     flow: Flow | None = None
 
+    def to(self, device: torch.device) -> "Prior":
+        """A copy there."""
+        flow = copy.deepcopy(self.flow).to(device) if self.flow else None
+        return Prior(self.weights.to(device), self.means.to(device), self.covariances.to(device), flow)
+
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
         """(count, Z), each drawn independently: no sorting by component."""
         noise = torch.randn(count, self.means.shape[1], generator=generator)
@@ -50,14 +56,15 @@ class Prior:
         The uniform number picks the component, the first Z columns of noise the place in it: models of
         different latent sizes that are given the same draw can be compared image by image.
         """
+        device = self.means.device
         with torch.no_grad():
-            placed: Tensor = Sampler(self)(noise[:, : self.means.shape[1]], uniform)
+            placed: Tensor = Sampler(self)(noise[:, : self.means.shape[1]].to(device), uniform.to(device))
         return placed
 
     @torch.no_grad()
     def log_density(self, latents: Tensor) -> Tensor:
         """log p(z) in nats: (B, Z) -> (B,), float64."""
-        points, logdet = (latents, torch.zeros(1)) if self.flow is None else self.flow.inverse(latents)
+        points, logdet = (latents, latents.new_zeros(1)) if self.flow is None else self.flow.inverse(latents)
         weights = Categorical(self.weights.double())
         gaussians = MultivariateNormal(self.means.double(), self.covariances.double(), validate_args=False)
         mixture = MixtureSameFamily(weights, gaussians, validate_args=False)  # a latent of NaN has that density, too
@@ -132,7 +139,7 @@ def fit_mixture(latents: Tensor, components: int, seed: int) -> Prior:
     points = points - centre  # second moments about the centre lose no digits
     least = least_covariance(points)
     start = Prior(
-        torch.full((components,), 1 / components, dtype=torch.float64),
+        points.new_full((components,), 1 / components),
         points[_spread_out(points, components, torch.Generator().manual_seed(seed))],
         (points.T @ points / len(points) + least).expand(components, -1, -1),
     )
@@ -148,7 +155,7 @@ def fit_mixture(latents: Tensor, components: int, seed: int) -> Prior:
 def least_covariance(latents: Tensor) -> Tensor:
     """The least covariance (Z, Z) of a component, float64: a millionth of the largest variance of latents (N, Z)."""
     spread = latents.double().std(0, correction=0).max().item()
-    return (1e-6 * spread**2 + 1e-12) * torch.eye(latents.shape[1], dtype=torch.float64)
+    return (1e-6 * spread**2 + 1e-12) * torch.eye(latents.shape[1], dtype=torch.float64, device=latents.device)
 
 
 def expectation_maximization(points: Tensor, mixture: Prior, least: Tensor) -> tuple[Prior, float]:
@@ -169,7 +176,7 @@ def expectation_maximization(points: Tensor, mixture: Prior, least: Tensor) -> t
     sums, likelihood = torch.zeros_like(densities), 0.0
     for part in points.split(max(1, CHUNK // densities.shape[1])):
         products = (part.unsqueeze(2) * part.unsqueeze(1)).flatten(1)
-        terms = torch.cat([products, part, torch.ones(len(part), 1, dtype=part.dtype)], 1)
+        terms = torch.cat([products, part, part.new_ones(len(part), 1)], 1)
         logits = terms @ densities.T
         likelihood += logits.logsumexp(1).sum().item()
         sums += logits.softmax(1).T @ terms
@@ -187,8 +194,9 @@ def fit_flow(means: Tensor, deviations: Tensor, components: int, seed: int, step
     weights see more than N points. Begins at the mixture that EM fits. Raises ValueError as `fit_mixture` does.
     """
     generator = torch.Generator().manual_seed(seed)
-    start = fit_mixture(means + deviations * torch.randn(means.shape, generator=generator), components, seed)
-    flow = Flow(means.shape[1])
+    noise = torch.randn(means.shape, generator=generator).to(means.device)
+    start = fit_mixture(means + deviations * noise, components, seed)
+    flow = Flow(means.shape[1]).to(means.device)
     flow.shift.copy_(means.mean(0))
     flow.scale.copy_((means.var(0, correction=0) + deviations.square().mean(0)).sqrt().clamp(min=1e-6))
     factors = torch.linalg.cholesky(torch.linalg.inv(start.covariances.double()))
@@ -202,8 +210,8 @@ def fit_flow(means: Tensor, deviations: Tensor, components: int, seed: int, step
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, FLOW_RATE, total_steps=steps, pct_start=0.1)
     constant = 0.5 * means.shape[1] * math.log(2 * math.pi)
     for _ in range(steps):
-        index = torch.randint(len(means), (FLOW_BATCH,), generator=generator)
-        noise = torch.randn(FLOW_BATCH, means.shape[1], generator=generator)
+        index = torch.randint(len(means), (FLOW_BATCH,), generator=generator).to(means.device)
+        noise = torch.randn(FLOW_BATCH, means.shape[1], generator=generator).to(means.device)
         points, logdet = flow.inverse(means[index] + deviations[index] * noise)
         whitened = torch.einsum("bkn,knj->bkj", points.unsqueeze(1) - centres, factors.tril())
         height = factors.diagonal(dim1=1, dim2=2).abs().log().sum(1) + logits.log_softmax(0)
@@ -224,7 +232,7 @@ def _spread_out(points: Tensor, count: int, generator: torch.Generator) -> Tenso
     for _ in range(count - 1):
         if not bool(nearest.any()):
             nearest = torch.ones_like(nearest)  # fewer different points than components
-        following = torch.multinomial(nearest, 1, generator=generator)
+        following = torch.multinomial(nearest.cpu(), 1, generator=generator)
         nearest = torch.minimum(nearest, (points - points[following]).square().sum(1))
         chosen = torch.cat([chosen, following])
     return chosen

@@ -5,17 +5,19 @@ Axes: N images, D features, Z latent.
 
 import math
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from tuner.vae.data import Split, as_floats
-from tuner.vae.distance import frechet_distance, kernel_distance, moments
+from tuner.vae.distance import Moments, frechet_distance, kernel_distance, moments
 from tuner.vae.extractor import FeatureExtractor
 from tuner.vae.fitted import BATCH, FittedModel, as_seen, encode, shuffled, tempered
 from tuner.vae.iwae import importance_weighted_bound
 from tuner.vae.losses import Diverged, bernoulli_nll, calibrated_distortion, kl_divergence, squared_error
 from tuner.vae.prior import standard_normal
+from tuner.vae.resampling import distances, resampled
 from tuner.vae.seeds import Scoring, Stream, derive_seed, generator
 
 NLL_IMAGES, NLL_SAMPLES = 500, 64
@@ -43,6 +45,8 @@ class Scorer:
     To compare models with each other, `quasi_random` draws samples that vary a fifth as much (`sample_quasi_random`).
     They have less of the bias, too, so that `FLOOR_IMAGES` images make the floor; to compare a model with real
     images, samples have to be independent as these are.
+
+    All is done where these images are; models to score and replicates are on the CPU.
     """
 
     def __init__(
@@ -55,20 +59,43 @@ class Scorer:
         count: int,
         quasi_random: bool = False,
     ):
-        self.extractor = extractor
+        self.device = train.images.device
+        self.extractor = extractor.on(self.device)
         self.seed = seed
         self.quasi_random = quasi_random
         self.count = min(count, len(train))
         self.images = as_floats(held_out.images[: self.count])
         everything = as_floats(held_out.images)
-        features = extractor.features(everything)
-        self.moments = moments(features)
+        features = self.extractor.features(everything)
+        self.features, self.moments = features, moments(features)
         self.kernel_scale = features.square().mean().sqrt()  # the cubic kernel is not free of scale
         apart = max(1, len(features) // KERNEL_IMAGES)  # MNIST's test images are in an order: the first are the easiest
         self.kernel_features = features[::apart][:KERNEL_IMAGES] / self.kernel_scale
         self.sharpness = laplacian_variance(everything)
-        real = max(self.count, FLOOR_IMAGES) if quasi_random else self.count
-        self.floor = self.distance(as_floats(train.images[shuffled(len(train), seed)[-real:]]))
+        self.train = train
+
+    @cached_property
+    def floor_features(self) -> Tensor:
+        """Of real training images."""
+        real = max(self.count, FLOOR_IMAGES) if self.quasi_random else self.count
+        return self.extractor.features(as_floats(self.train.images[shuffled(len(self.train), self.seed)[-real:]]))
+
+    @cached_property
+    def floor(self) -> float:
+        """The Frechet distance of real training images."""
+        return frechet_distance(self.moments, moments(self.floor_features)).item()
+
+    @cached_property
+    def floor_replicates(self) -> Tensor:
+        """The floor of parts of both sets of images (R,), for its standard error."""
+        return distances(self._resampled, resampled(self.floor_features.cpu(), self._seed(Scoring.TRAINING_PARTS)))
+
+    @cached_property
+    def _resampled(self) -> Moments:
+        return resampled(self.features.cpu(), self._seed(Scoring.HELD_OUT_PARTS))
+
+    def _seed(self, purpose: Scoring) -> int:
+        return derive_seed(self.seed, Stream.SCORE, purpose)
 
     def _generator(self, purpose: Scoring) -> torch.Generator:
         return generator(self.seed, Stream.SCORE, purpose)
@@ -77,6 +104,17 @@ class Scorer:
         """Frechet distance between images (N, C, H, W) in [0, 1] and the held-out split."""
         return frechet_distance(self.moments, moments(self.extractor.features(images))).item()
 
+    def measure(self, fitted: FittedModel) -> tuple[dict[str, float], Tensor]:
+        """What a call gives, and the Frechet distances of parts (R,), for its standard error.
+
+        Parts are of the held-out images, the same for all models, and of independent samples; quasi-random ones vary
+        too little to count. Raises Diverged.
+        """
+        scores, features = self._score(fitted)
+        features = features.cpu()  # halves are many small matrices
+        drawn = moments(features) if self.quasi_random else resampled(features, self._seed(Scoring.SAMPLE_PARTS))
+        return scores, distances(self._resampled, drawn)
+
     def samples(self, fitted: FittedModel, count: int) -> Tensor:
         """`count` images (count, C, H, W) drawn from the fitted prior."""
         if self.quasi_random:
@@ -84,16 +122,21 @@ class Scorer:
             return fitted.draw(fitted.prior.sample_quasi_random(count, seed))
         return fitted.draw(fitted.prior.sample(count, self._generator(Scoring.SAMPLES)))
 
-    @torch.no_grad()
     def __call__(self, fitted: FittedModel) -> dict[str, float]:
         """Every metric of `METRICS` but the training loss. Raises Diverged when one is not finite."""
+        return self._score(fitted)[0]
+
+    @torch.no_grad()
+    def _score(self, fitted: FittedModel) -> tuple[dict[str, float], Tensor]:
+        """The scores, and the features of the samples."""
+        fitted = fitted.to(self.device)
         model, parameters = fitted.model.eval(), fitted.parameters
         scores: dict[str, float] = {}
 
         images = as_seen(self.images, parameters, self.seed)
         latents, log_variance = means, _ = encode(model, images)
         if log_variance is not None:
-            noise = torch.randn(latents.shape, generator=self._generator(Scoring.RECONSTRUCTION))
+            noise = torch.randn(latents.shape, generator=self._generator(Scoring.RECONSTRUCTION)).to(latents.device)
             latents = latents + torch.exp(0.5 * log_variance) * noise
         logits = torch.cat([model.decode(batch) for batch in latents.split(BATCH)])
         pixels = images[0].numel()
@@ -114,16 +157,16 @@ class Scorer:
         scores["frechet_distance_reconstruction"] = self.distance(tempered(logits, fitted.temperature))
 
         drawn = self.samples(fitted, self.count)
-        features = self.extractor.features(drawn)
+        found = features = self.extractor.features(drawn)
         scores["frechet_distance"] = frechet_distance(self.moments, moments(features)).item()
         scores["kernel_distance"] = kernel_distance(features[:KERNEL_IMAGES] / self.kernel_scale, self.kernel_features)
         scores["sharpness"] = laplacian_variance(drawn) / self.sharpness
         if parameters.prior != "standard_normal":
-            plain = replace(fitted, prior=standard_normal(model.latent_dim))
+            plain = replace(fitted, prior=standard_normal(model.latent_dim).to(self.device))
             features = self.extractor.features(self.samples(plain, self.count))
         scores["frechet_distance_standard_normal"] = frechet_distance(self.moments, moments(features)).item()
         require_finite(scores)
-        return scores
+        return scores, found
 
 
 def require_finite(scores: dict[str, float]) -> None:

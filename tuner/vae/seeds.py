@@ -36,6 +36,9 @@ class Scoring(IntEnum):
     LIKELIHOOD = 6
     BINARIZATION = 7
     MATCHING = 8
+    HELD_OUT_PARTS = 9
+    TRAINING_PARTS = 10
+    SAMPLE_PARTS = 11
 
 
 def derive_seed(seed: int, *path: int) -> int:

@@ -1,0 +1,115 @@
+"""Work on a cluster beside its trials: functions that run on whichever node has room, again where a node is lost."""
+
+import sys
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, Generic, TypeVar
+
+import ray
+import torch
+from ray import ObjectRef, cloudpickle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from tuner.cluster import alive, require_ray
+from tuner.own_model import told
+from tuner.run import Refused
+from tuner.scoring import Bench
+from tuner.spec import Resources, Spec
+from tuner.vae.data import Data
+from tuner.vae.model import OwnModel
+from tuner.vae.process import device_of, settle
+
+Result = TypeVar("Result")
+LOOK_SECONDS = 1.0  # between looks at whether Ray still lives
+
+
+class RayPool:
+    """A cluster as a run uses it, for trials and for benches; its nodes get the data once, whatever else a bench has.
+
+    Raises Refused where a user's own model can't travel.
+    """
+
+    def __init__(self, spec: Spec, data: Data, own: OwnModel | None = None, concurrency: int | None = None):
+        send_by_value(spec, own)
+        self.data, self.resources = ray.put(data), spec.resources
+        self.own, self.concurrency = own, concurrency
+
+    def __call__(self, bench: Bench) -> "RayWorkers":
+        return RayWorkers(self.data, ray.put((bench.spec, bench.extractors, bench.test)), self.resources)
+
+
+class RayWorkers:
+    """Runs each item as a task with the resources of a trial."""
+
+    def __init__(self, data: ObjectRef, other: ObjectRef, resources: Resources):
+        self.references = [data, other]
+        self.task = ray.remote(num_cpus=resources.cpu, num_gpus=resources.gpu, max_retries=-1)(_work)
+
+    def map(
+        self,
+        work: Callable[..., Result],
+        items: Sequence[tuple[Any, ...]],
+        show: Callable[[int], None] = lambda done: None,
+    ) -> list[Result]:
+        """`work(bench, *item)` of each item, side by side, in their order; `show` hears how many are done.
+
+        Raises CutOff where the cluster itself has died.
+        """
+        results = [self.task.remote(self.references, work, item) for item in items]
+        left, done = list(results), -1
+        while left:
+            _, left = ray.wait(left, num_returns=len(left), timeout=LOOK_SECONDS)
+            require_ray()
+            if len(items) - len(left) > done:
+                done = len(items) - len(left)
+                show(done)
+        return [ray.get(result) for result in results]
+
+    def begin(self, work: Callable[..., Result], item: tuple[Any, ...]) -> "RayPending[Result]":
+        """`work(bench, *item)` on a node that holds trials, whether or not they leave it a core."""
+        workers = [node for node in alive() if node["Resources"].get("CPU")]
+        where = max(workers or alive(), key=lambda node: node["Resources"].get("CPU", 0))
+        there = NodeAffinitySchedulingStrategy(where["NodeID"], soft=True)  # elsewhere, if that node is lost
+        beside = self.task.options(num_cpus=0, num_gpus=0, scheduling_strategy=there)
+        return RayPending(beside.remote(self.references, work, item))
+
+
+class RayPending(Generic[Result]):
+    """A task that runs."""
+
+    def __init__(self, reference: ObjectRef):
+        self.reference = reference
+
+    def ready(self) -> bool:
+        return bool(ray.wait([self.reference], timeout=0)[0])
+
+    def result(self) -> Result:
+        """Waits for it. Raises CutOff where the cluster itself has died."""
+        while not ray.wait([self.reference], timeout=LOOK_SECONDS)[0]:
+            require_ray()
+        found: Result = ray.get(self.reference)
+        return found
+
+
+def _work(references: list[ObjectRef], work: Callable[..., Any], item: tuple[Any, ...]) -> Any:
+    return work(_bench(*references, device_of(ray.get_gpu_ids())), *item)
+
+
+@lru_cache(maxsize=1)
+def _bench(data: ObjectRef, other: ObjectRef, device: torch.device) -> Bench:
+    """Kept from task to task: it knows the features of the held-out images."""
+    settle()
+    spec, extractors, test = ray.get(other)
+    return Bench(spec, ray.get(data).to(device), extractors, test and test.to(device))
+
+
+def send_by_value(spec: Spec, own: OwnModel | None) -> None:
+    """Let the package of a user's own model travel with it: workers need not have it. Raises Refused where it can't."""
+    if own is None or not spec.own_model:
+        return
+    package = spec.own_model.function.partition(":")[0].partition(".")[0]
+    cloudpickle.register_pickle_by_value(sys.modules[package])
+    try:
+        cloudpickle.dumps(own)
+    except Exception as error:  # whatever their code makes of it
+        raise Refused(f"--model {spec.own_model.function}: can't be sent to workers: {told(error)}") from error
