@@ -95,8 +95,8 @@ def needs_training(name: str, spec: Spec, data: Data) -> bool:
 def make_extractor(name: str, spec: Spec, data: Data) -> FeatureExtractor:
     """One of a run's extractors: the same spec and data give the same one.
 
-    Where there are labels, two classifiers; else untrained networks, which rank models as those do, and for the second
-    another family: wavelet packets. The user's own program takes the place of the first.
+    Where there are labels, two classifiers; else untrained networks, which rank models nearly as those do, and for the
+    second another family: wavelet packets. The user's own program takes the place of the first.
     """
     seed = derive_seed(spec.seed, Stream.EXTRACTOR, EXTRACTORS.index(name))
     if needs_training(name, spec, data):

@@ -77,7 +77,7 @@ class Classifier(FeatureExtractor):
 class UntrainedNetworks(FeatureExtractor):
     """Three convolutional networks as they are drawn: a group of 64 features each.
 
-    They need no labels, and rank generators as trained ones do (benchmarks/label_free.py).
+    They need no labels, and rank generators nearly as trained ones do (benchmarks/label_free.py).
     """
 
     kind = "untrained"
