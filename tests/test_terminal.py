@@ -55,7 +55,8 @@ def test_the_finalists_line_says_how_far_each_has_come_and_which_is_out_of_it():
         {"trial": 2, "reason": "", "epochs_trained": 0},
     ]
     assert finalists_line(rows, spec) == (
-        "finalist 0: epoch 15 of 50, best frechet_distance 40 | diverged: by plan | finalist 2: epoch 0 of 50"
+        "finalist 0: epoch 15 of 50, best frechet_distance 40 | "
+        "finalist 1: epoch 5 of 50, best frechet_distance 60, diverged: by plan | finalist 2: epoch 0 of 50"
     )
     assert finalists_line([], spec) == "starting"
 

@@ -155,10 +155,9 @@ def finalists_line(rows: Sequence[Mapping[str, Any]], spec: Spec) -> str:
     metric, epochs = spec.trial_objective.metric, spec.budget.max_epochs
     parts = []
     for row in rows:
-        scored = f", best {metric} {row[metric]:.4g}" if metric in row else ""
-        parts.append(
-            f"finalist {row['trial']}: epoch {row['epochs_trained']:g} of {epochs:g}{scored} {row['reason']}".strip()
-        )
+        said = [f"finalist {row['trial']}: epoch {row['epochs_trained']:g} of {epochs:g}"]
+        said += [f"best {metric} {row[metric]:.4g}"] if metric in row else []
+        parts.append(", ".join([*said, row["reason"]] if row["reason"] else said))
     return " | ".join(parts) or "starting"
 
 
