@@ -203,7 +203,10 @@ def test_finalists_are_shown_by_how_far_they_have_come_and_keep_their_checkpoint
         for callback in (kept, shown):
             for number in range(2):
                 callback.on_trial_complete(**told(number))
-        assert shown.line() == "finalist 0: epoch 1 of 50, best frechet_distance 5 | diverged: by plan"
+        assert shown.line() == (
+            "finalist 0: epoch 1 of 50, best frechet_distance 5 | "
+            "finalist 1: epoch 1 of 50, best frechet_distance 1, diverged: by plan"
+        )
     assert [ours.checkpoint(number).read_bytes() for number in range(2)] == [b"further on", b"the start"]
     assert not run.checkpoints.exists()
 
