@@ -98,7 +98,7 @@ with cluster(None, 1, Resources()):
     try:
         require_ray()
     except Exception as error:
-        print(type(error).__name__, error, flush=True)
+        os.write(1, f"\\n{{type(error).__name__}} {{error}}\\n".encode())  # at once: Ray writes there, too
         os._exit(0)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
