@@ -35,7 +35,7 @@ def promote(workspace: Workspace, rows: Sequence[Mapping[str, Any]], show: Calla
     by_extractor = {
         name: measures[part * len(scored) :][: len(scored)] for part, name in enumerate(workspace.extractors)
     }
-    real, classic, *others = by_extractor["search"]
+    real, classic, *_ = by_extractor["search"]
     entries: list[tuple[Promoted, Best, Compared]] = []
     for number, (row, fitted) in enumerate(zip(chosen, models, strict=True), 2):
         again, gaps, ranks = {}, {}, []
@@ -46,7 +46,7 @@ def promote(workspace: Workspace, rows: Sequence[Mapping[str, Any]], show: Calla
             gaps[name] = gap_closed(*distances)
             ranks.append(objective.cost(scores) / (abs(yardstick[objective.metric]) or 1))
         best = Best(trial=row["trial"], epoch=fitted.epoch, parameters=fitted.parameters.model_dump())
-        validation = compared({"real": real, "baseline": classic, "best": others[number - 2]})
+        validation = compared({"real": real, "baseline": classic, "best": by_extractor["search"][number]})
         entry = Promoted(
             trial=row["trial"],
             epoch=row["epoch"],

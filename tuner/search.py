@@ -75,13 +75,15 @@ def job(run: RunFiles, arguments: argparse.Namespace) -> int:
             keep_held_out(run, data)
         with cluster(arguments.address, arguments.concurrency, spec.resources):
             pool = RayPool(spec, data, own, arguments.concurrency)
+            rows: list[dict[str, Any]] = []
             if not run.summary().best:
                 extractors = FeatureExtractors(run, spec, data, pool(Bench(spec, data, {})))
                 rows = search_stage(run, spec, pool, extractors)
                 if ends_here(rows):
                     return 1
-                promote_stage(Workspace(run, spec, data, load_extractors(run), own, pool), rows)
             workspace = Workspace(run, spec, data, load_extractors(run), own, pool)
+            if rows:
+                promote_stage(workspace, rows)
             if not (arguments.no_retrain or run.summary().retrain):
                 retrain(workspace, pool)
             run.report.unlink(missing_ok=True)  # a report is the last thing a finished run gets

@@ -36,12 +36,7 @@ RuleMaker = Callable[[Study, Spec], ToTheEnd]
 KEPT = 3  # evaluations of a finalist that may yet be the best once the priors are chosen, the last perhaps among them
 
 
-def search_stage(
-    run: RunFiles,
-    spec: Spec,
-    pool: RayPool,
-    extractors: FeatureExtractors,
-) -> list[dict[str, Any]]:
+def search_stage(run: RunFiles, spec: Spec, pool: RayPool, extractors: FeatureExtractors) -> list[dict[str, Any]]:
     """Run the trials that are left -> the rows of trials.csv; the extractors are trained and kept on the way."""
     study = open_study(run.journal, spec)
     with stage(run, "search") as progress, closing(TensorBoard(run.tensorboard, spec)) as board:
