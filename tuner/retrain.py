@@ -55,14 +55,15 @@ def retrain(workspace: Workspace, pool: RayPool) -> Summary:
         workers = workspace.workers()
         candidates = refitted(workers, models, spec, lambda done: progress.show(f"{done} fitted"))
         kept = choose(candidates, spec.selection_objective)
+        shown = {"real": None, "baseline": workspace.checkpoints.baseline(), "best": starts[0]}
+        measured = dict(zip(shown, workers.map(Bench.score, [(fitted,) for fitted in shown.values()]), strict=True))
         begun = [found for found in candidates if not found.fitted.epoch]
-        best = {"best": starts[0], "refitted": choose(begun, spec.selection_objective).fitted if begun else starts[0]}
-        for path, fitted in ((run.refitted, best["refitted"]), (run.kept, kept.fitted)):
+        begun = begun or [Candidate(promoted[0], starts[0], measured["best"])]
+        start = choose(begun, spec.selection_objective)
+        for path, fitted in ((run.refitted, start.fitted), (run.kept, kept.fitted)):
             content = Checkpoint(fitted.parameters, State.of(fitted.model), [fitted]).to_bytes()
             write_atomic(path, content)
-        shown = {"real": None, "baseline": workspace.checkpoints.baseline(), **best, "retrained": kept.fitted}
-        measured = workers.map(Bench.score, [(fitted,) for fitted in shown.values()])
-        validation = compared(dict(zip(shown, measured, strict=True)))
+        validation = compared(measured | {"refitted": start.measured, "retrained": kept.measured})
         last = validation.exported
         gap, parameters = with_error(last.gap_closed, last.gap_closed_error, 3), kept.fitted.parameters
         prior = f"{parameters.prior} {parameters.prior_components}"
