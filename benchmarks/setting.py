@@ -125,7 +125,7 @@ def shipped_point(data_dir: Path) -> tuple[Parameters, Data, Fitter, Scorer]:
     """
     settle()
     spec, data = specs.load(spec_file(data_dir)), load_data(data_dir)
-    extractor, guide = (make_extractor(name, spec, data) for name in EXTRACTORS)
+    extractor, guide = (make_extractor(name, spec.seed, data) for name in EXTRACTORS)
     fitter = Fitter(data.train, seed=5, count=PRIOR_IMAGES, samples=SAMPLES, guide=guide)
     scorer = Scorer(extractor, data.train, data.validation, seed=5, count=SAMPLES, quasi_random=True)
     say({"floor": scorer.floor}, 3)

@@ -24,11 +24,11 @@ def test_an_extractor_trained_on_the_cluster_is_the_one_that_its_seed_gives_here
 ):
     run, workers = RunFiles(tmp_path), RayPool(SPEC, workspace.data)(Bench(SPEC, workspace.data, {}))
     extractors = FeatureExtractors(run, SPEC, workspace.data, workers)
-    assert extractors.in_training() == 1
+    assert extractors.in_work() == 1
     while not extractors.kept:
         extractors.keep_done()
         time.sleep(0.05)
-    assert extractors.in_training() == 0
+    assert extractors.in_work() == 0
     here = train_classifier(workspace.data, derive_seed(SPEC.seed, Stream.EXTRACTOR, 0))
     weights = here.state_dict()
     for kept in (extractors.kept["search"], load_extractors(run)["search"]):
@@ -36,7 +36,7 @@ def test_an_extractor_trained_on_the_cluster_is_the_one_that_its_seed_gives_here
     floor = search_scorer(SPEC, workspace.data, here).floor
     assert run.summary().extractors["search"].floor == pytest.approx(floor, rel=1e-9)
     again = FeatureExtractors(run, SPEC, workspace.data, workers)
-    assert again.in_training() == 0
+    assert again.in_work() == 0
     assert again.kept.keys() == {"search"}
 
 
@@ -47,7 +47,7 @@ def test_those_that_a_run_has_are_not_made_again(lend_extractors, bench, tmp_pat
     for name in EXTRACTORS:
         extractors.begin(name)
         assert extractors.keep(name) is extractors.kept[name]
-    assert (extractors.in_training(), extractors.keep_done(), extractors.training) == (0, [], {})
+    assert (extractors.in_work(), extractors.keep_done(), extractors.begun) == (0, [], {})
 
 
 def labelled(count: int) -> Data:
@@ -62,9 +62,9 @@ def labelled(count: int) -> Data:
 def test_classifiers_are_begun_and_kept_once_they_are_there(tmp_path):
     run, data = RunFiles(tmp_path), labelled(60)
     extractors = FeatureExtractors(run, SPEC, data, PlainWorkers(Bench(SPEC, data, {})))
-    assert list(extractors.training) == ["search"]
+    assert list(extractors.begun) == ["search"]
     extractors.begin("search")
-    assert (list(extractors.training), run.summary().extractors) == (["search"], {})
+    assert (list(extractors.begun), run.summary().extractors) == (["search"], {})
     assert extractors.keep_done() == ["search"]
     assert extractors.keep_done() == []
     extractors.keep("second")
@@ -75,17 +75,29 @@ def test_classifiers_are_begun_and_kept_once_they_are_there(tmp_path):
         assert described[name].floor == search_scorer(SPEC, data, extractor).floor
 
 
-def test_what_needs_no_training_is_kept_at_once_and_nothing_is_begun(tmp_path):
+def test_without_labels_they_are_made_as_classifiers_are(tmp_path):
     images = torch.randint(256, (30, 3, 16, 16), dtype=torch.uint8)
     run, data = RunFiles(tmp_path), Data(Split(images[:20]), Split(images[20:]))
     workers = PlainWorkers(Bench(SPEC, data, {}))
     extractors = FeatureExtractors(run, SPEC, data, workers)
-    assert (extractors.in_training(), extractors.keep("search").kind) == (0, "untrained")
+    assert (list(extractors.begun), run.summary().extractors) == (["search"], {})
     extractors.begin("second")
-    assert not extractors.training
-    assert {name: info.kind for name, info in run.summary().extractors.items()} == {
-        "search": "untrained",
-        "second": "wavelets",
-    }
-    again = FeatureExtractors(run, SPEC, data, workers)
-    assert again.kept.keys() == {"search", "second"}
+    assert extractors.keep_done() == ["search", "second"]
+    described = run.summary().extractors
+    assert {name: info.kind for name, info in described.items()} == {"search": "untrained", "second": "wavelets"}
+    assert FeatureExtractors(run, SPEC, data, workers).kept.keys() == {"search", "second"}
+
+
+def test_a_users_program_travels_to_the_workers_which_need_not_have_its_file(workspace, ray_cluster, tmp_path):
+    path = tmp_path / "features.pt2"
+    network = torch.nn.Sequential(torch.nn.AvgPool2d(7), torch.nn.Flatten())
+    sizes = ({0: torch.export.Dim("batch")},)
+    torch.export.save(torch.export.export(network, (torch.zeros(2, 1, 28, 28),), dynamic_shapes=sizes), path)
+    run, spec = RunFiles(tmp_path / "run"), Spec.model_validate(SPEC.model_dump() | {"features": str(path)})
+    workers = RayPool(spec, workspace.data)(Bench(spec, workspace.data, {}))
+    extractors = FeatureExtractors(run, spec, workspace.data, workers)
+    path.unlink()
+    assert extractors.keep("search").kind == "program"
+    assert run.extractor("search", "program").stat().st_size > 0
+    floor = search_scorer(spec, workspace.data, extractors.kept["search"]).floor
+    assert run.summary().extractors["search"].floor == pytest.approx(floor, rel=1e-9)

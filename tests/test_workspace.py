@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from tuner.extractors import Made, keep_extractor, load_extractors, make, make_extractor
+from tuner.extractors import Made, keep_extractor, load_extractors, make, make_extractor, read_program
 from tuner.run import Refused, RunFiles, write_atomic
 from tuner.scoring import Bench, search_scorer
 from tuner.spec import Spec
@@ -222,7 +222,8 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_extractors_are_what_the_data_and_the_spec_have(run, program, labels, own, kinds):
     data, spec = pictures(0.2, 3, labels), spec_of(**({"features": str(program)} if own else {}))
-    made = {name: make(Bench(spec, data, {}), name) for name in ("search", "second")}
+    made = {"search": make(Bench(spec, data, {}), "search", read_program(spec) if own else None)}
+    made["second"] = make(Bench(spec, data, {}), "second")
     for name, found in made.items():
         keep_extractor(run, name, found)
     described = run.summary().extractors
@@ -242,7 +243,7 @@ def test_extractors_are_what_the_data_and_the_spec_have(run, program, labels, ow
 def test_one_class_for_all_images_is_no_label():
     data = pictures(0.2, labels=True)
     alike = Data(Split(data.train.images, torch.zeros(30, dtype=torch.long)), data.validation)
-    assert make_extractor("search", spec_of(), alike).kind == "untrained"
+    assert make_extractor("search", 0, alike).kind == "untrained"
 
 
 @pytest.mark.parametrize(
@@ -285,7 +286,7 @@ def test_a_program_that_takes_other_images_is_refused_by_name_and_one_that_is_ke
     require_fit(run, spec, pictures(0.2, 3))
     with pytest.raises(ValueError, match=rf"^features: {re.escape(str(path))} takes no images 1x1x20x20: "):
         require_fit(run, spec, pictures(0.2))
-    keep_extractor(run, "search", make(Bench(spec, pictures(0.2, 3), {}), "search"))
+    keep_extractor(run, "search", make(Bench(spec, pictures(0.2, 3), {}), "search", read_program(spec)))
     path.write_bytes(b"another")
     require_fit(run, spec, pictures(0.2, 3))
     with pytest.raises(ValueError, match=rf"^{re.escape(str(path))}: not the extractor this run"):

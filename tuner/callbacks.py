@@ -86,7 +86,7 @@ class KeepContenders(KeepCheckpoints):
 
 
 class KeepExtractors(SearchCallback):
-    """Writes the extractors as they come out of their training; the first tells the floor."""
+    """Writes the extractors as the workers have made them; the first tells the floor."""
 
     def __init__(self, spec: Spec, study: Study, extractors: FeatureExtractors):
         self.spec, self.study, self.extractors = spec, study, extractors

@@ -33,34 +33,31 @@ class Made:
 
 
 class FeatureExtractors:
-    """Makes a run's extractors: classifiers by the workers, beside the trials; nothing is scored before a first
-    rung. The search's is begun at once.
+    """Has a run's extractors made by the workers, beside the trials; nothing is scored before a first rung. The
+    search's is begun at once.
 
-    Raises ValueError where an extractor of the run is not the one that was frozen.
+    Raises ValueError where an extractor of the run is not the one that was frozen, or the user's own is not the spec's.
     """
 
     def __init__(self, run: RunFiles, spec: Spec, data: Data, workers: Workers):
         self.run, self.spec, self.data, self.workers = run, spec, data, workers
         self.kept = load_extractors(run)
-        self.training: dict[str, Pending[Made]] = {}
+        self.begun: dict[str, Pending[Made]] = {}
         self.begin("search")
 
     def begin(self, name: str) -> None:
-        """Have an extractor made, unless that was begun before; one that needs no training is made here."""
-        if name in self.kept or name in self.training:
-            return
-        if needs_training(name, self.spec, self.data):
-            self.training[name] = self.workers.begin(make, (name,))
-        else:
-            self._keep(name, make(Bench(self.spec, self.data, {}), name))
+        """Have an extractor made, unless that was begun before."""
+        if name not in self.kept and name not in self.begun:
+            program = read_program(self.spec) if self.spec.features and name == "search" else None
+            self.begun[name] = self.workers.begin(make, (name, program))
 
-    def in_training(self) -> int:
+    def in_work(self) -> int:
         """How many are: while the first is, a trial more would only make both its score and the others' wait."""
-        return sum(not pending.ready() for pending in self.training.values())
+        return sum(not pending.ready() for pending in self.begun.values())
 
     def keep_done(self) -> list[str]:
-        """Write to the run what has been trained since -> its names."""
-        done = [name for name, pending in self.training.items() if pending.ready()]
+        """Write to the run what has been made since -> its names."""
+        done = [name for name, pending in self.begun.items() if pending.ready()]
         for name in done:
             self.keep(name)
         return done
@@ -68,13 +65,11 @@ class FeatureExtractors:
     def keep(self, name: str) -> FeatureExtractor:
         """An extractor, waited for and written to the run."""
         self.begin(name)
-        if name in self.training:
-            self._keep(name, self.training.pop(name).result())
+        if name in self.begun:
+            made = self.begun.pop(name).result()
+            self.kept[name] = made.extractor
+            keep_extractor(self.run, name, made)
         return self.kept[name]
-
-    def _keep(self, name: str, made: Made) -> None:
-        self.kept[name] = made.extractor
-        keep_extractor(self.run, name, made)
 
 
 def read_program(spec: Spec) -> Program:
@@ -87,28 +82,21 @@ def read_program(spec: Spec) -> Program:
     return program
 
 
-def needs_training(name: str, spec: Spec, data: Data) -> bool:
-    """Whether an extractor of a run is a classifier."""
-    return (data.classes or 0) > 1 and not (spec.features and name == "search")
-
-
-def make_extractor(name: str, spec: Spec, data: Data) -> FeatureExtractor:
-    """One of a run's extractors: the same spec and data give the same one.
+def make_extractor(name: str, seed: int, data: Data) -> FeatureExtractor:
+    """One of a run's extractors: the same `seed`, the spec's, and data give the same one.
 
     Where there are labels, two classifiers; else untrained networks, which rank models nearly as those do, and for the
-    second another family: wavelet packets. The user's own program takes the place of the first.
+    second another family: wavelet packets.
     """
-    seed = derive_seed(spec.seed, Stream.EXTRACTOR, EXTRACTORS.index(name))
-    if needs_training(name, spec, data):
+    seed = derive_seed(seed, Stream.EXTRACTOR, EXTRACTORS.index(name))
+    if (data.classes or 0) > 1:
         return train_classifier(data, seed, deep=name == "second")
-    if name == "second":
-        return WaveletPackets(data.shape)
-    return read_program(spec) if spec.features else draw_untrained(data.shape, seed)
+    return WaveletPackets(data.shape) if name == "second" else draw_untrained(data.shape, seed)
 
 
-def make(bench: Bench, name: str) -> Made:
-    """One of a run's extractors, described."""
-    extractor, held_out = make_extractor(name, bench.spec, bench.data), bench.data.validation
+def make(bench: Bench, name: str, program: Program | None = None) -> Made:
+    """One of a run's extractors, described; the user's own program where there is one."""
+    extractor, held_out = program or make_extractor(name, bench.spec.seed, bench.data), bench.data.validation
     scorer, accuracy = search_scorer(bench.spec, bench.data, extractor), None
     if isinstance(scorer.extractor, Classifier) and held_out.labels is not None:
         accuracy = scorer.extractor.accuracy(as_floats(held_out.images), held_out.labels)

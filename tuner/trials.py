@@ -37,14 +37,14 @@ KEPT = 3  # evaluations of a finalist that may yet be the best once the priors a
 
 
 def search_stage(run: RunFiles, spec: Spec, pool: RayPool, extractors: FeatureExtractors) -> list[dict[str, Any]]:
-    """Run the trials that are left -> the rows of trials.csv; the extractors are trained and kept on the way."""
+    """Run the trials that are left -> the rows of trials.csv; the extractors are made and kept on the way."""
     study = open_study(run.journal, spec)
     with stage(run, "search") as progress, closing(TensorBoard(run.tensorboard, spec)) as board:
         board.start_search()
         table = KeepTable(run, spec, study)
         shown = ShowTrials(spec, table, board, progress)
         callbacks = [table, KeepContenders(run, spec, table), KeepExtractors(spec, study, extractors), shown]
-        train(run, spec, study, pool, callbacks, others=extractors.in_training)
+        train(run, spec, study, pool, callbacks, others=extractors.in_work)
         table.write()
         progress.done(shown.line())
     with stage(run, "extractor") as progress:
