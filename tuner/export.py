@@ -123,7 +123,7 @@ def neighbourhood(bench: Bench, fitted: FittedModel) -> dict[str, float]:
     scorer, train, test = bench.scorer(), bench.data.train, bench.test
     assert test is not None
     fitted = fitted.to(scorer.device)
-    drawn = scorer.samples(fitted, NEIGHBOUR_IMAGES)
+    drawn = scorer.samples(fitted, min(NEIGHBOUR_IMAGES, len(train)))
     shown, learned = as_floats(test.images), as_floats(train.images)
     scores = {}
     if test.labels is not None and train.labels is not None:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import statistics
 from itertools import pairwise
 
 import numpy as np
@@ -259,8 +260,26 @@ def test_samples_are_drawings_of_the_prior_with_the_same_noise_each_time(scorer)
     assert torch.equal(scorer.samples(_plain(), 130), images)
 
 
-def test_no_more_images_are_compared_than_there_are_training_images(extractor, digits):
-    assert Scorer(extractor, digits.train, digits.validation, seed=0, count=5_000).count == 997
+def test_few_training_images_limit_quasi_random_samples_and_the_floor_but_no_independent_samples(extractor, digits):
+    many, even = (
+        Scorer(extractor, digits.train, digits.validation, seed=0, count=5_000, quasi_random=quasi_random)
+        for quasi_random in (False, True)
+    )
+    assert (many.count, even.count) == (5_000, 997)
+    assert many.floor == even.floor == pytest.approx(many.distance(as_floats(digits.train.images)), rel=1e-5)
+
+
+def test_as_many_independent_draws_as_there_are_training_images_add_their_noise_to_that_of_the_images(
+    extractor, digits
+):
+    """Training images drawn anew stand for a model that has learned them to perfection."""
+    scorer = Scorer(extractor, digits.train, digits.validation, seed=0, count=10_000)
+    images, draws = as_floats(digits.train.images), torch.Generator().manual_seed(0)
+
+    def excess(count: int) -> float:
+        return scorer.distance(images[torch.randint(len(images), (count,), generator=draws)]) - scorer.floor
+
+    assert statistics.mean(excess(10_000) for _ in range(5)) < 0.2 * statistics.mean(excess(997) for _ in range(5))
 
 
 @pytest.mark.parametrize("layer", ["mean", "log_variance", "start"])
