@@ -333,6 +333,17 @@ def test_trials_that_moved_score_to_the_last_bit_as_on_one_machine(submitted, no
     assert {key: there[key] for key in both} == {key: alone[key] for key in both}
 
 
+def test_on_the_head_runs_nothing_but_the_job_and_what_hands_out_its_files(submitted, nodes):
+    """All that trains, fits, scores and writes programs are tasks and actors; Ray knows where each of them ran."""
+    heads = {record["node_id"] for record in nodes._known("nodes") if record["node_ip"] == f"{nodes.network}.2"}
+    ran: dict[bool, set[str]] = {True: set(), False: set()}
+    for record in nodes._known("tasks"):
+        if record["node_id"] and record["type"] != "DRIVER_TASK":
+            ran[record["node_id"] in heads].add(record["name"].partition(".")[0])
+    assert ran[True] <= {"FileServer", "JobSupervisor"}
+    assert ran[False] >= {"TrialTrainable", "_work"}
+
+
 def test_workers_saw_neither_the_run_directory_nor_the_data(submitted, nodes):
     if not nodes.isolated:
         pytest.skip("this takes the right to mount")
