@@ -136,7 +136,7 @@ def main() -> None:
         distances = {who: scorer.distance(images) for who, images in pictures.items()}
         line: dict[str, Any] = {"extractor": name}
         if isinstance(extractor, Classifier):
-            line["right"] = extractor.accuracy(scorer.images, test.labels)
+            line["right"] = extractor.accuracy(test)
         line |= {"floor": scorer.floor} | {who: distances[who] for who in ("classic", "classic, as long")}
         ours = [distances[run.name] for run in runs]
         for key, values in {

@@ -44,8 +44,8 @@ def test_those_that_a_run_has_are_not_made_again(lend_extractors, bench, tmp_pat
     run = RunFiles(tmp_path)
     lend_extractors(run)
     extractors = FeatureExtractors(run, bench.spec, bench.data, PlainWorkers(bench))
+    extractors.begin_all()
     for name in EXTRACTORS:
-        extractors.begin(name)
         assert extractors.keep(name) is extractors.kept[name]
     assert (extractors.in_work(), extractors.keep_done(), extractors.begun) == (0, [], {})
 
@@ -81,11 +81,11 @@ def test_without_labels_they_are_made_as_classifiers_are(tmp_path):
     workers = PlainWorkers(Bench(SPEC, data, {}))
     extractors = FeatureExtractors(run, SPEC, data, workers)
     assert (list(extractors.begun), run.summary().extractors) == (["search"], {})
-    extractors.begin("second")
-    assert extractors.keep_done() == ["search", "second"]
-    described = run.summary().extractors
-    assert {name: info.kind for name, info in described.items()} == {"search": "untrained", "second": "wavelets"}
-    assert FeatureExtractors(run, SPEC, data, workers).kept.keys() == {"search", "second"}
+    extractors.begin_all()
+    assert extractors.keep_done() == ["search", "second", "guide"]
+    kinds = {name: info.kind for name, info in run.summary().extractors.items()}
+    assert kinds == {"search": "untrained", "second": "wavelets", "guide": "rotations"}
+    assert FeatureExtractors(run, SPEC, data, workers).kept.keys() == kinds.keys()
 
 
 def test_a_users_program_travels_to_the_workers_which_need_not_have_its_file(workspace, ray_cluster, tmp_path):

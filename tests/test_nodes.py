@@ -341,7 +341,7 @@ def test_on_the_head_runs_nothing_but_the_job_and_what_hands_out_its_files(submi
         if record["node_id"] and record["type"] != "DRIVER_TASK":
             ran[record["node_id"] in heads].add(record["name"].partition(".")[0])
     assert ran[True] <= {"FileServer", "JobSupervisor"}
-    assert ran[False] >= {"TrialTrainable", "_work"}
+    assert ran[False] >= {"ResourceTrainable", "_work"}  # as Tune calls a trainable with resources
 
 
 def test_workers_saw_neither_the_run_directory_nor_the_data(submitted, nodes):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tuner.scoring import MOST_FEATURES, Measured, compared, scores_of, search_fitter, search_scorer
-from tuner.vae.extractor import FeatureExtractor
+from tuner.vae.extractor import FeatureExtractor, draw_untrained
 from tuner.vae.fitted import FittedModel
 from tuner.vae.metrics import METRICS
 from tuner.vae.prior import standard_normal
@@ -48,6 +48,8 @@ def test_what_is_exported_is_guided_by_the_extractor_that_scores_nothing_any_mor
     assert alike(bench.fitter.guide, bench.extractors["second"])
     assert not alike(bench.fitter.guide, bench.extractors["search"])
     assert search_fitter(bench.spec, bench.data).guide is None
+    own = draw_untrained(bench.data.shape, seed=0)
+    assert alike(replace(bench, extractors=bench.extractors | {"guide": own}).fitter.guide, own)
 
 
 def test_real_training_images_are_scored_as_the_floor(bench):

@@ -154,6 +154,10 @@ def test_a_folder_in_the_place_of_a_summary_is_refused(run):
     ("info", "words"),
     [
         (EXTRACTORS["search"], "a classifier, 90.0% right"),
+        (
+            ExtractorInfo(kind="rotations", sha256="00", accuracy=0.7, floor=1),
+            "a network that tells rotations, 70.0% right",
+        ),
         (ExtractorInfo(kind="untrained", sha256="00", floor=1), "untrained networks"),
         (ExtractorInfo(kind="wavelets", sha256="00", floor=1), "wavelet packets"),
         (ExtractorInfo(kind="program", sha256="00", floor=1), "a program"),

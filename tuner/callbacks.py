@@ -96,7 +96,7 @@ class KeepExtractors(SearchCallback):
     @fatal
     def on_trial_start(self, trial: Any, **info: Any) -> None:
         if 4 * (trial.config["trial"] + 1) >= 3 * self.spec.budget.trials:
-            self.extractors.begin("second")  # begun with the last trial, the promotion would wait for it
+            self.extractors.begin_all()  # begun with the last trial, the promotion would wait for them
 
     @fatal
     def on_step_end(self, **info: Any) -> None:

@@ -7,7 +7,7 @@ from tuner.run import RunFiles, write_atomic
 from tuner.scoring import Bench, Pending, Workers, search_scorer
 from tuner.spec import Spec
 from tuner.summary import ExtractorInfo
-from tuner.vae.data import Data, as_floats
+from tuner.vae.data import Data
 from tuner.vae.extractor import (
     Classifier,
     FeatureExtractor,
@@ -17,10 +17,12 @@ from tuner.vae.extractor import (
     load_extractor,
     to_bytes,
     train_classifier,
+    train_rotations,
 )
 from tuner.vae.seeds import Stream, derive_seed
 
 EXTRACTORS = ("search", "second")  # the search never sees the second, which sees what the first can't
+GUIDE = "guide"  # guides matched mixtures where the second, which needs no labels, sees too little
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,15 @@ class Made:
     extractor: FeatureExtractor
     accuracy: float | None
     floor: float
+
+
+def names(data: Data) -> tuple[str, ...]:
+    """Of the extractors that a run needs."""
+    return EXTRACTORS if has_classes(data) else (*EXTRACTORS, GUIDE)
+
+
+def has_classes(data: Data) -> bool:
+    return (data.classes or 0) > 1
 
 
 class FeatureExtractors:
@@ -44,6 +55,10 @@ class FeatureExtractors:
         self.kept = load_extractors(run)
         self.begun: dict[str, Pending[Made]] = {}
         self.begin("search")
+
+    def begin_all(self) -> None:
+        for name in names(self.data):
+            self.begin(name)
 
     def begin(self, name: str) -> None:
         """Have an extractor made, unless that was begun before."""
@@ -86,20 +101,23 @@ def make_extractor(name: str, seed: int, data: Data) -> FeatureExtractor:
     """One of a run's extractors: the same `seed`, the spec's, and data give the same one.
 
     Where there are labels, two classifiers; else untrained networks, which rank models nearly as those do, and for the
-    second another family: wavelet packets.
+    second another family: wavelet packets. As guides either is little better than none: that is a network that was
+    trained to tell rotations.
     """
-    seed = derive_seed(seed, Stream.EXTRACTOR, EXTRACTORS.index(name))
-    if (data.classes or 0) > 1:
+    seed = derive_seed(seed, Stream.EXTRACTOR, (*EXTRACTORS, GUIDE).index(name))
+    if has_classes(data):
         return train_classifier(data, seed, deep=name == "second")
+    if name == GUIDE:
+        return train_rotations(data, seed)
     return WaveletPackets(data.shape) if name == "second" else draw_untrained(data.shape, seed)
 
 
 def make(bench: Bench, name: str, program: Program | None = None) -> Made:
     """One of a run's extractors, described; the user's own program where there is one."""
-    extractor, held_out = program or make_extractor(name, bench.spec.seed, bench.data), bench.data.validation
+    extractor = program or make_extractor(name, bench.spec.seed, bench.data)
     scorer, accuracy = search_scorer(bench.spec, bench.data, extractor), None
-    if isinstance(scorer.extractor, Classifier) and held_out.labels is not None:
-        accuracy = scorer.extractor.accuracy(as_floats(held_out.images), held_out.labels)
+    if isinstance(scorer.extractor, Classifier):
+        accuracy = scorer.extractor.accuracy(bench.data.validation)
     return Made(extractor, accuracy, scorer.floor)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from tuner.extractors import EXTRACTORS
 from tuner.scoring import Bench, compared
 from tuner.spec import Spec
 from tuner.study import ranked
@@ -30,11 +31,9 @@ def promote(workspace: Workspace, rows: Sequence[Mapping[str, Any]], show: Calla
     chosen = contenders(rows, spec)
     models = [workspace.checkpoints.best(run.checkpoint(row["trial"])) for row in chosen]
     scored = (None, workspace.checkpoints.baseline(), *models)
-    units = [(fitted, name) for name in workspace.extractors for fitted in scored]
+    units = [(fitted, name) for name in EXTRACTORS for fitted in scored]
     measures = workspace.workers().map(Bench.score, units, show)
-    by_extractor = {
-        name: measures[part * len(scored) :][: len(scored)] for part, name in enumerate(workspace.extractors)
-    }
+    by_extractor = {name: measures[part * len(scored) :][: len(scored)] for part, name in enumerate(EXTRACTORS)}
     real, classic, *_ = by_extractor["search"]
     entries: list[tuple[Promoted, Best, Compared]] = []
     for number, (row, fitted) in enumerate(zip(chosen, models, strict=True), 2):

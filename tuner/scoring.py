@@ -65,8 +65,8 @@ class Bench:
 
     @cached_property
     def fitter(self) -> Fitter:
-        """Guided by the second extractor, which after the promotion scores nothing any more."""
-        guide = self.extractors["second"]
+        """Guided by an extractor that scores nothing any more: one for this alone, or the promotion's second."""
+        guide = self.extractors.get("guide", self.extractors["second"])
         return Fitter(self.data.train, seed=self._seed, count=PRIOR_IMAGES, samples=SAMPLES, guide=guide)
 
     def score(self, fitted: FittedModel | None, extractor: str = "search") -> Measured:

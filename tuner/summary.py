@@ -19,7 +19,7 @@ class ExtractorInfo(_Part):
     """A frozen feature extractor: its kind, its file's hash, how often a classifier is right on validation, and the
     Frechet distance of real training images in it, scored as trials are."""
 
-    kind: Literal["classifier", "untrained", "wavelets", "program"]
+    kind: Literal["classifier", "rotations", "untrained", "wavelets", "program"]
     sha256: str
     accuracy: float | None = None
     floor: float
@@ -28,7 +28,8 @@ class ExtractorInfo(_Part):
     def words(self) -> str:
         """What it is: for people."""
         if self.accuracy is not None:
-            return f"a classifier, {self.accuracy:.1%} right"
+            told = "classifier" if self.kind == "classifier" else "network that tells rotations"
+            return f"a {told}, {self.accuracy:.1%} right"
         return {"untrained": "untrained networks", "wavelets": "wavelet packets"}.get(self.kind, f"a {self.kind}")
 
 

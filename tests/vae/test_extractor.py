@@ -15,6 +15,7 @@ from tuner.vae.extractor import (
     FeatureExtractor,
     HaarPackets,
     Program,
+    Rotations,
     WaveletPackets,
     draw_untrained,
     from_bytes,
@@ -22,6 +23,7 @@ from tuner.vae.extractor import (
     load_extractor,
     to_bytes,
     train_classifier,
+    train_rotations,
 )
 from tuner.vae.shape import ImageShape
 
@@ -35,15 +37,15 @@ def few(digits: Data) -> Data:
 
 
 def test_it_reads_more_than_95_percent_of_held_out_digits(extractor, digits):
-    assert extractor.accuracy(as_floats(digits.validation.images), digits.validation.labels) > 0.95
+    assert extractor.accuracy(digits.validation) > 0.95
 
 
 def test_accuracy_is_the_share_of_right_classes(extractor, digits):
-    images = as_floats(digits.validation.images[:40])
-    answers = extractor.classes(extractor.features(images)).argmax(1)
-    assert extractor.accuracy(images, answers) == 1
+    images = digits.validation.images[:40]
+    answers = extractor.classes(extractor.features(as_floats(images))).argmax(1)
+    assert extractor.accuracy(Split(images, answers)) == 1
     answers[:10] = (answers[:10] + 1) % 10
-    assert extractor.accuracy(images, answers) == 0.75
+    assert extractor.accuracy(Split(images, answers)) == 0.75
 
 
 def test_features_are_the_64_rectified_units_before_the_classes(extractor, digits):
@@ -128,15 +130,35 @@ def striped(shape: ImageShape, count: int, classes: int, seed: int) -> Split:
 def test_seven_classes_in_colour_are_told_apart(shape, count):
     data = Data(striped(shape, count, 7, seed=0), striped(shape, 100, 7, seed=1))
     extractor = train_classifier(data, seed=0, width=4)
-    assert extractor.accuracy(as_floats(data.validation.images), data.validation.labels) > 0.9
+    assert extractor.accuracy(data.validation) > 0.9
+
+
+@pytest.mark.parametrize(("shape", "turns"), [(ImageShape(3, 20, 20), range(4)), (ImageShape(1, 20, 36), (0, 2))])
+def test_rotations_are_told_by_the_turns_that_keep_the_shape(shape, turns):
+    images = torch.randint(256, (10, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    index = torch.tensor([3, 9, 1, 4, 0, 7])
+    rotated, labels = Rotations(shape, 2).lesson(Split(images), index)
+    assert labels.tolist() == sorted(labels.tolist())
+    assert labels.unique().tolist() == list(range(len(turns)))
+    for image, label, number in zip(rotated, labels, index, strict=True):
+        assert torch.equal(image, as_floats(images[number]).rot90(list(turns)[label], (1, 2)))
+
+
+def test_rotations_of_digits_are_learned_without_their_labels(digits):
+    data = Data(Split(digits.train.images), Split(digits.validation.images))
+    extractor = train_rotations(data, seed=0)
+    assert extractor.accuracy(data.validation) > 0.9
+    again = train_rotations(data, seed=0)
+    assert all(torch.equal(*pair) for pair in zip(extractor.parameters(), again.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kind", ["shallow", "deep", "untrained", "wavelets"])
+@pytest.mark.parametrize("kind", ["shallow", "deep", "rotations", "untrained", "wavelets"])
 def test_a_file_brings_the_extractor_back(tmp_path, shape, kind):
     made: FeatureExtractor = {
         "shallow": lambda: frozen(Classifier(shape, 7, 3)),
         "deep": lambda: frozen(Classifier(shape, 7, 2, deep=True)),
+        "rotations": lambda: frozen(Rotations(shape, 2)),
         "untrained": lambda: draw_untrained(shape, seed=1),
         "wavelets": lambda: WaveletPackets(shape),
     }[kind]()

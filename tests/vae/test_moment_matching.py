@@ -115,3 +115,15 @@ def test_a_latent_that_all_codes_share_is_no_obstacle(model):
     fitted = fit_mixture(codes, components=2, seed=0)
     matched = match(fitted, _draw(model), _draw(model)(codes).detach(), [model.features], 50, seed=3)
     assert torch.isfinite(matched.sample(100, torch.Generator().manual_seed(7))).all()
+
+
+def test_an_observer_that_sees_nothing_changes_nothing(model, images, mixture):
+    displaced = replace(mixture, means=mixture.means + 0.1)
+    blind = nn.Sequential(nn.Flatten(), Scale(0))
+    one, two = (
+        match(displaced, _draw(model), images, seen, 250, seed=3)
+        for seen in ([model.features], [model.features, blind])
+    )
+    assert torch.equal(one.means, two.means)
+    assert torch.equal(one.covariances, two.covariances)
+    assert not torch.equal(one.means, displaced.means)

@@ -1,8 +1,8 @@
 """Feature extractors: frozen networks whose outputs are the space in which images are compared.
 
-Which one serves depends on what there is: a classifier where images have labels; else untrained networks and wavelet
-packets, which need none; or a program of the user's own. Axes: B images, D features, G groups of features, each of
-which is compared by itself.
+Which ones serve depends on what there is: classifiers where images have labels; else untrained networks, wavelet
+packets and a network that tells rotations, which need none; or a program of the user's own. Axes: B images,
+D features, G groups of features, each of which is compared by itself.
 """
 
 import copy
@@ -68,10 +68,38 @@ class Classifier(FeatureExtractor):
         self.trunk = nn.Sequential(*layers, nn.Flatten(), nn.Linear(flat, FEATURES), nn.ReLU())
         self.classes = nn.Linear(FEATURES, classes)
 
+    def lesson(self, split: Split, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the split's images to learn from, those at index (B,): in [0, 1], and their classes (B,)."""
+        assert split.labels is not None
+        return as_floats(split.images[index]), split.labels[index]
+
     @torch.no_grad()
-    def accuracy(self, images: Tensor, labels: Tensor) -> float:
-        """Share of images (B, C, H, W) whose class is right."""
+    def accuracy(self, split: Split) -> float:
+        """Share of a split's images whose class is right."""
+        images, labels = self.lesson(split, torch.arange(len(split), device=split.images.device))
         return float((self.classes(self.features(images)).argmax(1) == labels).double().mean())
+
+
+class Rotations(Classifier):
+    """Tells by which quarter turns an image was rotated; it need not be square, then by which half turns.
+
+    What tells up from down is in the things that images show, so the features see these, without labels.
+    Gidaris, Singh & Komodakis 2018.
+    """
+
+    kind = "rotations"
+
+    def __init__(self, shape: ImageShape, width: int = 16):
+        self.turns = range(0, 4, 1 if shape.height == shape.width else 2)
+        super().__init__(shape, len(self.turns), width, deep=True)
+        self.options = {"width": width}
+
+    def lesson(self, split: Split, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Equal parts of the images are rotated by each of the turns, which are the labels."""
+        parts = as_floats(split.images[index]).tensor_split(len(self.turns))
+        rotated = [part.rot90(turn, (2, 3)) for turn, part in zip(self.turns, parts, strict=True)]
+        labels = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(part) for part in parts]))
+        return torch.cat(rotated), labels.to(index.device)
 
 
 class UntrainedNetworks(FeatureExtractor):
@@ -194,8 +222,9 @@ def _untrained(shape: ImageShape, width: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(flat, FEATURES))
 
 
-KINDS: dict[str, type[Any]] = {made.kind: made for made in (Classifier, UntrainedNetworks, WaveletPackets)}
+KINDS: dict[str, type[Any]] = {made.kind: made for made in (Classifier, Rotations, UntrainedNetworks, WaveletPackets)}
 Extractor = TypeVar("Extractor", bound=FeatureExtractor)
+Trained = TypeVar("Trained", bound=Classifier)
 
 
 def frozen(extractor: Extractor) -> Extractor:
@@ -210,21 +239,27 @@ def train_classifier(data: Data, seed: int, width: int = 16, deep: bool = False)
         return fit(Classifier(data.shape, data.classes, width, deep), data.train)
 
 
-def fit(extractor: Classifier, train: Split) -> Classifier:
-    """Train and freeze in place, where the images are: Adam 4e-3 with cosine decay, no augmentation."""
-    assert train.labels is not None
+def train_rotations(data: Data, seed: int) -> Rotations:
+    """Train and freeze a network on images without labels: the same `seed` gives the same one on the same device."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return fit(Rotations(data.shape), data.train, rate=1e-3)  # at 4e-3 all of its units may die
+
+
+def fit(extractor: Trained, train: Split, rate: float = 4e-3) -> Trained:
+    """Train and freeze a classifier in place, where the images are: Adam with cosine decay, no augmentation."""
     extractor.to(train.images.device)
     steps = min(MOST_STEPS, MOST_EPOCHS * len(train) // BATCH)
-    optimizer = torch.optim.Adam(extractor.parameters(), lr=4e-3, fused=True)
+    optimizer = torch.optim.Adam(extractor.parameters(), lr=rate, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     order = torch.empty(0, dtype=torch.long)
     for _ in range(steps):
         if len(order) < BATCH:
             order = torch.cat([order, torch.randperm(len(train))])
         index, order = order[:BATCH].to(train.images.device), order[BATCH:]
-        logits = extractor.classes(extractor.trunk(as_floats(train.images[index])))
+        images, labels = extractor.lesson(train, index)
         optimizer.zero_grad(set_to_none=True)
-        F.cross_entropy(logits, train.labels[index]).backward()
+        F.cross_entropy(extractor.classes(extractor.trunk(images)), labels).backward()
         optimizer.step()
         schedule.step()
     return frozen(extractor.cpu())

@@ -50,7 +50,7 @@ def match(
         drawn = means[component] + (factors[component] @ noise.to(shifts.device).unsqueeze(2)).squeeze(2)
         seen = _seen(map(draw, drawn.split(BATCH)), observers)
         distances = torch.stack([frechet_distance(goal, now) for goal, now in zip(goals, seen, strict=True)])
-        units = distances.detach() if units is None else units
+        units = distances.detach().clamp(min=torch.finfo(distances.dtype).tiny) if units is None else units
         shifts.grad, bends.grad = torch.autograd.grad((distances / units).sum(), [shifts, bends])  # and no network's
         optimizer.step()
         schedule.step()
