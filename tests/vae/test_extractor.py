@@ -18,6 +18,7 @@ from tuner.vae.extractor import (
     Rotations,
     WaveletPackets,
     draw_untrained,
+    fit,
     from_bytes,
     frozen,
     load_extractor,
@@ -131,6 +132,13 @@ def test_seven_classes_in_colour_are_told_apart(shape, count):
     data = Data(striped(shape, count, 7, seed=0), striped(shape, 100, 7, seed=1))
     extractor = train_classifier(data, seed=0, width=4)
     assert extractor.accuracy(data.validation) > 0.9
+
+
+def test_units_that_die_at_a_high_rate_are_trained_anew_at_a_lower_one():
+    data = Data(striped(ImageShape(3, 32, 32), 210, 7, seed=0), striped(ImageShape(3, 32, 32), 100, 7, seed=1))
+    torch.manual_seed(0)
+    extractor = fit(Classifier(data.shape, 7, 4), data.train, rate=0.3)
+    assert extractor.accuracy(data.validation) > 0.8
 
 
 @pytest.mark.parametrize(("shape", "turns"), [(ImageShape(3, 20, 20), range(4)), (ImageShape(1, 20, 36), (0, 2))])

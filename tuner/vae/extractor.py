@@ -243,12 +243,24 @@ def train_rotations(data: Data, seed: int) -> Rotations:
     """Train and freeze a network on images without labels: the same `seed` gives the same one on the same device."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return fit(Rotations(data.shape), data.train, rate=1e-3)  # at 4e-3 all of its units may die
+        return fit(Rotations(data.shape), data.train, rate=1e-3)
 
 
 def fit(extractor: Trained, train: Split, rate: float = 4e-3) -> Trained:
-    """Train and freeze a classifier in place, where the images are: Adam with cosine decay, no augmentation."""
+    """Train and freeze a classifier in place, where the images are; at a quarter of the rate where its units die, and
+    all images look alike to it."""
     extractor.to(train.images.device)
+    start = copy.deepcopy(extractor.state_dict())
+    for slower in range(4):
+        extractor.load_state_dict(start)
+        _descend(extractor, train, rate / 4**slower)
+        if bool(extractor.features(as_floats(train.images[:BATCH])).var(0).any()):
+            break
+    return frozen(extractor.cpu())
+
+
+def _descend(extractor: Classifier, train: Split, rate: float) -> None:
+    """Adam with cosine decay, no augmentation."""
     steps = min(MOST_STEPS, MOST_EPOCHS * len(train) // BATCH)
     optimizer = torch.optim.Adam(extractor.parameters(), lr=rate, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -262,7 +274,6 @@ def fit(extractor: Trained, train: Split, rate: float = 4e-3) -> Trained:
         F.cross_entropy(extractor.classes(extractor.trunk(images)), labels).backward()
         optimizer.step()
         schedule.step()
-    return frozen(extractor.cpu())
 
 
 def draw_untrained(shape: ImageShape, seed: int) -> UntrainedNetworks:
