@@ -52,11 +52,16 @@ def told(number: int) -> dict[str, Any]:
 
 def end(study: Study, number: int, distance: float, state: TrialState = TrialState.PRUNED, reason: str = "") -> None:
     """Score a trial and end it, as the searcher does before the callbacks hear of it."""
-    scores = {"epoch": 1.0, "seconds_train": 1.0, "seconds_score": 1.0, "frechet_distance": distance}
+    score(study, number, distance)
     trial = study.trial(number)
-    trial.set_user_attr("evaluation:1", scores | {"frechet_distance_standard_normal": distance})
     trial.set_user_attr("reason", reason)
     study.tell(trial, distance if state == TrialState.COMPLETE else None, state)
+
+
+def score(study: Study, number: int, distance: float) -> None:
+    """Write an evaluation, as the searcher does before the callbacks hear of it."""
+    scores = {"epoch": 1.0, "seconds_train": 1.0, "seconds_score": 1.0, "frechet_distance": distance}
+    study.trial(number).set_user_attr("evaluation:1", scores | {"frechet_distance_standard_normal": distance})
 
 
 def test_the_table_is_written_at_once_and_with_each_start_and_end(run, study):
@@ -197,6 +202,8 @@ def test_finalists_are_shown_by_how_far_they_have_come_and_keep_their_checkpoint
         shown = ShowTrials(spec, table, board, progress)
         for number in range(2):
             shown.on_trial_start(**told(number))
+        score(study, 0, 6.0)
+        assert shown.line() == "finalist 0: epoch 1 of 50, best frechet_distance 6 | finalist 1: epoch 0 of 50"
         end(study, 0, 5.0, TrialState.COMPLETE)
         end(study, 1, 1.0, TrialState.FAIL, "diverged: by plan")
         table.write()

@@ -142,5 +142,5 @@ class ShowTrials(SearchCallback):
 
     def line(self) -> str:
         if not self.searches:
-            return finalists_line(self.table.rows, self.spec)
+            return finalists_line(table(self.table.study, self.spec), self.spec)  # few, and none leaves for long
         return search_line(self.table.rows, self.spec, self.progress.seconds, self.before)
