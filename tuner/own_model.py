@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tuner.run import Refused, one_line
 from tuner.spec import OwnModelSpec, Spec
 from tuner.vae.checkpoint import Checkpoint
+from tuner.vae.errors import Refused, one_line
 from tuner.vae.metrics import METRICS
 from tuner.vae.model import Builder, OwnModel, features
 from tuner.vae.parameters import Parameters
@@ -115,4 +115,4 @@ def told(error: BaseException) -> str:
         error = error.__cause__
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(NOT_THEIRS)]
     where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno}: {frames[-1].line})" if frames else ""
-    return f"{type(error).__name__}: {one_line(error)[:300]}{where}"
+    return f"{type(error).__name__}: {one_line(error)}{where}"

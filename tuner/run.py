@@ -14,6 +14,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from tuner.summary import Summary
+from tuner.vae.errors import Refused as Refused  # re-exported: of errors most rooms need no more
+from tuner.vae.errors import refusing
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -33,11 +35,6 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     sync_directory(path.parent)
 
 
-def one_line(error: BaseException) -> str:
-    """What an error says, without line breaks."""
-    return " ".join(str(error).split())
-
-
 def sync_directory(path: Path) -> None:
     """Make a rename inside `path` outlive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -45,10 +42,6 @@ def sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-class Refused(ValueError):
-    """Bad input or a damaged file; the text is one line that names it. Commands end with status 2."""
 
 
 class RunFiles:
@@ -97,11 +90,9 @@ class RunFiles:
         The kernel holds the lock and lets go of it however the process ends. What a killed process left half
         written is removed.
         """
-        try:
+        with refusing(self.path, OSError):
             self.path.mkdir(parents=True, exist_ok=True)
             file = self.lock.open("a")
-        except OSError as error:
-            raise Refused(f"{self.path}: {error.strerror}") from error
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -136,17 +127,17 @@ class RunFiles:
 
         Raises Refused where the file is damaged.
         """
-        try:
-            return Summary.model_validate_json(self.summary_file.read_text())
-        except FileNotFoundError:
+        if not self.summary_file.exists():
             return Summary()
+        named = self.name_of(self.summary_file)
+        with refusing(f"{named}: not readable", OSError, UnicodeDecodeError):
+            text = self.summary_file.read_text()
+        try:
+            return Summary.model_validate_json(text)
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            at = f" at {where}" if where else ""
-            raise Refused(f"{self.name_of(self.summary_file)}: damaged{at}: {first['msg']}") from error
-        except (OSError, ValueError) as error:
-            raise Refused(f"{self.name_of(self.summary_file)}: not readable: {one_line(error)}") from error
+            at = " at " + ".".join(map(str, first["loc"])) if first["loc"] else ""
+            raise Refused(f"{named}: damaged{at}: {first['msg']}") from error
 
     def update_summary(self, **parts: Any) -> Summary:
         """Lay `parts` over the summary; a mapping is merged into the mapping that is there."""

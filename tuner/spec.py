@@ -23,6 +23,7 @@ from pydantic import (
 from tuner import yaml_text
 from tuner.data_spec import DataSpec, DigitsSpec, Frozen, Whole
 from tuner.space import Entry, FloatRange, Real, Value
+from tuner.vae.errors import Refused, refusing
 from tuner.vae.metrics import METRICS
 from tuner.vae.parameters import CLASSIC, OPTION, Parameters
 
@@ -179,10 +180,8 @@ class Spec(Frozen):
         path = value.get("features") if isinstance(value, dict) else None
         if not isinstance(path, str) or value.get("features_sha256"):
             return value
-        try:
+        with refusing(f"features: {path}", OSError, ValueError):
             content = Path(path).read_bytes()
-        except (OSError, ValueError) as error:
-            raise ValueError(f"features: {path}: {getattr(error, 'strerror', None) or error}") from error
         return value | {"features_sha256": hashlib.sha256(content).hexdigest()}
 
     @model_validator(mode="before")
@@ -323,15 +322,10 @@ def load(path: Path, overrides: list[tuple[str, Any]] | None = None) -> Spec:
     Raises ValueError, one line naming file, key and value, on anything that is wrong.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror or error}") from error
+        with refusing(path, OSError, Refused):
+            raw = yaml_text.parse(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a text file") from error
-    try:
-        raw = yaml_text.parse(text)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise Refused(f"{path}: not a text file") from error
     if not isinstance(raw, dict):
         raise ValueError(f"{path}: expected a mapping with space, budget, ..., found {type(raw).__name__}")
     for key, value in overrides or []:

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tuner.exits import CutOff
-from tuner.run import Refused, RunFiles, one_line
+from tuner.run import Refused, RunFiles
+from tuner.vae.errors import one_line, refusing
 
 PUSH_SECONDS = 5  # between two looks at what has changed
 
@@ -60,32 +61,24 @@ class Mirror:
 
         self.url = url
         self.run = RunFiles(local)
-        try:
+        with refusing(url, ValueError, OSError):
             self.storage, self.root = FileSystem.from_uri(url)
-        except (ValueError, OSError) as error:
-            raise Refused(f"{url}: {one_line(error)}") from error
         self.known: dict[Path, tuple[int, int]] = {}
 
     def pull(self) -> None:
         """Fetch what is there. Raises Refused where the storage does not answer, or holds something else."""
-        from pyarrow.fs import FileSelector, FileType
+        from pyarrow.fs import FileSelector, copy_files
 
         self.run.path.mkdir(parents=True)
-        try:
+        with refusing(self.url, OSError):
             files = self.storage.get_file_info(FileSelector(self.root, recursive=True, allow_not_found=True))
             if files and self._remote(self.run.spec) not in {found.path for found in files}:
                 raise Refused(f"{self.url}: exists and is not a run directory")
-            if not files:
+            if files:
+                copy_files(self.root, str(self.run.path), source_filesystem=self.storage)
+            else:
                 self.storage.create_dir(self.root, recursive=True)  # where nothing can be written, say so now
-            for found in files:
-                if found.type == FileType.File:
-                    path = self.run.path / Path(found.path).relative_to(self.root)
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    with self.storage.open_input_stream(found.path) as source, path.open("wb") as file:
-                        shutil.copyfileobj(source, file)
-                    self.known[path] = _signature(path)
-        except OSError as error:
-            raise Refused(f"{self.url}: {one_line(error)}") from error
+        self.known = {path: _signature(path) for path in self.run.path.rglob("*") if path.is_file()}
 
     def follow(self, done: threading.Event) -> None:
         """Push now and then until `done`; a push that fails is tried again."""

@@ -16,9 +16,9 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from tuner.run import Refused, one_line
 from tuner.space import Choices, IntRange
 from tuner.spec import Objective, Spec
+from tuner.vae.errors import Refused, one_line, refusing
 from tuner.vae.metrics import METRICS, gap_closed
 from tuner.vae.parameters import Parameters
 
@@ -113,10 +113,8 @@ def _load(journal: Path, spec: Spec | None, name: str) -> Study | None:
         if isinstance(error, OSError) and not isinstance(error, IsADirectoryError):
             raise
         raise Refused(f"{journal}: not readable as an Optuna journal: {one_line(error)}") from error
-    try:
+    with refusing(f"{journal}: not the journal of a search", KeyError, TypeError, ValueError, OverflowError):
         _check(study)
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise Refused(f"{journal}: not the journal of a search: {one_line(error)}") from error
     return study
 
 

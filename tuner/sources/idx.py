@@ -13,6 +13,7 @@ from tuner.data_spec import IdxSpec
 from tuner.sources.splits import Splits, hold_out
 from tuner.sources.torchvision import first_line, torchvision_datasets
 from tuner.vae.data import Split
+from tuner.vae.errors import refusing
 
 IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 IDX_SETS = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}  # torchvision's classes, and folders
@@ -57,13 +58,11 @@ def _read_idx(path: Path) -> Tensor:
     Raises ValueError unless it is what its name and header say (LeCun).
     """
     axes = 3 if "idx3" in path.name else 1
-    try:
-        if not path.exists():
-            path = path.with_name(f"{path.name}.gz")
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            content = np.frombuffer(bytearray(file.read()), np.uint8)
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+    if not path.exists():
+        path = path.with_name(f"{path.name}.gz")
+    with refusing(path, OSError, EOFError, zlib.error):
+        packed = path.read_bytes()
+        content = np.frombuffer(bytearray(gzip.decompress(packed) if path.suffix == ".gz" else packed), np.uint8)
     head = 4 + 4 * axes
     sizes = content[4:head].view(">u4").tolist() if len(content) >= head else []
     if content[:4].tolist() != [0, 0, 8, axes] or (axes == 3 and sizes[1:] != [28, 28]):

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.export.passes import move_to_device_pass
 
 from tuner.vae.data import Data, Split, as_floats
+from tuner.vae.errors import refusing
 from tuner.vae.model import MOST_CHANNELS, channels_of
 from tuner.vae.process import CPU
 from tuner.vae.shape import ImageShape
@@ -111,11 +112,9 @@ class Program(FeatureExtractor):
         super().__init__()
         self.content = content
         logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # it prints a traceback before it raises
-        try:
+        with refusing("no program of torch.export"):  # whatever its parts raise
             program = torch.export.load(io.BytesIO(content))
             self.trunk = (move_to_device_pass(program, device) if device != CPU else program).module()
-        except Exception as error:  # whatever its parts raise
-            raise ValueError(f"no program of torch.export: {_one_line(error)}") from error
 
     def on(self, device: torch.device) -> "Program":
         return Program(self.content, device)  # its operators name devices, too
@@ -126,11 +125,8 @@ class Program(FeatureExtractor):
     def require_fit(self, images: Tensor) -> None:
         """Raises ValueError unless such images (N, C, H, W), in batches of any size, give features to compare."""
         for batch in (images[:1], images[:2], images):
-            try:
+            with refusing(f"takes no images {'x'.join(map(str, batch.shape))}"):
                 found = self.trunk(batch)
-            except Exception as error:  # whatever its own operators and guards raise
-                shape = "x".join(map(str, batch.shape))
-                raise ValueError(f"takes no images {shape}: {_one_line(error)}") from error
             if not (isinstance(found, Tensor) and found.is_floating_point() and found.dim() == 2 and found.numel()):
                 shown = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
                 raise ValueError(f"gives {shown} for {len(batch)} images; expected floats (images, features)")
@@ -258,19 +254,11 @@ def from_bytes(content: bytes) -> FeatureExtractor:
     return frozen(made)
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
-
-
 def load_extractor(path: Path, sha256: str) -> FeatureExtractor:
     """Read an extractor back. Raises ValueError when the file is not the one that was frozen."""
-    try:
+    with refusing(path, OSError):
         content = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from error
     if hashlib.sha256(content).hexdigest() != sha256:
         raise ValueError(f"{path}: not the extractor this run was scored with (its SHA-256 differs)")
-    try:
+    with refusing(f"{path}: not readable as an extractor", *UNREADABLE):
         return from_bytes(content)
-    except UNREADABLE as error:
-        raise ValueError(f"{path}: not readable as an extractor: {_one_line(error)}") from error
