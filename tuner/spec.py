@@ -4,6 +4,7 @@ A spec is checked once, here; inside the package it is trusted. Whatever is wron
 one-line text names the file, the key and the value.
 """
 
+import argparse
 import hashlib
 import json
 import math
@@ -13,12 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BeforeValidator,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from tuner import yaml_text
 from tuner.data_spec import DataSpec, DigitsSpec, Frozen, Whole
@@ -66,10 +62,6 @@ class Objective(Frozen):
 
 
 DRAWN_BEST = Objective.model_validate("frechet_distance")
-
-
-def _as_list(value: Any) -> Any:
-    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 class Budget(Frozen):
@@ -154,9 +146,11 @@ class Spec(Frozen):
     """parameters that all trials share; what is neither searched nor fixed has its default"""
     points_to_evaluate: tuple[dict[str, Value], ...] = ()
     """points of the space to run first, in this order; what a point leaves out is proposed"""
-    objective: Annotated[tuple[Objective, ...], BeforeValidator(_as_list), Field(min_length=1)] = (
-        Objective(metric="frechet_distance", direction="minimize"),
-    )
+    objective: Annotated[
+        tuple[Objective, ...],
+        BeforeValidator(lambda value: value if isinstance(value, (list, tuple)) else [value]),
+        Field(min_length=1),
+    ] = (DRAWN_BEST,)
     """one metric, or a list; of several the front is searched, and no trial is stopped early"""
     budget: Budget = Field(Budget(), description="how much is searched, and when weak trials are stopped")
     retrain: RetrainSpec = Field(RetrainSpec(), description="how the best of the promotion are trained on")
@@ -349,12 +343,10 @@ def schema() -> str:
     for part in ("space", "fixed"):
         node = document["properties"][part]
         value_schema = node.pop("additionalProperties")
-        node["properties"] = {
-            name: (value_schema if part == "space" else {}) | {"description": field["description"]}
-            if part == "space"
-            else {key: entry for key, entry in field.items() if key != "title"}
-            for name, field in known.items()
-        }
+        for field in known.values():
+            field.pop("title", None)
+        described = {name: value_schema | {"description": field["description"]} for name, field in known.items()}
+        node["properties"] = described if part == "space" else known
         node["patternProperties"] = {f"^{re.escape(OPTION)}": value_schema if part == "space" else {}}
         node["additionalProperties"] = False
     return json.dumps(document, indent=2) + "\n"
@@ -401,13 +393,9 @@ def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
 
 def main() -> int:
     """`python -m tuner.spec --schema` prints the JSON schema; with files, checks them."""
-    import argparse
-
     parser = argparse.ArgumentParser(prog="python -m tuner.spec", description="Check spec files or print their schema.")
     parser.add_argument("spec", nargs="*", type=Path, help="spec files to check")
-    parser.add_argument(
-        "--schema", action="store_true", help="print the JSON schema that editors complete the YAML with"
-    )
+    parser.add_argument("--schema", action="store_true", help="print the schema that editors complete the YAML with")
     arguments = parser.parse_args()
     if arguments.schema:
         print(schema(), end="")
