@@ -36,7 +36,7 @@ STATES = {
 
 
 class RunLock:
-    """For a journal that only the process writes which holds the run's own lock."""
+    """For a journal that only the process writes which holds the run's own lock. Ray pickles it with the rule."""
 
     def acquire(self) -> bool:
         return True

@@ -52,22 +52,17 @@ class Progress:
     """One line that says how a stage stands: redrawn on a terminal, printed now and then in a log."""
 
     def __init__(self, title: str):
-        self.title = title
-        self.console = console()
-        self.started = time.monotonic()
-        self.live = (
-            Live(console=self.console, refresh_per_second=4, transient=True) if self.console.is_terminal else None
-        )
-        self.printed = -float("inf")
+        self.title, self.console = title, console()
+        self.started, self.printed = time.monotonic(), -math.inf
+        self.live = Live(console=self.console, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> "Progress":
-        if self.live:
+        if self.console.is_terminal:
             self.live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.live:
-            self.live.stop()
+        self.live.stop()
 
     @property
     def seconds(self) -> float:
@@ -76,7 +71,7 @@ class Progress:
     def show(self, text: str) -> None:
         """Put `text` behind the stage's title and time."""
         line = self._line(text)
-        if self.live:
+        if self.console.is_terminal:
             self.live.update(line)
         elif time.monotonic() - self.printed >= PLAIN_SECONDS:
             self.printed = time.monotonic()
@@ -84,8 +79,7 @@ class Progress:
 
     def done(self, text: str) -> None:
         """The stage's closing line, which stays."""
-        if self.live:
-            self.live.stop()
+        self.live.stop()
         self.console.print(self._line(text))
 
     def _line(self, text: str) -> str:

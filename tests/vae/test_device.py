@@ -24,7 +24,6 @@ from tuner.vae.extractor import (
     Program,
     WaveletPackets,
     draw_untrained,
-    frozen,
 )
 from tuner.vae.fitted import FittedModel, Fitter
 from tuner.vae.fused import Fused, FusedShape, Job
@@ -93,7 +92,7 @@ def _program() -> Program:
 
 EXTRACTORS: dict[str, Callable[[], FeatureExtractor]] = {
     "untrained": lambda: draw_untrained(SHAPE, 0),
-    "wavelets": lambda: frozen(WaveletPackets(SHAPE)),
+    "wavelets": lambda: WaveletPackets(SHAPE).eval().requires_grad_(False),
     "program": _program,
 }
 

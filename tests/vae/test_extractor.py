@@ -18,7 +18,6 @@ from tuner.vae.extractor import (
     WaveletPackets,
     draw_untrained,
     from_bytes,
-    frozen,
     load_extractor,
     to_bytes,
     train_classifier,
@@ -135,8 +134,8 @@ def test_seven_classes_in_colour_are_told_apart(shape, count):
 @pytest.mark.parametrize("kind", ["shallow", "deep", "untrained", "wavelets"])
 def test_a_file_brings_the_extractor_back(tmp_path, shape, kind):
     made: FeatureExtractor = {
-        "shallow": lambda: frozen(Classifier(shape, 7, 3)),
-        "deep": lambda: frozen(Classifier(shape, 7, 2, deep=True)),
+        "shallow": lambda: Classifier(shape, 7, 3).eval().requires_grad_(False),
+        "deep": lambda: Classifier(shape, 7, 2, deep=True).eval().requires_grad_(False),
         "untrained": lambda: draw_untrained(shape, seed=1),
         "wavelets": lambda: WaveletPackets(shape),
     }[kind]()

@@ -13,11 +13,10 @@ import logging
 import math
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.export.passes import move_to_device_pass
@@ -32,7 +31,6 @@ FEATURES = 64
 BATCH = 100
 MOST_STEPS, MOST_EPOCHS = 2_000, 50  # 4 epochs of MNIST: 98 % right
 AT_ONCE = 500 * 28 * 28  # numbers in a batch of images whose features are taken
-UNREADABLE = (SafetensorError, LookupError, AttributeError, TypeError, ValueError, ArithmeticError, RuntimeError)
 
 
 class FeatureExtractor(nn.Module):
@@ -65,8 +63,7 @@ class Classifier(FeatureExtractor):
     def __init__(self, shape: ImageShape, classes: int, width: int = 16, deep: bool = False):
         super().__init__()
         self.shape, self.options = shape, {"classes": classes, "width": width, "deep": deep}
-        layers, flat = (_pooling if deep else _striding)(shape, width)
-        self.trunk = nn.Sequential(*layers, nn.Flatten(), nn.Linear(flat, FEATURES), nn.ReLU())
+        self.trunk = nn.Sequential(*(_pooling if deep else _striding)(shape, width), nn.ReLU())
         self.classes = nn.Linear(FEATURES, classes)
 
     @torch.no_grad()
@@ -86,7 +83,7 @@ class UntrainedNetworks(FeatureExtractor):
     def __init__(self, shape: ImageShape, width: int = 16, count: int = 3):
         super().__init__()
         self.shape, self.options = shape, {"width": width, "count": count}
-        self.trunk = _Groups(_untrained(shape, width) for _ in range(count))
+        self.trunk = _Groups(nn.Sequential(*_striding(shape, width)) for _ in range(count))
 
 
 class WaveletPackets(FeatureExtractor):
@@ -166,36 +163,27 @@ class _Groups(nn.ModuleList):
         return torch.stack([network(images) for network in self], 1)
 
 
-def _striding(shape: ImageShape, width: int) -> tuple[list[nn.Module], int]:
-    """Convolutions (3x3, stride 2) down to the smallest map of the shape -> layers, and how many numbers they give."""
+def _striding(shape: ImageShape, width: int) -> list[nn.Module]:
+    """Convolutions (3x3, stride 2) down to the smallest map of the shape, and from all of it to the features."""
     channels = channels_of(shape, width)
     layers: list[nn.Module] = []
     for pair in pairwise(channels):
         layers += [nn.Conv2d(*pair, 3, stride=2, padding=1), nn.ReLU()]
-    return layers, channels[-1] * math.prod(shape.maps()[-1])
+    return [*layers, nn.Flatten(), nn.Linear(channels[-1] * math.prod(shape.maps()[-1]), FEATURES)]
 
 
-def _pooling(shape: ImageShape, width: int) -> tuple[list[nn.Module], int]:
-    """A convolution more, the first of 5x5, and the largest of every 2x2 after each -> as `_striding`."""
+def _pooling(shape: ImageShape, width: int) -> list[nn.Module]:
+    """The same with a convolution more, the first of 5x5, and the largest of every 2x2 after each."""
     channels = [*channels_of(shape, width), width * min(2 ** (len(shape.maps()) - 1), MOST_CHANNELS)]
     layers: list[nn.Module] = []
     for kernel, (inputs, outputs) in zip([5] + [3] * len(channels), pairwise(channels), strict=False):
         layers += [nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2), nn.ReLU(), nn.MaxPool2d(2)]
     halved = len(channels) - 1
-    return layers, channels[-1] * (shape.height >> halved) * (shape.width >> halved)
-
-
-def _untrained(shape: ImageShape, width: int) -> nn.Sequential:
-    layers, flat = _striding(shape, width)
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(flat, FEATURES))
+    flat = channels[-1] * (shape.height >> halved) * (shape.width >> halved)
+    return [*layers, nn.Flatten(), nn.Linear(flat, FEATURES)]
 
 
 KINDS: dict[str, type[Any]] = {made.kind: made for made in (Classifier, UntrainedNetworks, WaveletPackets)}
-Extractor = TypeVar("Extractor", bound=FeatureExtractor)
-
-
-def frozen(extractor: Extractor) -> Extractor:
-    return extractor.eval().requires_grad_(False)
 
 
 def train_classifier(data: Data, seed: int, width: int = 16, deep: bool = False) -> Classifier:
@@ -223,14 +211,14 @@ def fit(extractor: Classifier, train: Split) -> Classifier:
         F.cross_entropy(logits, train.labels[index]).backward()
         optimizer.step()
         schedule.step()
-    return frozen(extractor.cpu())
+    return extractor.cpu().eval().requires_grad_(False)
 
 
 def draw_untrained(shape: ImageShape, seed: int) -> UntrainedNetworks:
     """The same `seed` gives the same networks."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return frozen(UntrainedNetworks(shape))
+        return UntrainedNetworks(shape).eval().requires_grad_(False)
 
 
 def to_bytes(extractor: FeatureExtractor) -> bytes:
@@ -242,7 +230,7 @@ def to_bytes(extractor: FeatureExtractor) -> bytes:
 
 
 def from_bytes(content: bytes) -> FeatureExtractor:
-    """What `to_bytes` wrote. Raises one of `UNREADABLE` on anything else."""
+    """What `to_bytes` wrote. Raises whatever its readers raise on anything else."""
     if content.startswith(b"PK"):  # as every zip file does
         return Program(content)
     weights = load(content)
@@ -251,7 +239,7 @@ def from_bytes(content: bytes) -> FeatureExtractor:
     with torch.device("meta"):  # takes neither time nor random numbers
         made: FeatureExtractor = KINDS[described.pop("kind")](ImageShape(*described.pop("shape")), **described)
     made.load_state_dict(weights, assign=True)
-    return frozen(made)
+    return made.eval().requires_grad_(False)
 
 
 def load_extractor(path: Path, sha256: str) -> FeatureExtractor:
@@ -260,5 +248,5 @@ def load_extractor(path: Path, sha256: str) -> FeatureExtractor:
         content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != sha256:
         raise ValueError(f"{path}: not the extractor this run was scored with (its SHA-256 differs)")
-    with refusing(f"{path}: not readable as an extractor", *UNREADABLE):
+    with refusing(f"{path}: not readable as an extractor"):
         return from_bytes(content)
