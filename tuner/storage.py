@@ -3,12 +3,11 @@
 `--run s3://bucket/path`, or any other URL that pyarrow knows; credentials come from the environment.
 """
 
-import io
 import shutil
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tuner.exits import CutOff
@@ -83,10 +82,8 @@ class Mirror:
     def follow(self, done: threading.Event) -> None:
         """Push now and then until `done`; a push that fails is tried again."""
         while not done.wait(PUSH_SECONDS):
-            try:
+            with suppress(OSError, ValueError):
                 self.push()
-            except (OSError, ValueError):
-                continue
 
     def push(self) -> None:
         """Write what has changed since the last push, remove what is gone. Raises OSError or ValueError."""
@@ -94,13 +91,11 @@ class Mirror:
         lists = {path: (_signature(path), path.read_bytes()) for path in listing if path.exists()}
         present = {path for path in self.run.path.rglob("*") if self._belongs(path)}
         for path in sorted(present - set(listing), key=lambda path: (path != self.run.spec, path)):
-            try:
+            with suppress(FileNotFoundError):  # replaced meanwhile: the next push has it
                 signature = _signature(path)
                 if self.known.get(path) != signature:
                     self._write(path, path.read_bytes())
                     self.known[path] = signature
-            except FileNotFoundError:  # replaced meanwhile: the next push has it
-                continue
         for path, (signature, content) in reversed(lists.items()):
             if self.known.get(path) != signature:
                 self._write(path, content)
@@ -121,7 +116,7 @@ class Mirror:
         remote = self._remote(path)
         self.storage.create_dir(remote.rpartition("/")[0], recursive=True)
         with self.storage.open_output_stream(remote) as stream:
-            shutil.copyfileobj(io.BytesIO(content), stream)
+            stream.write(content)
 
 
 def _signature(path: Path) -> tuple[int, int]:

@@ -52,10 +52,8 @@ class Checkpoints:
     def baseline(self) -> FittedModel:
         """Where the classic settings ended, with N(0, I) as prior. Raises Refused."""
         checkpoint = self.read(self.run.checkpoint(BASELINE))
-        model, parameters = (
-            checkpoint.state.model,
-            checkpoint.parameters.model_copy(update={"prior": "standard_normal"}),
-        )
+        model, parameters = checkpoint.state.model, checkpoint.parameters
+        parameters = parameters.model_copy(update={"prior": "standard_normal"})
         return FittedModel(model, parameters, standard_normal(model.latent_dim))
 
 
