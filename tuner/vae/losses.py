@@ -1,7 +1,4 @@
-"""Reconstruction and KL terms, written once: training and scores call these.
-
-Axes: B batch, C channels, H/W pixels, Z latent.
-"""
+"""Reconstruction and KL terms. Axes: B batch, C channels, H/W pixels, Z latent."""
 
 import math
 
@@ -15,10 +12,9 @@ class Diverged(ValueError):
 
 
 def squared_error(logits: Tensor, images: Tensor) -> Tensor:
-    """Squared error summed over pixels: logits and images (B, C, H, W) -> (B,).
+    """Of sigmoid(logits), summed over pixels: logits and images (B, C, H, W) -> (B,).
 
-    The prediction is sigmoid(logits). Up to constants this is twice the negative log-likelihood of a
-    Gaussian decoder with unit variance.
+    Up to constants this is twice the negative log-likelihood of a Gaussian decoder with unit variance.
     """
     return (torch.sigmoid(logits) - images).square().flatten(1).sum(1)
 

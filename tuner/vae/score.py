@@ -39,12 +39,10 @@ def laplacian_variance(images: Tensor) -> float:
 class Scorer:
     """Scores fitted models against one held-out split in the features of one extractor.
 
-    `count` samples are drawn for a score, and as many real training images make the floor, so that both
-    carry the same small-sample bias. Noise depends on `seed` alone: all models face the same draw.
-
-    To compare models with each other, `quasi_random` draws samples that vary a fifth as much (`sample_quasi_random`).
-    They have less of the bias, too, so that `FLOOR_IMAGES` images make the floor; to compare a model with real
-    images, samples have to be independent as these are.
+    `count` samples are drawn for a score, and as many real training images make the floor, so that both carry the same
+    small-sample bias. Noise depends on `seed` alone: all models face the same draw. To compare models with each other,
+    `quasi_random` draws samples that vary a fifth as much. They have less of the bias, too, so that `FLOOR_IMAGES`
+    images make the floor; to compare a model with real images, samples have to be independent as these are.
 
     All is done where these images are; models to score and replicates are on the CPU.
     """
@@ -59,20 +57,16 @@ class Scorer:
         count: int,
         quasi_random: bool = False,
     ):
-        self.device = train.images.device
-        self.extractor = extractor.on(self.device)
-        self.seed = seed
-        self.quasi_random = quasi_random
-        self.count = min(count, len(train))
+        self.train, self.device, self.seed, self.quasi_random = train, train.images.device, seed, quasi_random
+        self.extractor, self.count = extractor.on(self.device), min(count, len(train))
         self.images = as_floats(held_out.images[: self.count])
         everything = as_floats(held_out.images)
-        features = self.extractor.features(everything)
-        self.features, self.moments = features, moments(features)
+        features = self.features = self.extractor.features(everything)
+        self.moments = moments(features)
         self.kernel_scale = features.square().mean().sqrt()  # the cubic kernel is not free of scale
         apart = max(1, len(features) // KERNEL_IMAGES)  # MNIST's test images are in an order: the first are the easiest
         self.kernel_features = features[::apart][:KERNEL_IMAGES] / self.kernel_scale
         self.sharpness = laplacian_variance(everything)
-        self.train = train
 
     @cached_property
     def floor_features(self) -> Tensor:

@@ -108,13 +108,11 @@ def train(
     total_epochs: float,
     make_step: StepMaker = fastest_step,
 ) -> Iterator[Record]:
-    """Train `state` and yield at each of `epochs` (increasing; those already behind are skipped).
+    """Train `state` and yield at each of `epochs`, increasing, that is not behind, rounded as in `stops`.
 
-    An epoch is rounded to whole steps, one at least; of epochs that share a step the last is yielded. In between,
-    `state` is as it was at the last record.
-
-    `images` is (N, C, H, W) uint8, on the device to train on; `state` stays on the CPU. The cosine schedule ends
-    at `total_epochs`; `make_step` makes what trains. Raises Diverged as soon as a loss is seen not to be finite.
+    In between, `state` is as it was at the last record. `images` is (N, C, H, W) uint8, on the device to train on;
+    `state` stays on the CPU. The cosine schedule ends at `total_epochs`. Raises Diverged as soon as a loss is seen not
+    to be finite.
     """
     latent_dim, device = state.model.latent_dim, images.device
     inputs = StepInputs(parameters, len(images), latent_dim, seed=seed, trial=trial, total_epochs=total_epochs)
