@@ -87,25 +87,22 @@ class ArrayHost:
             done = []
             for job in arrived:
                 try:
-                    self._enter(job)
+                    shape = FusedShape.of(job.state.model, job.parameters, self.widest)
+                    if shape not in self.arrays:
+                        self.arrays[shape] = Fused(shape, self.slots, self.images)
+                    self.arrays[shape].enter(job)
                 except Exception as error:  # whatever it is, the trial that waits must hear of it
                     job.record = error
                     done.append(job)
-            for shape, array in [(shape, array) for shape, array in self.arrays.items() if array.busy]:
+            for shape, array in list(self.arrays.items()):
                 try:
-                    done += array.advance()
+                    done += array.advance() if array.busy else []
                 except Exception as error:
                     done += array.abandon(error)
                     del self.arrays[shape]  # the next of its trials gets a new one
             with self.changed:
                 self.finished.update(done)
                 self.changed.notify_all()
-
-    def _enter(self, job: Job) -> None:
-        shape = FusedShape.of(job.state.model, job.parameters, self.widest)
-        if shape not in self.arrays:
-            self.arrays[shape] = Fused(shape, self.slots, self.images)
-        self.arrays[shape].enter(job)
 
 
 def train_fused(

@@ -91,15 +91,12 @@ class Budget(Frozen):
 
 
 class EvenBudget(Budget):
-    """Every trial goes to the end, and is scored as often on the way."""
-
-    evaluations: Whole = 10
+    """Every trial goes to the end, and is scored ten times on the way."""
 
     @property
     def rungs(self) -> tuple[float, ...]:
-        """Whole epochs, as far apart as that lets them be."""
-        parts = range(1, self.evaluations + 1)
-        return tuple(sorted({float(max(1, round(self.max_epochs * part / self.evaluations))) for part in parts}))
+        """Whole epochs, as far apart as ten let them be."""
+        return tuple(sorted({float(max(1, round(self.max_epochs * tenth / 10))) for tenth in range(1, 11)}))
 
 
 class FittedPrior(Frozen):

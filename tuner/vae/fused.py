@@ -1,10 +1,8 @@
 """Trials of one shape trained as one array on one device, each at its own pace with its own parameters.
 
-A trial enters with its state and leaves with it at its next rung, so a slot is free for the next trial at once and
-its neighbours take no notice. What a trial computes is what `train` computes for it alone, but for rounding.
-
-On a GPU one step of all slots is one CUDA graph. Everything that differs between steps is on the device: the host
-only counts steps, and steps in when a trial ends an epoch or reaches its rung.
+A trial enters with its state and leaves with it at its next rung; what it computes is what `train` computes for it
+alone, but for rounding. On a GPU one step of all slots is one CUDA graph: everything that differs between steps is on
+the device, and the host only counts steps, and steps in when a trial ends an epoch or reaches its rung.
 """
 
 import time
@@ -115,8 +113,8 @@ class Fused:
         """Train until a trial has reached its epoch or an epoch has ended -> the jobs that are done."""
         try:
             self._fill()
-            running = [slot for slot in self.slots if slot]
-            count = min((self._until_event(slot) for slot in running), default=0)
+            running = [(slot.job.state.step, slot.last_step) for slot in self.slots if slot]
+            count = min((min(last - step, self.per_epoch - step % self.per_epoch) for step, last in running), default=0)
             for _ in range(count):
                 self._advance_one()
             return self._collect(count)
@@ -134,10 +132,6 @@ class Fused:
         for job in jobs:
             job.record = error
         return jobs
-
-    def _until_event(self, slot: _Slot) -> int:
-        done = slot.job.state.step
-        return min(slot.last_step - done, self.per_epoch - done % self.per_epoch)
 
     def _fill(self) -> None:
         """Put waiting jobs into free slots, and next epochs' orders and noise into those that begin one."""
@@ -172,18 +166,15 @@ class Fused:
 
     def _advance_one(self) -> None:
         self.steps += 1
-        if self.images.device.type != "cuda":
+        if self.images.device.type != "cuda" or (self.graph is None and self.steps <= WARM_UP_STEPS):
             self._step()
-        elif self.graph is not None:
-            self.graph.replay()
-        elif self.steps <= WARM_UP_STEPS:
-            self._step()
-        else:
+            return
+        if self.graph is None:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 self._step()
             self.graph = graph
-            graph.replay()
+        self.graph.replay()
 
     @torch.no_grad()
     def _step(self) -> None:
