@@ -12,8 +12,9 @@ from ray.actor import ActorHandle
 
 from tuner.cluster import alive
 from tuner.spec import Resources, Spec
+from tuner.vae.array import ArrayShape
 from tuner.vae.data import Data
-from tuner.vae.fused import Fused, FusedShape, Job
+from tuner.vae.fused import Fused, Job
 from tuner.vae.parameters import Parameters
 from tuner.vae.process import device_of, settle
 from tuner.vae.step import State
@@ -63,7 +64,7 @@ class ArrayHost:
             torch.set_float32_matmul_precision("high")
             torch.backends.cudnn.allow_tf32 = True
         self.widest, self.slots = widest, slots
-        self.arrays: dict[FusedShape, Fused] = {}
+        self.arrays: dict[ArrayShape, Fused] = {}
         self.changed = threading.Condition()
         self.arrived: list[Job] = []
         self.finished: set[Job] = set()
@@ -87,7 +88,7 @@ class ArrayHost:
             done = []
             for job in arrived:
                 try:
-                    shape = FusedShape.of(job.state.model, job.parameters, self.widest)
+                    shape = ArrayShape.of(job.state.model, job.parameters, self.widest)
                     if shape not in self.arrays:
                         self.arrays[shape] = Fused(shape, self.slots, self.images)
                     self.arrays[shape].enter(job)

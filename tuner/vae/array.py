@@ -9,7 +9,7 @@ Axes: M networks, B images of each, Z latents of the widest, P weights of the wi
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim.adam import adam
 
 from tuner.vae.convolution import fold, half, patches, transpose_convolve
-from tuner.vae.model import HIDDEN, VAE, channels_of, output_padding
+from tuner.vae.model import HIDDEN, VAE, Model, channels_of, output_padding
 from tuner.vae.parameters import TrainingParameters
 from tuner.vae.shape import ImageShape
 
@@ -30,9 +30,8 @@ FEW = 3  # channels to which a transposed convolution is faster as a product
 MSE_RATE = 0.02  # of the running mean: about fifty steps
 
 
-@dataclass(frozen=True)
-class ArrayShape:
-    """What networks must share to lie in one array; `latent_dim` is that of the widest."""
+class ArrayShape(NamedTuple):
+    """What networks must share to be trained as one array; `latent_dim` is that of the widest."""
 
     images: ImageShape
     variational: bool
@@ -40,12 +39,16 @@ class ArrayShape:
     latent_dim: int
     likelihood: str
     kl_unit: str
+    batch_size: int
 
     @classmethod
-    def of(cls, model: VAE, parameters: TrainingParameters, widest: int | None = None) -> "ArrayShape":
-        """For a network and those like it, of up to `widest` latents; without, as many as it has."""
-        latents = widest or model.latent_dim
-        return cls(model.shape, model.variational, model.width, latents, parameters.likelihood, parameters.kl_unit)
+    def of(cls, model: Model, given: TrainingParameters, widest: int | None = None) -> "ArrayShape":
+        """For a network and those like it, of up to `widest` latents; without, as many as it has. Raises ValueError on
+        a model of another family: there are no arrays of those."""
+        if not isinstance(model, VAE):
+            raise ValueError("only the built-in models are trained as an array: execution process")
+        latents, network = widest or model.latent_dim, (model.shape, model.variational, model.width)
+        return cls(*network, latents, given.likelihood, given.kl_unit, given.batch_size)
 
 
 @dataclass(frozen=True)

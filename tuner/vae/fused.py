@@ -9,7 +9,7 @@ import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from tuner.vae.array import Array, ArrayShape
 from tuner.vae.data import as_floats
 from tuner.vae.losses import Diverged
-from tuner.vae.model import VAE, Model
+from tuner.vae.model import VAE
 from tuner.vae.parameters import Parameters
 from tuner.vae.step import State
 from tuner.vae.train import Record, StepInputs, steps_per_epoch, stops
@@ -50,18 +50,6 @@ class _Slot:
     upcoming: "Future[tuple[Tensor, Tensor]] | None" = None  # those of the epoch after it
 
 
-class FusedShape(NamedTuple):
-    """What trials must share to be trained as one array: networks of one shape, and batches of one size."""
-
-    networks: ArrayShape
-    batch_size: int
-
-    @classmethod
-    def of(cls, model: Model, parameters: Parameters, widest: int) -> "FusedShape":
-        """The array that a trial belongs in, with room for up to `widest` latents."""
-        return cls(ArrayShape.of(_built_in(model), parameters, widest), parameters.batch_size)
-
-
 class Fused:
     """Up to `slots` trials of one shape at once, on the device of `images` (N, C, H, W) uint8; others wait.
 
@@ -69,7 +57,7 @@ class Fused:
     fit alone gets the error as its record.
     """
 
-    def __init__(self, shape: FusedShape, slots: int, images: Tensor):
+    def __init__(self, shape: ArrayShape, slots: int, images: Tensor):
         self.shape, self.images = shape, images.permute(0, 2, 3, 1).contiguous()  # as arrays take them
         self.per_epoch = steps_per_epoch(len(images), shape.batch_size)
         self.waiting: deque[Job] = deque()
@@ -90,9 +78,9 @@ class Fused:
 
     def _try_to_allocate(self, slots: int) -> None:
         device, count = self.images.device, len(self.images)
-        array = Array(self.shape.networks, slots, device)
+        array = Array(self.shape, slots, device)
         order = torch.zeros(slots, count, dtype=torch.long, device=device)
-        noise = torch.zeros(slots, count, self.shape.networks.latent_dim, device=device)
+        noise = torch.zeros(slots, count, self.shape.latent_dim, device=device)
         self.array, self.order, self.noise = array, order, noise  # not before all fit: half as many need their room
         self.slots: list[_Slot | None] = [None] * slots
         self.schedule = torch.zeros(2, slots, 1, device=device)  # learning rate and KL factor at each step
@@ -152,7 +140,7 @@ class Fused:
         inputs = StepInputs(job.parameters, count, latent_dim, seed=job.seed, trial=job.trial, total_epochs=total)
         (last_step,) = stops(job.parameters, count, [job.epoch])
         slot = self.slots[number] = _Slot(job, inputs, job.state.step, last_step, time.perf_counter())
-        self.array.load(number, _built_in(job.state.model), job.state.averages, job.state.mse)
+        self.array.load(number, cast(VAE, job.state.model), job.state.averages, job.state.mse)
         schedule = torch.tensor([inputs.factors(step) for step in range(last_step)]).T
         if last_step > self.schedule.shape[2]:
             longer = torch.zeros(2, len(self.slots), max(last_step, inputs.total_steps), device=self.schedule.device)
@@ -184,7 +172,7 @@ class Fused:
         there = (place < count) & self.active.unsqueeze(1)
         place = place.clamp(max=count - 1)
         batch = as_floats(self.images[self.order.gather(1, place)])
-        noise = self.noise.gather(1, place.unsqueeze(2).expand(-1, -1, self.shape.networks.latent_dim))
+        noise = self.noise.gather(1, place.unsqueeze(2).expand(-1, -1, self.shape.latent_dim))
         images = there.sum(1, keepdim=True)
         at = self.step.clamp(max=self.schedule.shape[2] - 1).expand(2, 1, -1).mT
         learning_rate, kl_factor = self.schedule.gather(2, at).squeeze(2)
@@ -205,7 +193,7 @@ class Fused:
             if not finite[number]:
                 job.record = Diverged(f"training loss not finite at epoch {job.state.step / self.per_epoch:.3g}")
             elif job.state.step == slot.last_step:
-                job.state.mse = self.array.store(number, _built_in(job.state.model), job.state.averages)
+                job.state.mse = self.array.store(number, cast(VAE, job.state.model), job.state.averages)
                 seen = self._images_at(slot.last_step) - self._images_at(slot.first_step)
                 loss, reconstruction, kl = (self.sums[number] / seen).tolist()
                 seconds = time.perf_counter() - slot.started
@@ -233,10 +221,3 @@ class Fused:
         if self.images.device.type == "cuda":
             torch.cuda.empty_cache()
         self._allocate(slots)
-
-
-def _built_in(model: Model) -> VAE:
-    """Raises ValueError on a model of another family: there are no arrays of those."""
-    if not isinstance(model, VAE):
-        raise ValueError("only the built-in models are trained as an array: execution process")
-    return model
