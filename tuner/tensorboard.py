@@ -81,7 +81,9 @@ class TensorBoard:
     def start_trial(self, number: int, parameters: Mapping[str, Any]) -> None:
         """Name the trial and its parameters, so that HParams lists it from its first second."""
         searched = {name: parameters[name] for name in self.spec.space if name in parameters}
-        shown = [f"{name}={_short(value)}" for name, value in searched.items()]
+        shown = [
+            f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}" for name, value in searched.items()
+        ]
         listed = self.stage == SEARCH  # HParams would take a finalist for a trial more
         self.names[number] = ",".join([f"{number:04d}" if listed else f"{self.stage}-{number}", *shown])
         writer = self._writer(self.names[number])
@@ -133,10 +135,6 @@ class TensorBoard:
         """HParams' own summaries are of TensorFlow's message type where TensorFlow is there; bytes fit both."""
         assert writer.file_writer is not None
         writer.file_writer.add_summary(Summary.FromString(summary.SerializeToString()))
-
-
-def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _session_end(outcome: str) -> Summary:

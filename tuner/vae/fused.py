@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tuner.vae.array import Array, ArrayShape
@@ -143,9 +144,8 @@ class Fused:
         self.array.load(number, cast(VAE, job.state.model), job.state.averages, job.state.mse)
         schedule = torch.tensor([inputs.factors(step) for step in range(last_step)]).T
         if last_step > self.schedule.shape[2]:
-            longer = torch.zeros(2, len(self.slots), max(last_step, inputs.total_steps), device=self.schedule.device)
-            longer[:, :, : self.schedule.shape[2]] = self.schedule
-            self.schedule, self.graph = longer, None
+            more = max(last_step, inputs.total_steps) - self.schedule.shape[2]
+            self.schedule, self.graph = F.pad(self.schedule, (0, more)), None
         self.schedule[:, number, :last_step] = schedule.to(self.schedule.device)
         self.noise[number] = 0
         self.sums[number] = 0
@@ -218,6 +218,5 @@ class Fused:
         slots = max(1, len(self.slots) // 2)
         del self.array, self.order, self.noise
         self.graph = None
-        if self.images.device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
         self._allocate(slots)
