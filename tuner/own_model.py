@@ -65,10 +65,8 @@ def check(spec: Spec, shape: ImageShape, own: OwnModel | None) -> None:
         parameters = spec.parameters(searched | {"model": "own"})
         try:
             _try(own, shape, parameters, spec)
-        except Refused as error:
-            raise Refused(f"{named}: {error}") from error
-        except Exception as error:  # theirs
-            raise Refused(f"{named}: {told(error)}") from error
+        except Exception as error:  # theirs, where it is not ours
+            raise Refused(f"{named}: {error if isinstance(error, Refused) else told(error)}") from error
 
 
 def _try(own: OwnModel, shape: ImageShape, parameters: Parameters, spec: Spec) -> None:

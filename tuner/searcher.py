@@ -1,8 +1,5 @@
-"""Optuna behind Ray Tune's Searcher interface, and the rule that stops weak trials.
-
-The journal in the run directory is the one record of the search. It is told the truth: a stopped trial is
-PRUNED with its intermediate values, one that is not finite is FAIL at once, a finished one is COMPLETE.
-"""
+"""Optuna behind Ray Tune's Searcher interface, and the rule that stops weak trials. The journal is told the truth: a
+stopped trial is PRUNED with its intermediate values, one that is not finite FAIL at once, a finished one COMPLETE."""
 
 import math
 import warnings

@@ -1,8 +1,4 @@
-"""A file -> checked, frozen Spec.
-
-A spec is checked once, here; inside the package it is trusted. Whatever is wrong is a `ValueError` whose
-one-line text names the file, the key and the value.
-"""
+"""A file -> checked, frozen Spec. It is checked once, here; inside the package it is trusted."""
 
 import argparse
 import hashlib
@@ -244,10 +240,9 @@ class Spec(Frozen):
 
     @property
     def baseline(self) -> Parameters:
-        """Trial 0: the classic settings with this spec's batch size and likelihood.
+        """Trial 0: the classic settings with what this spec fixes of batches, pixels, likelihood and prior.
 
-        It keeps the spec's prior so that its `frechet_distance` compares with other trials'; the baseline
-        figure is its distance under N(0, I).
+        With the spec's prior its `frechet_distance` compares with others'; the baseline figure is that under N(0, I).
         """
         kept = {"batch_size", "likelihood", "pixels", "prior", "prior_components"}
         return Parameters.model_validate({name: value for name, value in self.fixed.items() if name in kept})

@@ -191,15 +191,14 @@ def table(study: Study, spec: Spec) -> list[dict[str, Any]]:
         best = min(scored, key=spec.trial_objective.cost, default={})
         row: dict[str, Any] = {"trial": trial.number, "state": STATES[trial.state]}
         row["reason"] = trial.user_attrs.get("reason", "")
-        if best:
-            row["epoch"] = best["epoch"]
+        row |= {"epoch": best["epoch"]} if best else {}
         row["epochs_trained"] = scored[-1]["epoch"] if scored else 0
         row |= trial.user_attrs["parameters"]
         row |= {metric: best[metric] for metric in METRICS if metric in best}
         if best and math.isfinite(floor) and math.isfinite(baseline):
             row["gap_closed"] = gap_closed(best["frechet_distance"], floor, baseline)
-        row["seconds_train"] = round(sum(scores["seconds_train"] for scores in scored), 3)
-        row["seconds_score"] = round(sum(scores["seconds_score"] for scores in scored), 3)
+        for name in ("seconds_train", "seconds_score"):
+            row[name] = round(sum(scores[name] for scores in scored), 3)
         times = {"started": trial.datetime_start, "ended": trial.datetime_complete}
         row |= {name: time.isoformat(timespec="milliseconds") for name, time in times.items() if time}
         rows.append(row)

@@ -1,9 +1,7 @@
-"""Several networks of the built-in family trained as one array, with their gradients written out.
+"""Several networks of the built-in family trained as one array, with their gradients written out: for networks this
+small autograd's bookkeeping costs a fifth of a step.
 
-The plain network of `model.py` says what is computed, and its weights are what comes in and goes out. In here they
-lie stacked, channels last, in one row a network, and no autograd stands between the products: for networks this small
-its bookkeeping costs a fifth of a step.
-
+Weights come in and go out as those of `model.py`, and lie in here stacked, channels last, in one row a network.
 Axes: M networks, B images of each, Z latents of the widest, P weights of the widest.
 """
 

@@ -1,9 +1,5 @@
-"""Feature extractors: frozen networks whose outputs are the space in which images are compared.
-
-Which one serves depends on what there is: a classifier where images have labels; else untrained networks and wavelet
-packets, which need none; or a program of the user's own. Axes: B images, D features, G groups of features, each of
-which is compared by itself.
-"""
+"""Feature extractors: frozen networks whose outputs are the space in which images are compared. Axes: B images, D
+features, G groups of features, each of which is compared by itself."""
 
 import copy
 import hashlib
@@ -98,9 +94,9 @@ class WaveletPackets(FeatureExtractor):
 
 
 class Program(FeatureExtractor):
-    """A program that `torch.export.save` wrote, of the user's own: images (B, C, H, W) in [0, 1] -> features (B, D).
+    """A user's own, as `torch.export.save` wrote it: images (B, C, H, W) in [0, 1] -> features (B, D).
 
-    PyTorch reads such a file with pickle, so it can run any code. Raises ValueError on a file that is none.
+    PyTorch reads it with pickle, so it can run any code. Raises ValueError on a file that is none.
     """
 
     kind = "program"

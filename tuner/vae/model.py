@@ -51,11 +51,9 @@ def features(model: Model, images: Tensor) -> Tensor:
 class VAE(Model):
     """Encoder: 3x3 convolutions of stride 2 until the map is 8 or less, fully connected 128 (colour 512), two heads.
 
-    Decoder: its mirror.
-
-    The first convolution has `width` channels, each next twice as many, 4 width at most: at 28x28 there are two, as in
-    the tutorials. With `variational=False` it is the plain autoencoder that it is taught against: one head, the latent
-    is the mean.
+    Decoder: its mirror. The first convolution has `width` channels, each next twice as many, 4 width at most: at 28x28
+    there are two, as in the tutorials. With `variational=False` it is the plain autoencoder: one head, the latent is
+    the mean.
     """
 
     def __init__(self, shape: ImageShape, latent_dim: int, width: int = 32, variational: bool = True):

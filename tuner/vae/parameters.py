@@ -1,8 +1,5 @@
-"""The parameters of one trial, by who reads them: every one can be searched or fixed by a spec.
-
-A spec's YAML is flat, and so is `Parameters`, which is all three at once: whoever takes a part takes no notice of the
-rest. They stand apart from their readers so that a spec is checked without importing torch.
-"""
+"""The parameters of one trial, by who reads them: every one can be searched or fixed by a spec. They stand apart from
+their readers so that a spec is checked without importing torch."""
 
 from typing import Literal
 
