@@ -2,7 +2,9 @@
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Any
 
 import ray
@@ -63,28 +65,24 @@ class ArrayHost:
             torch.backends.cudnn.allow_tf32 = True
         self.widest, self.slots = widest, slots
         self.arrays: dict[ArrayShape, Fused] = {}
-        self.changed = threading.Condition()
-        self.arrived: list[Job] = []
-        self.finished: set[Job] = set()
+        self.arrived: SimpleQueue[tuple[Job, Future[Job]]] = SimpleQueue()
         threading.Thread(target=self._work, daemon=True).start()
 
     def train(self, job: Job) -> Job:
         """Train a job to its epoch; its `record` says how that went."""
-        with self.changed:
-            self.arrived.append(job)
-            self.changed.notify_all()
-            self.changed.wait_for(lambda: job in self.finished)
-            self.finished.remove(job)
-        return job
+        done: Future[Job] = Future()
+        self.arrived.put((job, done))
+        return done.result()
 
     def _work(self) -> None:
         """The one thread that touches the device: another's work would spoil the capture of a graph."""
+        waiting: dict[Job, Future[Job]] = {}
         while True:
-            with self.changed:
-                self.changed.wait_for(lambda: self.arrived or any(array.busy for array in self.arrays.values()))
-                arrived, self.arrived = self.arrived, []
-            done = []
-            for job in arrived:
+            done: list[Job] = []
+            # with nothing to do, it waits in here for the next
+            while not (self.arrived.empty() and (done or any(array.busy for array in self.arrays.values()))):
+                job, future = self.arrived.get()
+                waiting[job] = future
                 try:
                     shape = ArrayShape.of(job.state.model, job.parameters, self.widest)
                     if shape not in self.arrays:
@@ -99,9 +97,8 @@ class ArrayHost:
                 except Exception as error:
                     done += array.abandon(error)
                     del self.arrays[shape]  # the next of its trials gets a new one
-            with self.changed:
-                self.finished.update(done)
-                self.changed.notify_all()
+            for job in done:
+                waiting.pop(job).set_result(job)
 
 
 def train_fused(

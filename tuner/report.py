@@ -22,7 +22,7 @@ from optuna import visualization
 from optuna.trial import TrialState
 from plotly.offline import get_plotlyjs
 
-from tuner import own_model
+from tuner import own_model, terminal
 from tuner import spec as specs
 from tuner.exits import command, refuse, resumable
 from tuner.run import RunFiles, write_atomic
@@ -30,7 +30,7 @@ from tuner.spec import Objective, Spec
 from tuner.storage import opened
 from tuner.study import BASELINE, RETRAIN, Study, evaluations, front, read_study, table
 from tuner.summary import Summary
-from tuner.terminal import chosen_words, duration, edges, promotion_rows, result_rows, stage, text, with_error
+from tuner.terminal import text, with_error
 from tuner.vae import image_grid
 from tuner.vae.fitted import FittedModel, encode
 from tuner.vae.metrics import FINAL_METRICS, METRICS
@@ -116,24 +116,22 @@ def headline(material: Material) -> Iterator[str]:
     split, compared = ("test", summary.test) if summary.test else ("validation", summary.validation)
     assert compared
     final, baseline, floor = compared.exported, compared.baseline.frechet_distance, compared.real.frechet_distance
-    searched = ", ".join(
-        f"{name} {text(best.parameters[name])}" for name in material.spec.space if name in best.parameters
-    )
     yield (
-        f"<p class='big'>{chosen_words(summary.promotion)} ({searched}). What is exported closes "
+        f"<p class='big'>{terminal.chosen_words(summary.promotion)} "
+        f"({terminal.searched_words(best.parameters, material.spec)}). What is exported closes "
         f"<b>{with_error(final.gap_closed, final.gap_closed_error, 3)}</b> of the gap between the classic settings "
         f"({baseline:.4g}) and real images ({floor:.4g}): Frechet distance "
         f"{with_error(final.frechet_distance, final.frechet_distance_error)} on the {split} split. "
         f"Trials: {counted}.</p>"
     )
-    for note in edges(best.parameters, material.spec):
+    for note in terminal.edges(best.parameters, material.spec):
         yield f"<p>{html.escape(note)}.</p>"
     yield section(
         "Who won, and by how much",
         "Lower distance is better; a gap closed of 1 is as good as real images, and more is the luck of the draw. "
         "± is one standard error, over images and draws; the prior is the difference between the best "
         "trial and the row below it, the epochs between that and the last.",
-        _table(result_rows(summary)),
+        _table(terminal.result_rows(summary)),
     )
 
 
@@ -298,7 +296,7 @@ def promotion(material: Material) -> Iterator[str]:
             "Promotion",
             "The best of the search, scored again with fresh noise and with an extractor the search never saw; the top "
             f"row won. The extractors are {extractors}.",
-            _table(promotion_rows(entries, material.spec.selection_objective.metric)),
+            _table(terminal.promotion_rows(entries, material.spec.selection_objective.metric)),
         )
 
 
@@ -329,7 +327,7 @@ def test_split(material: Material) -> Iterator[str]:
 
 def lineage(material: Material) -> Iterator[str]:
     config = material.run.export / "config.json"
-    spent = ", ".join(f"{name} {duration(seconds)}" for name, seconds in material.summary.seconds.items())
+    spent = ", ".join(f"{name} {terminal.duration(seconds)}" for name, seconds in material.summary.seconds.items())
     text = f"time: {spent}\n\n{material.spec.to_yaml()}"
     if config.exists():
         text += f"\n{config.read_text()}"
@@ -366,7 +364,7 @@ def _table(rows: Iterable[list[str]]) -> str:
 
 
 def report_stage(run: RunFiles, own: OwnModel | None = None) -> None:
-    with stage(run, "report") as progress:
+    with terminal.stage(run, "report") as progress:
         progress.done(run.name_of(report(run, own)))
 
 

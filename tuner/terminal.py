@@ -130,6 +130,11 @@ def chosen_words(promotion: Sequence[Promoted]) -> str:
     return f"Trial {first.trial} was chosen{beside}"
 
 
+def searched_words(found: Mapping[str, Any], spec: Spec) -> str:
+    """What a trial's searched parameters are; classic settings have no options of a user's own model."""
+    return ", ".join(f"{name} {text(found[name])}" for name in spec.space if name in found)
+
+
 def edges(found: Mapping[str, Any], spec: Spec) -> list[str]:
     """Which parameters of a winner stand at an end of their range: better ones may lie beyond."""
     notes = []
@@ -187,12 +192,10 @@ def final_words(run: RunFiles, spec: Spec) -> list[Table | str]:
     summary = run.summary()
     assert summary.best
     programs = ", ".join(sorted(path.name for path in run.export.glob("*coder.*")))
-    found = summary.best.parameters  # classic settings have no options of a user's own model
-    winner = [f"{name} {text(found[name])}" for name in spec.space if name in found]
     return [
         as_table(result_rows(summary), "Frechet distance, and how much of the gap to real images is closed"),
-        f"winner   {', '.join(winner)}",
-        *(f"note     {note}" for note in edges(found, spec)),
+        f"winner   {searched_words(summary.best.parameters, spec)}",
+        *(f"note     {note}" for note in edges(summary.best.parameters, spec)),
         f"model    {run.name_of(run.export)}: samples.png, config.json, weights.safetensors, {programs}",
         f"report   {run.name_of(run.report)}",
         f"trials   {run.name_of(run.trials)}",
