@@ -9,7 +9,7 @@ Whole = Annotated[int, Strict()]  # or true would be 1
 
 
 class Frozen(BaseModel):
-    """What every part of a spec is."""
+    """What every part of a spec and of a summary is."""
 
     model_config = ConfigDict(
         frozen=True,

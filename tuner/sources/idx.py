@@ -11,9 +11,9 @@ from torch import Tensor
 
 from tuner.data_spec import IdxSpec
 from tuner.sources.splits import Splits, hold_out
-from tuner.sources.torchvision import first_line, torchvision_datasets
+from tuner.sources.torchvision import torchvision_datasets
 from tuner.vae.data import Split
-from tuner.vae.errors import refusing
+from tuner.vae.errors import one_line, refusing
 
 IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 IDX_SETS = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}  # torchvision's classes, and folders
@@ -47,7 +47,7 @@ def _fetch(spec: IdxSpec, raw: Path) -> None:
     except (RuntimeError, OSError) as error:
         raise ValueError(
             f"no {kind} in {raw} (wanted: {', '.join(IDX_FILES)}) and "
-            f"{'the download failed' if spec.download else 'downloading is off'} ({first_line(error)}); "
+            f"{'the download failed' if spec.download else 'downloading is off'} ({one_line(error)}); "
             "put the files there, or use the embedded data set: data.name=digits"
         ) from error
 
