@@ -157,10 +157,6 @@ def _tell_damaged(damaged: Sequence[str], count: int, spec: DecodedSpec) -> None
     print(f"{words} and are left out: {names}", file=sys.stderr)
 
 
-def _file(kept: Path, split: str) -> Path:
-    return kept / f"{split}.safetensors"
-
-
 def _signature(key: str, name: str, split: Split) -> dict[str, str]:
     return {"key": key, "split": name, "sha256": split.fingerprint()}
 
@@ -168,7 +164,7 @@ def _signature(key: str, name: str, split: Split) -> dict[str, str]:
 def _keep(kept: Path, splits: Splits, key: str) -> None:
     for name, split in splits.items():
         tensors = {"images": split.images} | ({} if split.labels is None else {"labels": split.labels})
-        write_atomic(_file(kept, name), save(tensors, _signature(key, name, split)))
+        write_atomic(kept / f"{name}.safetensors", save(tensors, _signature(key, name, split)))
 
 
 def _read_kept(kept: Path, wanted: Sequence[str], key: str) -> Splits | None:
@@ -176,7 +172,7 @@ def _read_kept(kept: Path, wanted: Sequence[str], key: str) -> Splits | None:
     found = {}
     for name in wanted:
         try:
-            with safe_open(_file(kept, name), "pt") as file:
+            with safe_open(kept / f"{name}.safetensors", "pt") as file:
                 tensors = {part: file.get_tensor(part) for part in file.keys()}  # noqa: SIM118
                 known = file.metadata()
             split = Split(tensors["images"], tensors.get("labels"))
