@@ -16,7 +16,8 @@ import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
 from benchmarks.setting import load_data, load_spec, parser, reached, say, search_command, trained, unseen_scorer, watch
-from tuner.vae.fused import Fused, FusedShape, Job
+from tuner.vae.array import ArrayShape
+from tuner.vae.fused import Fused, Job
 from tuner.vae.model import Builder
 from tuner.vae.parameters import Parameters
 from tuner.vae.process import settle
@@ -74,7 +75,7 @@ def side_by_side(images: Tensor, device: str, epochs: int, processes: int) -> fl
 
 def fused(images: Tensor, epochs: int, slots: int) -> float:
     """Trial-epochs a second of one array of `slots` trials, the capture of its graph and its loading included."""
-    array = Fused(FusedShape.of(build(parameters_of(0), 0), parameters_of(0), WIDEST), slots, images)
+    array = Fused(ArrayShape.of(build(parameters_of(0), 0), parameters_of(0), WIDEST), slots, images)
     for trial in range(slots):
         array.enter(
             Job(trial, parameters_of(trial), State.fresh(build, parameters_of(trial), 0, trial), epochs, 0, epochs)

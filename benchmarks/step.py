@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from benchmarks.setting import Pictures, command_of, load_data, plain, repeated, tutorial_loss
 from tuner.vae.data import Data
-from tuner.vae.extractor import Classifier, frozen
+from tuner.vae.extractor import Classifier
 from tuner.vae.fitted import Fitter
 from tuner.vae.model import Builder
 from tuner.vae.parameters import Parameters
@@ -73,7 +73,7 @@ def tutorial(data: Data) -> tuple[float, float]:
 def ours(data: Data, autograd: bool) -> tuple[float, float]:
     """Seconds of training and of evaluation; the extractor is untrained, which takes the same time."""
     count = len(data.train)
-    extractor = frozen(Classifier(data.shape, 10))
+    extractor = Classifier(data.shape, 10).eval().requires_grad_(False)
     scorer = Scorer(extractor, data.train, data.validation, seed=0, count=count // 20)
     fitter = Fitter(data.train, seed=0, count=count // 10, samples=count // 20)
     parameters = Parameters(latent_dim=16, batch_size=BATCH, prior="gaussian_mixture")

@@ -199,7 +199,7 @@ def test_several_faults_are_told_in_one_line(refused, tmp_path):
         (["--seed", "-1"], ["seed", "greater than or equal to 0", "-1"]),
         (["--set", "budget.trials"], ["--set budget.trials: expected path.to.key=value"]),
         (["--set", "=3"], ["--set =3: expected path.to.key=value"]),
-        (["--set", "budget.trials={"], ["--set budget.trials={: the value is not YAML"]),
+        (["--set", "budget.trials={"], ["--set budget.trials={: not YAML"]),
         (["--set", "seed.x=3"], ["--set seed.x: seed is not a mapping"]),
         (["--set", "budget.trial=3"], ["budget.trial: unknown key"]),
         (["--set", "space.latent_dim.low=33"], ["space.latent_dim: low 33 is above high 32"]),

@@ -206,9 +206,10 @@ def colour_spec() -> Spec:
 def test_colour_pictures_come_back_pixel_by_pixel(tmp_path):
     picture = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
     board = TensorBoard(tmp_path, colour_spec())
-    board.add("retrain", {"epoch": 1.0}, {"samples": picture})
+    board.start_trial(0, {})
+    board.add_trial(0, {"epoch": 1.0}, {"samples": picture})
     board.close()
-    (event,) = Board(tmp_path).events.Tensors("retrain", "samples")
+    (event,) = Board(tmp_path).events.Tensors("0000", "samples")
     encoded = event.tensor_proto.string_val[2]  # after width and height
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(encoded))), picture)
 

@@ -1,7 +1,7 @@
 """The part of a spec that says on which images: one class a kind of source, told apart by `name`."""
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
@@ -9,7 +9,7 @@ Whole = Annotated[int, Strict()]  # or true would be 1
 
 
 class Frozen(BaseModel):
-    """What every part of a spec is."""
+    """What every part of a spec and of a summary is."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -41,7 +41,7 @@ class _Source(Frozen):
     @property
     def ink(self) -> bool:
         """Whether images are bright strokes on black, which sheets show as dark on white."""
-        return True
+        return self.name not in ("fashion_mnist", "cifar10", "svhn")
 
     @property
     def resize(self) -> str | None:
@@ -65,19 +65,11 @@ class IdxSpec(_Downloaded):
 
     name: Literal["mnist", "fashion_mnist", "kmnist"] = Field(description="the data set")
 
-    @property
-    def ink(self) -> bool:
-        return self.name != "fashion_mnist"
-
 
 class TorchvisionSpec(_Downloaded):
     """Grey 28x28 digits, or colour 32x32 photos, as torchvision keeps them."""
 
     name: Literal["qmnist", "cifar10", "svhn"] = Field(description="the data set")
-
-    @property
-    def ink(self) -> bool:
-        return self.name == "qmnist"
 
 
 class EmnistSpec(_Downloaded):
@@ -139,14 +131,10 @@ class ArraysSpec(_Given):
     file: Path = Field(description="an .npz, or an .npy of images alone")
 
 
-def _default_name(value: Any) -> Any:
-    return {"name": "digits"} | value if isinstance(value, dict) else value
-
-
 DataSpec = Annotated[
     Annotated[
         DigitsSpec | IdxSpec | TorchvisionSpec | EmnistSpec | FolderSpec | ParquetSpec | ArraysSpec,
         Field(discriminator="name"),
     ],
-    BeforeValidator(_default_name),
+    BeforeValidator(lambda value: {"name": "digits"} | value if isinstance(value, dict) else value),
 ]

@@ -2,7 +2,9 @@
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Any
 
 import ray
@@ -12,8 +14,9 @@ from ray.actor import ActorHandle
 
 from tuner.cluster import alive
 from tuner.spec import Resources, Spec
+from tuner.vae.array import ArrayShape
 from tuner.vae.data import Data
-from tuner.vae.fused import Fused, FusedShape, Job
+from tuner.vae.fused import Fused, Job
 from tuner.vae.parameters import Parameters
 from tuner.vae.process import device_of, settle
 from tuner.vae.step import State
@@ -24,10 +27,8 @@ SLOTS = 64  # trials in one array, unless --concurrency says otherwise
 
 @dataclass(frozen=True)
 class Fusion:
-    """How a search trains its trials: in `arrays`, or where there are none each in a process of its own.
-
-    `resources` is what a trial then takes beside its array: a share of a CPU, for its scores.
-    """
+    """How a search trains its trials: in `arrays`, or where there are none each in a process of its own. `resources` is
+    what a trial then takes beside its array: a share of a CPU, for its scores."""
 
     arrays: tuple[ActorHandle, ...]
     resources: Resources
@@ -63,49 +64,41 @@ class ArrayHost:
             torch.set_float32_matmul_precision("high")
             torch.backends.cudnn.allow_tf32 = True
         self.widest, self.slots = widest, slots
-        self.arrays: dict[FusedShape, Fused] = {}
-        self.changed = threading.Condition()
-        self.arrived: list[Job] = []
-        self.finished: set[Job] = set()
+        self.arrays: dict[ArrayShape, Fused] = {}
+        self.arrived: SimpleQueue[tuple[Job, Future[Job]]] = SimpleQueue()
         threading.Thread(target=self._work, daemon=True).start()
 
     def train(self, job: Job) -> Job:
         """Train a job to its epoch; its `record` says how that went."""
-        with self.changed:
-            self.arrived.append(job)
-            self.changed.notify_all()
-            self.changed.wait_for(lambda: job in self.finished)
-            self.finished.remove(job)
-        return job
+        done: Future[Job] = Future()
+        self.arrived.put((job, done))
+        return done.result()
 
     def _work(self) -> None:
         """The one thread that touches the device: another's work would spoil the capture of a graph."""
+        waiting: dict[Job, Future[Job]] = {}
         while True:
-            with self.changed:
-                self.changed.wait_for(lambda: self.arrived or any(array.busy for array in self.arrays.values()))
-                arrived, self.arrived = self.arrived, []
-            done = []
-            for job in arrived:
+            done: list[Job] = []
+            # with nothing to do, it waits in here for the next
+            while not (self.arrived.empty() and (done or any(array.busy for array in self.arrays.values()))):
+                job, future = self.arrived.get()
+                waiting[job] = future
                 try:
-                    self._enter(job)
+                    shape = ArrayShape.of(job.state.model, job.parameters, self.widest)
+                    if shape not in self.arrays:
+                        self.arrays[shape] = Fused(shape, self.slots, self.images)
+                    self.arrays[shape].enter(job)
                 except Exception as error:  # whatever it is, the trial that waits must hear of it
                     job.record = error
                     done.append(job)
-            for shape, array in [(shape, array) for shape, array in self.arrays.items() if array.busy]:
+            for shape, array in list(self.arrays.items()):
                 try:
-                    done += array.advance()
+                    done += array.advance() if array.busy else []
                 except Exception as error:
                     done += array.abandon(error)
                     del self.arrays[shape]  # the next of its trials gets a new one
-            with self.changed:
-                self.finished.update(done)
-                self.changed.notify_all()
-
-    def _enter(self, job: Job) -> None:
-        shape = FusedShape.of(job.state.model, job.parameters, self.widest)
-        if shape not in self.arrays:
-            self.arrays[shape] = Fused(shape, self.slots, self.images)
-        self.arrays[shape].enter(job)
+            for job in done:
+                waiting.pop(job).set_result(job)
 
 
 def train_fused(

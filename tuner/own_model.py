@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tuner.run import Refused, one_line
 from tuner.spec import OwnModelSpec, Spec
 from tuner.vae.checkpoint import Checkpoint
+from tuner.vae.errors import Refused, one_line
 from tuner.vae.metrics import METRICS
 from tuner.vae.model import Builder, OwnModel, features
 from tuner.vae.parameters import Parameters
@@ -27,10 +27,8 @@ NOT_THEIRS = (str(Path(__file__).parent), str(Path(torch.__file__).parent), "<fr
 
 
 def load(name: str | None) -> tuple[OwnModel | None, OwnModelSpec | None]:
-    """The function that `MODULE:FUNCTION` names and what tells its source apart; None for no name.
-
-    What lies in the current directory can be imported. Raises Refused where there is no such function.
-    """
+    """The function that `MODULE:FUNCTION` names and what tells its source apart; None for no name. What lies in the
+    current directory can be imported. Raises Refused where there is no such function."""
     if name is None:
         return None, None
     module_name, _, function = name.partition(":")
@@ -51,9 +49,7 @@ def load(name: str | None) -> tuple[OwnModel | None, OwnModelSpec | None]:
 
 def check(spec: Spec, shape: ImageShape, own: OwnModel | None) -> None:
     """Make the smallest and the largest model that a search can ask for, and take a step on two blank images with each.
-
-    Raises Refused where a model of the user's own is not what the protocol says, or the spec not what it takes.
-    """
+    Raises Refused where a model of the user's own is not what the protocol says, or the spec not what it takes."""
     if own is None:
         return
     assert spec.own_model
@@ -65,10 +61,8 @@ def check(spec: Spec, shape: ImageShape, own: OwnModel | None) -> None:
         parameters = spec.parameters(searched | {"model": "own"})
         try:
             _try(own, shape, parameters, spec)
-        except Refused as error:
-            raise Refused(f"{named}: {error}") from error
-        except Exception as error:  # theirs
-            raise Refused(f"{named}: {told(error)}") from error
+        except Exception as error:  # theirs, where it is not ours
+            raise Refused(f"{named}: {error if isinstance(error, Refused) else told(error)}") from error
 
 
 def _try(own: OwnModel, shape: ImageShape, parameters: Parameters, spec: Spec) -> None:
@@ -115,4 +109,4 @@ def told(error: BaseException) -> str:
         error = error.__cause__
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(NOT_THEIRS)]
     where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno}: {frames[-1].line})" if frames else ""
-    return f"{type(error).__name__}: {one_line(error)[:300]}{where}"
+    return f"{type(error).__name__}: {one_line(error)}{where}"

@@ -9,18 +9,20 @@ import html
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+import plotly.express as px
 import plotly.graph_objects as go
 from optuna import visualization
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 from plotly.offline import get_plotlyjs
 
-from tuner import own_model
+from tuner import own_model, terminal
 from tuner import spec as specs
 from tuner.exits import command, refuse, resumable
 from tuner.run import RunFiles, write_atomic
@@ -28,26 +30,17 @@ from tuner.spec import Objective, Spec
 from tuner.storage import opened
 from tuner.study import BASELINE, RETRAIN, Study, evaluations, front, read_study, table
 from tuner.summary import Summary
-from tuner.terminal import chosen_words, duration, edges, promotion_rows, result_rows, stage, text, with_error
+from tuner.terminal import text, with_error
+from tuner.vae import image_grid
 from tuner.vae.fitted import FittedModel, encode
-from tuner.vae.image_grid import (
-    COLUMNS,
-    HELD_OUT_ROWS,
-    INTERPOLATED,
-    REBUILT_ROWS,
-    STEPS,
-    interpolation,
-    reconstructions,
-    rows_that_fit,
-    samples,
-    sheet,
-)
 from tuner.vae.metrics import FINAL_METRICS, METRICS
 from tuner.vae.model import OwnModel
 from tuner.vae.prior import standard_normal
 from tuner.workspace import Checkpoints, read_held_out
 
 COLOURS = {"complete": "#1f77b4", "pruned": "#b8b8b8", "failed": "#d62728", "running": "#ff9f1c"}
+BY_STATE = {"color": "state", "color_discrete_map": COLOURS}  # how plots tell trials apart
+DOTS = {"marker": {"size": 10}}
 RATE_AND_DISTORTION = tuple(Objective.model_validate(metric) for metric in ("rate", "distortion"))
 NUMBERS = 1_000_000  # in a picture: PNG makes half a megabyte of it
 IMPORTANCE_TRIALS = 4  # fewer finished trials say nothing about importance
@@ -67,29 +60,6 @@ figure { margin: 0; } figure img { max-width: 100%; }
 """
 
 
-@dataclass
-class Page:
-    """Sections of HTML in order; each has a heading and one sentence that says what to see."""
-
-    parts: list[str] = field(default_factory=list)
-    figures: int = 0
-
-    def section(self, title: str, see: str, body: str) -> None:
-        self.parts.append(
-            f"<section><h2>{html.escape(title)}</h2><p class='see'>{html.escape(see)}</p>{body}</section>"
-        )
-
-    def figure(self, title: str, see: str, figure: go.Figure) -> None:
-        figure.update_layout(
-            title=None, template="plotly_white", margin={"l": 60, "r": 20, "t": 20, "b": 60}, autosize=True,
-            width=None, legend={"orientation": "h", "y": 1.08, "yanchor": "bottom"}, font={"size": 13},
-        )  # fmt: skip
-        self.figures += 1
-        name = f"figure-{self.figures}"
-        body = figure.to_html(full_html=False, include_plotlyjs=False, div_id=name, config={"responsive": True})
-        self.section(title, see, f"<div class='plot'>{body}</div>")
-
-
 @dataclass(frozen=True)
 class Material:
     """All that the sections draw on, read once."""
@@ -97,14 +67,9 @@ class Material:
     run: RunFiles
     spec: Spec
     study: Study
-    trials: list[FrozenTrial]
     rows: list[dict[str, Any]]
     summary: Summary
     checkpoints: Checkpoints
-
-    @property
-    def metric(self) -> str:
-        return str(self.spec.trial_objective.metric)
 
 
 def report(run: RunFiles, own: OwnModel | None = None) -> Path:
@@ -114,87 +79,98 @@ def report(run: RunFiles, own: OwnModel | None = None) -> Path:
     spec, summary, study = specs.load(run.spec), run.summary(), read_study(run.journal)
     if study is None:
         raise ValueError(f"{run.shown}: no search to report on (its {run.journal.name} is empty)")
-    rows = table(study, spec)
-    material = Material(run, spec, study, study.known()[: len(rows)], rows, summary, Checkpoints(run, own))
-    page = Page()
-    for section in SECTIONS:
-        section(page, material)
+    material = Material(run, spec, study, table(study, spec), summary, Checkpoints(run, own))
+    parts = [part for made in SECTIONS for part in made(material)]
     document = (
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
         f"<title>{html.escape(run.name)}: VAE search</title><style>{STYLE}</style>"
-        f"<script>{get_plotlyjs()}</script></head><body>{''.join(page.parts)}</body></html>"
+        f"<script>{get_plotlyjs()}</script></head><body>{''.join(parts)}</body></html>"
     )
     write_atomic(run.report, document)
     return run.report
 
 
-def headline(page: Page, material: Material) -> None:
+def section(title: str, see: str, body: str) -> str:
+    """A heading, one sentence that says what to see, and that."""
+    return f"<section><h2>{html.escape(title)}</h2><p class='see'>{html.escape(see)}</p>{body}</section>"
+
+
+def plot(title: str, see: str, figure: go.Figure) -> str:
+    figure.update_layout(
+        title=None, template="plotly_white", margin={"l": 60, "r": 20, "t": 20, "b": 60}, autosize=True, width=None,
+        legend={"orientation": "h", "y": 1.08, "yanchor": "bottom", "title": None}, font={"size": 13},
+    )  # fmt: skip
+    body = figure.to_html(full_html=False, include_plotlyjs=False, config={"responsive": True})
+    return section(title, see, f"<div class='plot'>{body}</div>")
+
+
+def headline(material: Material) -> Iterator[str]:
     summary, counts = material.summary, Counter(row["state"] for row in material.rows)
     counted = ", ".join(f"{count} {state}" for state, count in counts.items())
-    title = f"{material.run.name}: the search for a VAE on {material.spec.data.title}"
-    page.parts.append(f"<h1>{html.escape(title)}</h1>")
+    yield f"<h1>{html.escape(f'{material.run.name}: the search for a VAE on {material.spec.data.title}')}</h1>"
     best = summary.best
     if best is None:
-        page.parts.append(
-            f"<p class='big'>The search is under way: {counted} of {material.spec.budget.trials} trials.</p>"
-        )
+        yield f"<p class='big'>The search is under way: {counted} of {material.spec.budget.trials} trials.</p>"
         return
     split, compared = ("test", summary.test) if summary.test else ("validation", summary.validation)
     assert compared
     final, baseline, floor = compared.exported, compared.baseline.frechet_distance, compared.real.frechet_distance
-    searched = ", ".join(
-        f"{name} {text(best.parameters[name])}" for name in material.spec.space if name in best.parameters
-    )
-    page.parts.append(
-        f"<p class='big'>{chosen_words(summary.promotion)} ({searched}). What is exported closes "
+    yield (
+        f"<p class='big'>{terminal.chosen_words(summary.promotion)} "
+        f"({terminal.searched_words(best.parameters, material.spec)}). What is exported closes "
         f"<b>{with_error(final.gap_closed, final.gap_closed_error, 3)}</b> of the gap between the classic settings "
         f"({baseline:.4g}) and real images ({floor:.4g}): Frechet distance "
         f"{with_error(final.frechet_distance, final.frechet_distance_error)} on the {split} split. "
         f"Trials: {counted}.</p>"
     )
-    page.parts.extend(f"<p>{html.escape(note)}.</p>" for note in edges(best.parameters, material.spec))
-    page.section(
+    for note in terminal.edges(best.parameters, material.spec):
+        yield f"<p>{html.escape(note)}.</p>"
+    yield section(
         "Who won, and by how much",
         "Lower distance is better; a gap closed of 1 is as good as real images, and more is the luck of the draw. "
         "± is one standard error, over images and draws; the prior is the difference between the best "
         "trial and the row below it, the epochs between that and the last.",
-        _table(result_rows(summary)),
+        _table(terminal.result_rows(summary)),
     )
 
 
-def pictures(page: Page, material: Material) -> None:
+def pictures(material: Material) -> Iterator[str]:
     run, summary = material.run, material.summary
-    shown: list[tuple[str, FittedModel]] = []
+    shown: dict[str, FittedModel] = {}
     if run.checkpoint(BASELINE).exists():
-        shown.append(("classic settings, samples from N(0, I)", material.checkpoints.baseline()))
+        shown["classic settings, samples from N(0, I)"] = material.checkpoints.baseline()
     if summary.best:
-        shown.append(
-            (f"best trial ({summary.best.trial})", material.checkpoints.best(run.checkpoint(summary.best.trial)))
-        )
+        best = material.checkpoints.best(run.checkpoint(summary.best.trial))
+        shown[f"best trial ({summary.best.trial})"] = best
     if summary.retrain:
-        shown.append(("retrained", material.checkpoints.best(run.kept)))
+        shown["retrained"] = material.checkpoints.best(run.kept)
     if not shown:
         return
-    name, last = shown[-1]
-    shape, ink = last.model.shape, material.spec.data.ink
-    count = COLUMNS * rows_that_fit(shape, COLUMNS, HELD_OUT_ROWS, NUMBERS)
-    sheets = [(caption, samples(fitted, count), COLUMNS) for caption, fitted in shown]
+    name, last = [*shown.items()][-1]
     if len(shown) > 1:
-        plain = samples(replace(last, prior=standard_normal(last.model.latent_dim)), count)
-        sheets.append(("the same model sampled from N(0, I): what the fitted prior is worth", plain, COLUMNS))
+        plain = replace(last, prior=standard_normal(last.model.latent_dim))
+        shown["the same model sampled from N(0, I): what the fitted prior is worth"] = plain
+    shape, columns, steps = last.model.shape, image_grid.COLUMNS, image_grid.STEPS
+
+    def rows(across: int, most: int) -> int:
+        return image_grid.rows_that_fit(shape, across, most, NUMBERS)
+
+    count = columns * rows(columns, image_grid.HELD_OUT_ROWS)
+    sheets = [(caption, image_grid.samples(fitted, count), columns) for caption, fitted in shown.items()]
     if run.held_out.exists():
         real = read_held_out(run, shape)
         means, _ = encode(last.model, real)
-        rebuilt = reconstructions(last, real, means, rows_that_fit(shape, 2 * COLUMNS, REBUILT_ROWS, NUMBERS))
-        between = interpolation(last, means, rows_that_fit(shape, STEPS, INTERPOLATED, NUMBERS))
-        sheets.insert(0, ("real images, held out: samples should be as sharp and as varied", real[:count], COLUMNS))
+        rebuilt = image_grid.reconstructions(last, real, means, rows(2 * columns, image_grid.REBUILT_ROWS))
+        between = image_grid.interpolation(last, means, rows(steps, image_grid.INTERPOLATED))
+        sheets.insert(0, ("real images, held out: samples should be as sharp and as varied", real[:count], columns))
         sheets += [
-            (f"held-out images, and below each its reconstruction ({name}): what differs is lost", rebuilt, COLUMNS),
-            (f"from image to image through the latents ({name}): no step should be a double exposure", between, STEPS),
+            (f"held-out images, and below each its reconstruction ({name}): what differs is lost", rebuilt, columns),
+            (f"from image to image through the latents ({name}): no step should be a double exposure", between, steps),
         ]
-    figures = [_embedded(caption, sheet(images, columns, ink)) for caption, images, columns in sheets]
-    page.section(
+    ink = material.spec.data.ink
+    figures = [_embedded(caption, image_grid.sheet(images, across, ink)) for caption, images, across in sheets]
+    yield section(
         "What they draw",
         "Every model got the same noise: compare image by image and with the real ones, and look for blur and broken "
         "shapes.",
@@ -202,162 +178,129 @@ def pictures(page: Page, material: Material) -> None:
     )
 
 
-def failures(page: Page, material: Material) -> None:
+def failures(material: Material) -> Iterator[str]:
+    keys = ["trial", "reason", *material.spec.space]
     failed = [row for row in material.rows if row["state"] == "failed"]
     if failed:
-        keys = ["trial", "reason", *material.spec.space]
         see = "Each failed for the reason given, with these parameters; the search avoided their like."
-        page.section(
-            "Trials that failed", see, _table([keys, *([text(row.get(key)) for key in keys] for row in failed)])
-        )
+        rows = [[text(row.get(key)) for key in keys] for row in failed]
+        yield section("Trials that failed", see, _table([keys, *rows]))
 
 
-def gap(page: Page, material: Material) -> None:
-    rows = [row for row in material.rows if "gap_closed" in row]
-    if rows:
-        closed, colours = [row["gap_closed"] for row in rows], [COLOURS[row["state"]] for row in rows]
-        said = [f"{row['state']} {row['reason']}" for row in rows]
-        bars = go.Bar(x=[str(row["trial"]) for row in rows], y=closed, marker_color=colours, hovertext=said)
-        figure = go.Figure(bars, {"xaxis_title": "trial", "yaxis_title": "gap closed"})
+def gap(material: Material) -> Iterator[str]:
+    trials = _trials(material, "gap_closed")
+    if len(trials):
+        order = {"trial": list(trials["trial"])}
+        figure = px.bar(trials, x="trial", y="gap_closed", hover_data=["reason"], category_orders=order, **BY_STATE)
         figure.update_xaxes(type="category")
-        figure.update_yaxes(range=[max(-1.0, min(0.0, *closed)), 1.05])
+        figure.update_yaxes(range=[max(-1.0, min(0.0, *trials["gap_closed"])), 1.05], title="gap closed")
         see = "Blue bars were trained to the end, grey ones were stopped early; 1 is as good as real images."
-        page.figure("Gap closed, trial by trial", see, figure)
+        yield plot("Gap closed, trial by trial", see, figure)
 
 
-def curves(page: Page, material: Material) -> None:
+def curves(material: Material) -> Iterator[str]:
+    study, spec = material.study, material.spec
     see = "Each line is a trial; a cross marks where a trial was stopped, and lines that go on were worth it."
-    _lines(page, "Learning curves", see, material.trials, material.rows, material.metric)
+    yield from _lines("Learning curves", see, study, material.rows, spec.trial_objective.metric)
     retrain = read_study(material.run.journal, RETRAIN)
     if retrain:
         see = (
             "Each line is a finalist, scored on the way under its trial's prior; what is kept is chosen under the last."
         )
-        metric = material.spec.selection_objective.metric
-        _lines(page, "Retrain", see, retrain.known(), table(retrain, material.spec), metric)
+        yield from _lines("Retrain", see, retrain, table(retrain, spec), spec.selection_objective.metric)
 
 
-def _lines(
-    page: Page, title: str, see: str, trials: Sequence[FrozenTrial], rows: Sequence[Mapping[str, Any]], metric: str
-) -> None:
-    figure = go.Figure(layout={"xaxis_title": "epoch", "yaxis_title": metric})
-    for trial, row in zip(trials, rows, strict=True):
-        scored = evaluations(trial)
-        if not scored:
-            continue
-        symbols = ["circle"] * len(scored)
-        if row["state"] in ("pruned", "failed"):
-            symbols[-1] = "x"
-        figure.add_scatter(
-            x=[scores["epoch"] for scores in scored],
-            y=[scores[metric] for scores in scored],
-            mode="lines+markers", name=f"trial {trial.number}", showlegend=False,
-            marker={"symbol": symbols, "size": 8}, line={"color": COLOURS[row["state"]]},
-        )  # fmt: skip
-    if figure.data:
-        if all(value > 0 for line in figure.data for value in line.y):
-            figure.update_yaxes(type="log")
-        page.figure(title, see, figure)
+def _lines(title: str, see: str, study: Study, rows: list[dict[str, Any]], metric: str) -> Iterator[str]:
+    points = pd.DataFrame(
+        {"trial": row["trial"], "state": row["state"], "epoch": scores["epoch"], metric: scores[metric]}
+        for row, trial in zip(rows, study.known(), strict=False)  # there may be more trials by now
+        for scores in evaluations(trial)
+    )
+    if len(points):
+        logarithmic = bool((points[metric] > 0).all())
+        drawn = {"line_group": "trial", "hover_name": "trial", "markers": True, "log_y": logarithmic}
+        figure = px.line(points, x="epoch", y=metric, **drawn, **BY_STATE)
+        ends = points.groupby("trial").tail(1).query("state in ('pruned', 'failed')")
+        cross = {"symbol": "x", "size": 10, "color": ends["state"].map(COLOURS)}
+        figure.add_scatter(x=ends["epoch"], y=ends[metric], mode="markers", marker=cross, name="stopped")
+        yield plot(title, see, figure)
 
 
-def importances(page: Page, material: Material) -> None:
-    finished = [trial for trial in material.trials if trial.state == TrialState.COMPLETE and trial.params]
-    if len(finished) < IMPORTANCE_TRIALS or len(material.spec.objective) > 1 or len(material.spec.space) < 2:
-        return
-    study, metric = material.study, material.metric
+def importances(material: Material) -> list[str]:
+    study, spec, metric = material.study, material.spec, material.spec.trial_objective.metric
+    finished = [trial for trial in study.known() if trial.state == TrialState.COMPLETE and trial.params]
+    if len(finished) < IMPORTANCE_TRIALS or len(spec.objective) > 1 or len(spec.space) < 2:
+        return []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the method is experimental, and says where few trials make it coarse
         see = f"Optuna's fANOVA: the share of the differences in {metric} that each parameter explains."
-        page.figure("Which parameters matter", see, visualization.plot_param_importances(study))
+        parts = [plot("Which parameters matter", see, visualization.plot_param_importances(study))]
         see = f"Each dot is a trial; look for where {metric} is low."
-        page.figure("One parameter at a time", see, visualization.plot_slice(study))
+        parts.append(plot("One parameter at a time", see, visualization.plot_slice(study)))
         see = f"The colour is {metric} between the trials (dots): darker is lower."
-        for pair in combinations(material.spec.space, 2):
-            page.figure(f"{pair[0]} against {pair[1]}", see, visualization.plot_contour(study, params=list(pair)))
+        for pair in combinations(spec.space, 2):
+            figure = visualization.plot_contour(study, params=list(pair))
+            parts.append(plot(f"{pair[0]} against {pair[1]}", see, figure))
+    return parts
 
 
-def plane(page: Page, material: Material) -> None:
+def plane(material: Material) -> Iterator[str]:
     """The trials by two objectives, or where there are not two by rate and distortion."""
     two = material.spec.objective if len(material.spec.objective) == 2 else RATE_AND_DISTORTION
     x, y = (objective.metric for objective in two)
-    rows = [row for row in material.rows if x in row and y in row]
-    if rows:
-        figure = _dots(rows, x, y)
-        figure.update_layout(xaxis_title=f"{x}, {METRICS[x].unit}", yaxis_title=f"{y}, {METRICS[y].unit}")
-        best = sorted(front(rows, two), key=lambda row: row[x])
-        line = {"x": [row[x] for row in best], "y": [row[y] for row in best], "line": {"color": "#222", "dash": "dot"}}
-        figure.add_scatter(mode="lines", name="front", **line)
+    trials = _trials(material, x, y)
+    if len(trials):
+        labels = {name: f"{name}, {METRICS[name].unit}" for name in (x, y)}
+        figure = px.scatter(trials, x=x, y=y, hover_name="trial", labels=labels, **BY_STATE).update_traces(DOTS)
+        best = pd.DataFrame(front(trials.to_dict("records"), two)).sort_values(x)
+        figure.add_scatter(x=best[x], y=best[y], mode="lines", name="front", line={"color": "#222", "dash": "dot"})
         see = "No trial beats those on the dotted front in both."
         if two is RATE_AND_DISTORTION:
             see = f"Left costs fewer nats to encode, lower reconstructs better. {see}"
-        page.figure(f"{x} and {y}".capitalize(), see, figure)
+        yield plot(f"{x} and {y}".capitalize(), see, figure)
 
 
-def units(page: Page, material: Material) -> None:
-    rows = [row for row in material.rows if "active_units" in row]
-    if rows:
+def units(material: Material) -> Iterator[str]:
+    trials = _trials(material, "active_units")
+    if len(trials):
         see = "Trials on the diagonal use every latent they have; those below it left some idle."
-        page.figure("Latents in use", see, _dots(rows, "latent_dim", "active_units"))
+        figure = px.scatter(trials, x="latent_dim", y="active_units", hover_name="trial", **BY_STATE)
+        figure.update_traces(DOTS)
+        yield plot("Latents in use", see, figure)
 
 
-def _dots(rows: Sequence[Mapping[str, Any]], x: str, y: str) -> go.Figure:
-    """A dot a trial, coloured by its state."""
-    figure = go.Figure(layout={"xaxis_title": x, "yaxis_title": y.replace("_", " ")})
-    for state, colour in COLOURS.items():
-        part = [row for row in rows if row["state"] == state]
-        if part:
-            figure.add_scatter(
-                x=[row[x] for row in part], y=[row[y] for row in part], mode="markers", name=state,
-                marker={"color": colour, "size": 10}, text=[f"trial {row['trial']}" for row in part],
-            )  # fmt: skip
-    return figure
-
-
-def timeline(page: Page, material: Material) -> None:
-    figure = go.Figure(
-        layout={"barmode": "overlay", "xaxis_title": "seconds since the search began", "yaxis_title": "worker"}
-    )
-    begun = [trial.datetime_start.timestamp() for trial in material.trials if trial.datetime_start]
-    spans: dict[str, list[tuple[float, float, str, int]]] = {}
-    for trial, row in zip(material.trials, material.rows, strict=True):
+def timeline(material: Material) -> Iterator[str]:
+    spans = []
+    for row, trial in zip(material.rows, material.study.known(), strict=False):
         worker = trial.user_attrs.get("worker")
         if worker and trial.datetime_start:
             start = trial.datetime_start.timestamp()
-            last = evaluations(trial)[-1].get("timestamp", start) if evaluations(trial) else start
+            last = max([start, *(scores.get("timestamp", start) for scores in evaluations(trial))])
             end = trial.datetime_complete.timestamp() if trial.datetime_complete else last
-            spans.setdefault(worker, []).append((start - min(begun), end - start, row["state"], trial.number))
-    if not spans:
-        return
-    for state, colour in COLOURS.items():
-        bars = [(worker, *span) for worker, all_spans in spans.items() for span in all_spans if span[2] == state]
-        if bars:
-            figure.add_bar(
-                y=[bar[0] for bar in bars], base=[bar[1] for bar in bars], x=[bar[2] for bar in bars], orientation="h",
-                name=state, marker={"color": colour, "line": {"color": "white", "width": 1}},
-                text=[str(bar[4]) for bar in bars], textposition="inside",
-            )  # fmt: skip
-    whole = max(start + length for all_spans in spans.values() for start, length, *_ in all_spans)
-    busy = sum(length for all_spans in spans.values() for _, length, *_ in all_spans) / (whole * len(spans))
-    page.figure(
-        "Who ran what",
-        f"One line a worker, one bar a trial; gaps are idle time. Workers were busy {busy:.0%} of the time.",
-        figure,
-    )
+            spans.append({"worker": worker, "start": start, "seconds": end - start} | row)
+    if spans:
+        found = pd.DataFrame(spans)
+        found["start"] -= found["start"].min()
+        figure = px.bar(found, base="start", x="seconds", y="worker", text="trial", orientation="h", **BY_STATE)
+        figure.update_layout(barmode="overlay", xaxis_title="seconds since the search began")
+        busy = found["seconds"].sum() / ((found["start"] + found["seconds"]).max() * found["worker"].nunique())
+        see = f"One line a worker, one bar a trial; gaps are idle time. Workers were busy {busy:.0%} of the time."
+        yield plot("Who ran what", see, figure)
 
 
-def promotion(page: Page, material: Material) -> None:
+def promotion(material: Material) -> Iterator[str]:
     entries, described = material.summary.promotion, material.summary.extractors
     if entries:
         extractors = "; ".join(f"{name}: {info.words}" for name, info in described.items())
-        page.section(
+        yield section(
             "Promotion",
             "The best of the search, scored again with fresh noise and with an extractor the search never saw; the top "
             f"row won. The extractors are {extractors}.",
-            _table(promotion_rows(entries, material.spec.selection_objective.metric)),
+            _table(terminal.promotion_rows(entries, material.spec.selection_objective.metric)),
         )
 
 
-def test_split(page: Page, material: Material) -> None:
+def test_split(material: Material) -> Iterator[str]:
     test = material.summary.test
     if test:
         found = {name: scores.model_dump() for name, scores in test.models.items()}
@@ -368,38 +311,41 @@ def test_split(page: Page, material: Material) -> None:
                 known = described.get(name)
                 words = [known.unit, known.meaning] if known else ["", "1 is as good as real images"]
                 cells = [
-                    with_error(scores[name], scores[f"{name}_error"])
-                    if scores.get(f"{name}_error")
-                    else text(scores.get(name))
+                    with_error(scores[name], scores.get(f"{name}_error")) if name in scores else ""
                     for scores in found.values()
                 ]
                 rows.append([name, *cells, *words])
-        page.section("The test split", "Read once, after every choice was made.", _table(rows))
+        yield section("The test split", "Read once, after every choice was made.", _table(rows))
     neighbours = material.run.export / "neighbours.png"
     if neighbours.exists():
-        page.section(
+        yield section(
             "Copies?",
             "Rows one and three are samples; below each is its nearest training image. They must not be the same.",
             _embedded("samples and their nearest training images", neighbours.read_bytes()),
         )
 
 
-def lineage(page: Page, material: Material) -> None:
+def lineage(material: Material) -> Iterator[str]:
     config = material.run.export / "config.json"
-    spent = ", ".join(f"{name} {duration(seconds)}" for name, seconds in material.summary.seconds.items())
+    spent = ", ".join(f"{name} {terminal.duration(seconds)}" for name, seconds in material.summary.seconds.items())
     text = f"time: {spent}\n\n{material.spec.to_yaml()}"
     if config.exists():
         text += f"\n{config.read_text()}"
-    page.section(
+    yield section(
         "Where it came from",
         "The spec as it was run, the time each stage took, and the export's lineage and versions.",
         f"<details><summary>show</summary><div class='scroll'><pre>{html.escape(text)}</pre></div></details>",
     )
 
 
-SECTIONS: tuple[Callable[[Page, Material], None], ...] = (
+SECTIONS: tuple[Callable[[Material], Iterable[str]], ...] = (
     headline, pictures, failures, gap, curves, importances, plane, units, timeline, promotion, test_split, lineage,
 )  # fmt: skip
+
+
+def _trials(material: Material, *needed: str) -> pd.DataFrame:
+    """The trials of which so much is known."""
+    return pd.DataFrame(row for row in material.rows if all(name in row for name in needed))
 
 
 def _embedded(caption: str, picture: bytes) -> str:
@@ -409,18 +355,16 @@ def _embedded(caption: str, picture: bytes) -> str:
 
 def _table(rows: Iterable[list[str]]) -> str:
     header, *body = rows
-    lines = ["<tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in header) + "</tr>"]
-    lines += ["<tr>" + "".join(_cell(cell) for cell in row) + "</tr>" for row in body]
-    return f"<div class='scroll'><table>{''.join(lines)}</table></div>"
-
-
-def _cell(text: str) -> str:
-    numeric = text[-1:].isdigit()
-    return f"<td{'' if numeric else ' class=text'}>{html.escape(text)}</td>"
+    lines = [[f"<th>{html.escape(cell)}</th>" for cell in header]]
+    for row in body:
+        kinds = ["" if cell[-1:].isdigit() else " class=text" for cell in row]
+        lines.append([f"<td{kind}>{html.escape(cell)}</td>" for kind, cell in zip(kinds, row, strict=True)])
+    shown = "".join(f"<tr>{''.join(cells)}</tr>" for cells in lines)
+    return f"<div class='scroll'><table>{shown}</table></div>"
 
 
 def report_stage(run: RunFiles, own: OwnModel | None = None) -> None:
-    with stage(run, "report") as progress:
+    with terminal.stage(run, "report") as progress:
         progress.done(run.name_of(report(run, own)))
 
 

@@ -1,9 +1,7 @@
 """The run directory: every path in it, its lock, atomic writes, the summary."""
 
 import copy
-import csv
 import fcntl
-import io
 import os
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,6 +12,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from tuner.summary import Summary
+from tuner.vae.errors import Refused as Refused  # re-exported: of errors most rooms need no more
+from tuner.vae.errors import refusing
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -33,11 +33,6 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     sync_directory(path.parent)
 
 
-def one_line(error: BaseException) -> str:
-    """What an error says, without line breaks."""
-    return " ".join(str(error).split())
-
-
 def sync_directory(path: Path) -> None:
     """Make a rename inside `path` outlive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -47,16 +42,11 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-class Refused(ValueError):
-    """Bad input or a damaged file; the text is one line that names it. Commands end with status 2."""
-
-
 class RunFiles:
     """The files of one search. Nothing else in the package spells a path inside a run directory."""
 
     def __init__(self, path: Path, shown: str | None = None):
-        self.path = path
-        self.shown = shown or str(path)  # what the user calls it
+        self.path, self.shown = path, shown or str(path)  # what the user calls it
         self.spec = path / "spec.yaml"
         self.journal = path / "study.journal"
         self.trials = path / "trials.csv"
@@ -97,11 +87,9 @@ class RunFiles:
         The kernel holds the lock and lets go of it however the process ends. What a killed process left half
         written is removed.
         """
-        try:
+        with refusing(self.path, OSError):
             self.path.mkdir(parents=True, exist_ok=True)
             file = self.lock.open("a")
-        except OSError as error:
-            raise Refused(f"{self.path}: {error.strerror}") from error
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -132,21 +120,19 @@ class RunFiles:
         return self.extractors / f"{name}.{'pt2' if kind == 'program' else 'safetensors'}"
 
     def summary(self) -> Summary:
-        """What is known of the run so far; empty before the first stage ended.
-
-        Raises Refused where the file is damaged.
-        """
-        try:
-            return Summary.model_validate_json(self.summary_file.read_text())
-        except FileNotFoundError:
+        """What is known of the run so far; empty before the first stage ended. Raises Refused where the file is
+        damaged."""
+        if not self.summary_file.exists():
             return Summary()
+        named = self.name_of(self.summary_file)
+        with refusing(f"{named}: not readable", OSError, UnicodeDecodeError):
+            text = self.summary_file.read_text()
+        try:
+            return Summary.model_validate_json(text)
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            at = f" at {where}" if where else ""
-            raise Refused(f"{self.name_of(self.summary_file)}: damaged{at}: {first['msg']}") from error
-        except (OSError, ValueError) as error:
-            raise Refused(f"{self.name_of(self.summary_file)}: not readable: {one_line(error)}") from error
+            at = " at " + ".".join(map(str, first["loc"])) if first["loc"] else ""
+            raise Refused(f"{named}: damaged{at}: {first['msg']}") from error
 
     def update_summary(self, **parts: Any) -> Summary:
         """Lay `parts` over the summary; a mapping is merged into the mapping that is there."""
@@ -158,10 +144,6 @@ class RunFiles:
 
     def write_trials(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """trials.csv: a row a trial, its columns in order of first appearance."""
-        rows = list(rows)
-        columns = list(dict.fromkeys(column for row in rows for column in row))
-        text = io.StringIO()
-        writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_atomic(self.trials, text.getvalue())
+        import pandas as pd  # which whoever only looks at a run does not wait for
+
+        write_atomic(self.trials, pd.DataFrame(rows, dtype=object).to_csv(index=False))

@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         return status(arguments.status)
     named: list[str] = []
     if arguments.run is None:
-        arguments.run = default_run(arguments.spec)
+        arguments.run = f"runs/{(arguments.spec or DEFAULT_SPEC).stem}-{datetime.now():%Y%m%d-%H%M%S}"
         named = ["--run", arguments.run]
     with resumable(command("tuner.search", given, *named)), opened(arguments.run) as run:
         return job(run, arguments)
@@ -127,27 +127,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def default_run(spec: Path | None) -> str:
-    """A new folder under `runs/`, named by the spec and the time."""
-    return f"runs/{(spec or DEFAULT_SPEC).stem}-{datetime.now():%Y%m%d-%H%M%S}"
-
-
 def load_spec(run: RunFiles, arguments: argparse.Namespace, own: OwnModelSpec | None = None) -> Spec:
-    """The spec to work by, `own` being the code that --model names.
-
-    Raises ValueError where it is no good or the run belongs to another.
-    """
+    """The spec to work by, `own` being the code that --model names. Raises ValueError where it is no good or the run
+    belongs to another."""
     if arguments.concurrency is not None and arguments.concurrency < 1:
         raise ValueError(f"--concurrency {arguments.concurrency}: expected 1 or more")
-    flags = {
-        "budget.trials": arguments.trials,
-        "budget.max_epochs": arguments.max_epochs,
-        "budget.time_limit": arguments.time_limit,
-        "seed": arguments.seed,
-    }
     overrides = [yaml_text.parse_override(text) for text in arguments.set]
-    overrides += [(key, value) for key, value in flags.items() if value is not None]
-    overrides += [("own_model", own.model_dump())] if own else []
+    budget = {f"budget.{key}": getattr(arguments, key) for key in ("trials", "max_epochs", "time_limit")}
+    given = budget | {"seed": arguments.seed, "own_model": own and own.model_dump()}
+    overrides += [(key, value) for key, value in given.items() if value is not None]
     started = run.spec.exists()
     spec = specs.load(arguments.spec or (run.spec if started else DEFAULT_SPEC), overrides)
     spec = spec.with_data_at(arguments.data_dir)

@@ -1,8 +1,5 @@
-"""Optuna behind Ray Tune's Searcher interface, and the rule that stops weak trials.
-
-The journal in the run directory is the one record of the search. It is told the truth: a stopped trial is
-PRUNED with its intermediate values, one that is not finite is FAIL at once, a finished one is COMPLETE.
-"""
+"""Optuna behind Ray Tune's Searcher interface, and the rule that stops weak trials. The journal is told the truth: a
+stopped trial is PRUNED with its intermediate values, one that is not finite FAIL at once, a finished one COMPLETE."""
 
 import math
 import warnings
@@ -25,26 +22,28 @@ from tuner.vae.seeds import Stream, derive_seed
 
 WORKER_RETRIES = 3  # how often a trial whose worker died goes on from its checkpoint
 PREEMPTED = "its node was preempted"  # which is no fault of the trial
+CAUSES = {  # by what Ray says of them; the first that is said
+    PREEMPTED: ("node was preempted",),
+    "out of memory": ("OutOfMemory", "running low on memory"),
+    "its node died": ("node has died", "NodeDiedError"),
+    "its process died": ("ActorUnavailableError", "ActorDiedError", "is dead", "unavailable"),
+}
 FAILURES = {"diverged", "collapsed", "out of memory", "error"}  # outcomes that a trial reports of itself
 
 
 class StudySearcher(Searcher):
     """Proposes trials with TPE and writes every result to the study.
 
-    The sampler is made anew for every proposal, seeded by (study seed, trial number): what it proposes
-    depends on the journal alone, so a search that was cut off goes on as if nothing had happened.
-
-    The baseline is trial 0, but starts only when a quarter of the others are proposed: until then nobody needs
-    it, and its core brings the first results sooner. Under a time limit it starts first, to be done in time.
-    A trial whose worker was lost is put back, and goes on from its checkpoint; Tune's own retries spare a trial
-    nothing where an actor that it was to reuse died with its node.
+    What is proposed depends on the journal alone: the sampler is made anew each time, seeded by (study seed, trial
+    number). So a search that was cut off goes on as if nothing had happened. The baseline is trial 0, but starts only
+    when a quarter of the others are proposed, until when nobody needs it; under a time limit it starts first. A trial
+    whose worker was lost is put back and goes on from its checkpoint: Tune's own retries spare it nothing where an
+    actor that it was to reuse died with its node.
     """
 
     def __init__(self, study: Study, spec: Spec, capacity: Callable[[], float] = lambda: math.inf):
         super().__init__(metric=[o.metric for o in spec.objective], mode=[o.direction[:3] for o in spec.objective])
-        self.study = study
-        self.spec = spec
-        self.capacity = capacity
+        self.study, self.spec, self.capacity = study, spec, capacity
         self.distributions = distributions(spec)
         self.live: dict[str, optuna.trial.Trial] = {}  # by Ray's trial id
         self.unfinished = [trial for trial in study.known() if trial.state == TrialState.RUNNING]
@@ -59,7 +58,7 @@ class StudySearcher(Searcher):
         begun = sum(trial.state != TrialState.WAITING for trial in self.study.known())
         return max(0, self.spec.budget.trials - begun) + len(self.unfinished)
 
-    @fatal
+    @fatal()
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The next trial as Ray's config, its number and full parameters; None while `capacity` is used up."""
         if not self.remaining:
@@ -87,17 +86,11 @@ class StudySearcher(Searcher):
         return self.study.known()[number]
 
     def _add(self, state: TrialState, parameters: Parameters, params: dict[str, Any] | None) -> None:
-        """Add a trial to the journal in one write, so that a kill leaves a whole trial or none.
-
-        Without `params` it is none of the space.
-        """
-        proposed = optuna.trial.create_trial(
-            state=state,
-            params=params or {},
-            distributions=self.distributions if params else {},
-            user_attrs={"parameters": parameters.model_dump()},
+        """In one write, so that a kill leaves a whole trial or none. Without `params` it is none of the space."""
+        known, attributes = self.distributions if params else {}, {"parameters": parameters.model_dump()}
+        self.study.add_trial(
+            optuna.trial.create_trial(state=state, params=params or {}, distributions=known, user_attrs=attributes)
         )
-        self.study.add_trial(proposed)
 
     def _sample(self, known: list[FrozenTrial], number: int, fixed: dict[str, Any] | None) -> dict[str, Any]:
         """Ask TPE on a copy of the study in memory; `fixed` parameters are taken as they are."""
@@ -112,7 +105,7 @@ class StudySearcher(Searcher):
             scratch.enqueue_trial(fixed)
         return scratch.ask(fixed_distributions=self.distributions).params
 
-    @fatal
+    @fatal()
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Write one evaluation: its scores, and the objective as the rung's intermediate value."""
         trial = self.live[trial_id]
@@ -127,14 +120,14 @@ class StudySearcher(Searcher):
         kept = ("epoch", "seconds_train", "seconds_score", "timestamp", *METRICS)
         trial.set_user_attr(f"evaluation:{result['rung']}", {key: result[key] for key in kept if key in result})
 
-    @fatal
+    @fatal()
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """End the trial in the study, with its reason."""
         if trial_id not in self.live:
             return
         if result:
             self.on_trial_result(trial_id, result)
-        trial = self.live.pop(trial_id)
+        trial, result = self.live.pop(trial_id), result or {"outcome": "error", "reason": "never started"}
         if error:
             frozen = self.study.known()[trial.number]  # the rule wrote, not this object
             causes = frozen.user_attrs.get("lost", ["unknown"])
@@ -142,8 +135,6 @@ class StudySearcher(Searcher):
                 self.unfinished.append(frozen)
             else:
                 self._end(trial, TrialState.FAIL, f"worker lost {len(causes)} times, the last time: {causes[-1]}")
-        elif not result:
-            self._end(trial, TrialState.FAIL, "never started")
         elif result.get("outcome") in FAILURES:
             self._end(trial, TrialState.FAIL, result["reason"])
         elif result.get("outcome") == "complete":
@@ -194,14 +185,14 @@ class ToTheEnd(FIFOScheduler):
         super().__init__()
         self.study, self.spec = study, spec
 
-    @fatal
+    @fatal()
     def on_trial_result(self, tune_controller: Any, trial: RayTrial, result: dict[str, Any]) -> str:
         return str(TrialScheduler.STOP if result["done"] or self.is_weak(trial, result) else TrialScheduler.CONTINUE)
 
     def is_weak(self, trial: RayTrial, result: dict[str, Any]) -> bool:
         return False
 
-    @fatal
+    @fatal()
     def on_trial_error(self, tune_controller: Any, trial: RayTrial) -> None:
         """Note in the study why a worker was lost, each time: Tune tells the rule, but not the searcher."""
         text = Path(trial.error_file).read_text() if trial.error_file else ""
@@ -211,43 +202,35 @@ class ToTheEnd(FIFOScheduler):
 
 
 class SuccessiveHalving(ToTheEnd):
-    """Asynchronous successive halving, the stopping rule of Li et al. 2020 (ASHA).
+    """Asynchronous successive halving (ASHA; Li et al. 2020).
 
-    At each rung from grace_epochs on, a trial goes on while it is among the best 1/reduction_factor
-    (rounded up) of all that reached the rung so far. The baseline always goes on. Rungs are filled from the
-    study, so a search that was cut off stops the same trials.
+    At each rung from grace_epochs on, a trial goes on while it is among the best 1/reduction_factor (rounded up) of all
+    that reached the rung so far; the baseline always does. Rungs are filled from the study, so a search that was cut
+    off stops the same trials.
     """
 
     def __init__(self, study: Study, spec: Spec):
         super().__init__(study, spec)
         self.objective = spec.objective[0]
-        self.factor = spec.budget.reduction_factor
-        self.grace = spec.budget.grace_epochs
-        self.active = len(spec.objective) == 1  # "weaker" has no meaning for several objectives at once
         self.rungs: dict[int, dict[int, float]] = {}
         for trial in study.known():
             for rung, value in trial.intermediate_values.items():
                 self.rungs.setdefault(rung, {})[trial.number] = self.objective.cost({self.objective.metric: value})
 
     def is_weak(self, trial: RayTrial, result: dict[str, Any]) -> bool:
-        number, value = trial.config["trial"], self.objective.cost(result)
+        number, value, budget = trial.config["trial"], self.objective.cost(result), self.spec.budget
         rung = self.rungs.setdefault(result["rung"], {})
         rung.setdefault(number, value)
         better = sum(other < value for other in rung.values())
-        weak = result["epoch"] >= self.grace and better >= math.ceil(len(rung) / self.factor)
-        return self.active and weak and number != BASELINE
+        weak = result["epoch"] >= budget.grace_epochs and better >= math.ceil(len(rung) / budget.reduction_factor)
+        return weak and number != BASELINE and len(self.spec.objective) == 1  # of several none alone says "weaker"
 
 
 def cause_of(error: str) -> str:
     """Ray's account of a lost worker in a few words; the last where Tune has gathered several."""
     error = error.rpartition("Failure # ")[2]
-    if "node was preempted" in error:
-        return PREEMPTED
-    if "OutOfMemory" in error or "running low on memory" in error:
-        return "out of memory"
-    if "node has died" in error or "NodeDiedError" in error:
-        return "its node died"
-    if "ActorUnavailableError" in error or "ActorDiedError" in error or "is dead" in error or "unavailable" in error:
-        return "its process died"
+    for cause, signs in CAUSES.items():
+        if any(sign in error for sign in signs):
+            return cause
     lines = [line.strip() for line in error.splitlines() if line.strip()]
     return lines[-1][:200] if lines else "unknown"

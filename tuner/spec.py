@@ -1,9 +1,6 @@
-"""A file -> checked, frozen Spec.
+"""A file -> checked, frozen Spec. It is checked once, here; inside the package it is trusted."""
 
-A spec is checked once, here; inside the package it is trusted. Whatever is wrong is a `ValueError` whose
-one-line text names the file, the key and the value.
-"""
-
+import argparse
 import hashlib
 import json
 import math
@@ -13,16 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BeforeValidator,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from tuner import yaml_text
 from tuner.data_spec import DataSpec, DigitsSpec, Frozen, Whole
 from tuner.space import Entry, FloatRange, Real, Value
+from tuner.vae.errors import Refused, refusing
 from tuner.vae.metrics import METRICS
 from tuner.vae.parameters import CLASSIC, OPTION, Parameters
 
@@ -67,10 +60,6 @@ class Objective(Frozen):
 DRAWN_BEST = Objective.model_validate("frechet_distance")
 
 
-def _as_list(value: Any) -> Any:
-    return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
 class Budget(Frozen):
     """How much is searched, and when weak trials are stopped."""
 
@@ -85,10 +74,8 @@ class Budget(Frozen):
 
     @property
     def rungs(self) -> tuple[float, ...]:
-        """Epochs at which a trial is scored: grace * factor^k below max_epochs (by 5 % at least), then max_epochs.
-
-        And at grace / factor, where that is an epoch or more: a first look, at which nobody is stopped.
-        """
+        """Epochs at which a trial is scored: grace * factor^k below max_epochs (by 5 % at least), then max_epochs. And
+        at grace / factor, where that is an epoch or more: a first look, at which nobody is stopped."""
         power = -1 if self.grace_epochs >= self.reduction_factor else 0
         rungs = []
         while (epoch := self.grace_epochs * self.reduction_factor**power) < 0.95 * self.max_epochs:
@@ -98,15 +85,12 @@ class Budget(Frozen):
 
 
 class EvenBudget(Budget):
-    """Every trial goes to the end, and is scored as often on the way."""
-
-    evaluations: Whole = 10
+    """Every trial goes to the end, and is scored ten times on the way."""
 
     @property
     def rungs(self) -> tuple[float, ...]:
-        """Whole epochs, as far apart as that lets them be."""
-        parts = range(1, self.evaluations + 1)
-        return tuple(sorted({float(max(1, round(self.max_epochs * part / self.evaluations))) for part in parts}))
+        """Whole epochs, as far apart as ten let them be."""
+        return tuple(sorted({float(max(1, round(self.max_epochs * tenth / 10))) for tenth in range(1, 11)}))
 
 
 class FittedPrior(Frozen):
@@ -153,9 +137,11 @@ class Spec(Frozen):
     """parameters that all trials share; what is neither searched nor fixed has its default"""
     points_to_evaluate: tuple[dict[str, Value], ...] = ()
     """points of the space to run first, in this order; what a point leaves out is proposed"""
-    objective: Annotated[tuple[Objective, ...], BeforeValidator(_as_list), Field(min_length=1)] = (
-        Objective(metric="frechet_distance", direction="minimize"),
-    )
+    objective: Annotated[
+        tuple[Objective, ...],
+        BeforeValidator(lambda value: value if isinstance(value, (list, tuple)) else [value]),
+        Field(min_length=1),
+    ] = (DRAWN_BEST,)
     """one metric, or a list; of several the front is searched, and no trial is stopped early"""
     budget: Budget = Field(Budget(), description="how much is searched, and when weak trials are stopped")
     retrain: RetrainSpec = Field(RetrainSpec(), description="how the best of the promotion are trained on")
@@ -179,10 +165,8 @@ class Spec(Frozen):
         path = value.get("features") if isinstance(value, dict) else None
         if not isinstance(path, str) or value.get("features_sha256"):
             return value
-        try:
+        with refusing(f"features: {path}", OSError, ValueError):
             content = Path(path).read_bytes()
-        except (OSError, ValueError) as error:
-            raise ValueError(f"features: {path}: {getattr(error, 'strerror', None) or error}") from error
         return value | {"features_sha256": hashlib.sha256(content).hexdigest()}
 
     @model_validator(mode="before")
@@ -254,11 +238,8 @@ class Spec(Frozen):
 
     @property
     def baseline(self) -> Parameters:
-        """Trial 0: the classic settings with this spec's batch size and likelihood.
-
-        It keeps the spec's prior so that its `frechet_distance` compares with other trials'; the baseline
-        figure is its distance under N(0, I).
-        """
+        """Trial 0: the classic settings with what this spec fixes of batches, pixels, likelihood and prior. With the
+        spec's prior its `frechet_distance` compares with others'; the baseline figure is that under N(0, I)."""
         kept = {"batch_size", "likelihood", "pixels", "prior", "prior_components"}
         return Parameters.model_validate({name: value for name, value in self.fixed.items() if name in kept})
 
@@ -318,20 +299,13 @@ class Spec(Frozen):
 
 
 def load(path: Path, overrides: list[tuple[str, Any]] | None = None) -> Spec:
-    """Read and check a spec; `overrides` are (dotted key, value) pairs laid over the file.
-
-    Raises ValueError, one line naming file, key and value, on anything that is wrong.
-    """
+    """Read and check a spec; `overrides` are (dotted key, value) pairs laid over the file. Raises ValueError, one line
+    naming file, key and value, on anything that is wrong."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror or error}") from error
+        with refusing(path, OSError, Refused):
+            raw = yaml_text.parse(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a text file") from error
-    try:
-        raw = yaml_text.parse(text)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise Refused(f"{path}: not a text file") from error
     if not isinstance(raw, dict):
         raise ValueError(f"{path}: expected a mapping with space, budget, ..., found {type(raw).__name__}")
     for key, value in overrides or []:
@@ -355,12 +329,10 @@ def schema() -> str:
     for part in ("space", "fixed"):
         node = document["properties"][part]
         value_schema = node.pop("additionalProperties")
-        node["properties"] = {
-            name: (value_schema if part == "space" else {}) | {"description": field["description"]}
-            if part == "space"
-            else {key: entry for key, entry in field.items() if key != "title"}
-            for name, field in known.items()
-        }
+        for field in known.values():
+            field.pop("title", None)
+        described = {name: value_schema | {"description": field["description"]} for name, field in known.items()}
+        node["properties"] = described if part == "space" else known
         node["patternProperties"] = {f"^{re.escape(OPTION)}": value_schema if part == "space" else {}}
         node["additionalProperties"] = False
     return json.dumps(document, indent=2) + "\n"
@@ -407,13 +379,9 @@ def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
 
 def main() -> int:
     """`python -m tuner.spec --schema` prints the JSON schema; with files, checks them."""
-    import argparse
-
     parser = argparse.ArgumentParser(prog="python -m tuner.spec", description="Check spec files or print their schema.")
     parser.add_argument("spec", nargs="*", type=Path, help="spec files to check")
-    parser.add_argument(
-        "--schema", action="store_true", help="print the JSON schema that editors complete the YAML with"
-    )
+    parser.add_argument("--schema", action="store_true", help="print the schema that editors complete the YAML with")
     arguments = parser.parse_args()
     if arguments.schema:
         print(schema(), end="")

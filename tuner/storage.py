@@ -3,26 +3,24 @@
 `--run s3://bucket/path`, or any other URL that pyarrow knows; credentials come from the environment.
 """
 
-import io
 import shutil
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tuner.exits import CutOff
-from tuner.run import Refused, RunFiles, one_line
+from tuner.run import Refused, RunFiles
+from tuner.vae.errors import one_line, refusing
 
 PUSH_SECONDS = 5  # between two looks at what has changed
 
 
 @contextmanager
 def opened(place: str) -> Iterator[RunFiles]:
-    """The run at a path, or a local copy of the run at a URL that is pushed back while and after the body works.
-
-    Raises Refused where the URL can't be reached, CutOff where the last push fails: the local copy then stays.
-    """
+    """The run at a path, or a local copy of the run at a URL that is pushed back while and after the body works. Raises
+    Refused where the URL can't be reached, CutOff where the last push fails: the local copy then stays."""
     if "://" not in place:
         yield RunFiles(Path(place))
         return
@@ -49,51 +47,38 @@ def opened(place: str) -> Iterator[RunFiles]:
 
 
 class Mirror:
-    """Copies a run to storage so that at every moment the copy is one to go on from.
-
-    What tells of other files is read before and written after them: summary.json of trials.csv, that of the
-    journal, that of checkpoints.
-    """
+    """Copies a run to storage so that at every moment the copy is one to go on from. What tells of other files is read
+    before and written after them: summary.json of trials.csv, that of the journal, that of checkpoints."""
 
     def __init__(self, url: str, local: Path):
         from pyarrow.fs import FileSystem  # not on the way of runs on a disk
 
         self.url = url
         self.run = RunFiles(local)
-        try:
+        with refusing(url, ValueError, OSError):
             self.storage, self.root = FileSystem.from_uri(url)
-        except (ValueError, OSError) as error:
-            raise Refused(f"{url}: {one_line(error)}") from error
         self.known: dict[Path, tuple[int, int]] = {}
 
     def pull(self) -> None:
         """Fetch what is there. Raises Refused where the storage does not answer, or holds something else."""
-        from pyarrow.fs import FileSelector, FileType
+        from pyarrow.fs import FileSelector, copy_files
 
         self.run.path.mkdir(parents=True)
-        try:
+        with refusing(self.url, OSError):
             files = self.storage.get_file_info(FileSelector(self.root, recursive=True, allow_not_found=True))
             if files and self._remote(self.run.spec) not in {found.path for found in files}:
                 raise Refused(f"{self.url}: exists and is not a run directory")
-            if not files:
+            if files:
+                copy_files(self.root, str(self.run.path), source_filesystem=self.storage)
+            else:
                 self.storage.create_dir(self.root, recursive=True)  # where nothing can be written, say so now
-            for found in files:
-                if found.type == FileType.File:
-                    path = self.run.path / Path(found.path).relative_to(self.root)
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    with self.storage.open_input_stream(found.path) as source, path.open("wb") as file:
-                        shutil.copyfileobj(source, file)
-                    self.known[path] = _signature(path)
-        except OSError as error:
-            raise Refused(f"{self.url}: {one_line(error)}") from error
+        self.known = {path: _signature(path) for path in self.run.path.rglob("*") if path.is_file()}
 
     def follow(self, done: threading.Event) -> None:
         """Push now and then until `done`; a push that fails is tried again."""
         while not done.wait(PUSH_SECONDS):
-            try:
+            with suppress(OSError, ValueError):
                 self.push()
-            except (OSError, ValueError):
-                continue
 
     def push(self) -> None:
         """Write what has changed since the last push, remove what is gone. Raises OSError or ValueError."""
@@ -101,13 +86,11 @@ class Mirror:
         lists = {path: (_signature(path), path.read_bytes()) for path in listing if path.exists()}
         present = {path for path in self.run.path.rglob("*") if self._belongs(path)}
         for path in sorted(present - set(listing), key=lambda path: (path != self.run.spec, path)):
-            try:
+            with suppress(FileNotFoundError):  # replaced meanwhile: the next push has it
                 signature = _signature(path)
                 if self.known.get(path) != signature:
                     self._write(path, path.read_bytes())
                     self.known[path] = signature
-            except FileNotFoundError:  # replaced meanwhile: the next push has it
-                continue
         for path, (signature, content) in reversed(lists.items()):
             if self.known.get(path) != signature:
                 self._write(path, content)
@@ -128,7 +111,7 @@ class Mirror:
         remote = self._remote(path)
         self.storage.create_dir(remote.rpartition("/")[0], recursive=True)
         with self.storage.open_output_stream(remote) as stream:
-            shutil.copyfileobj(io.BytesIO(content), stream)
+            stream.write(content)
 
 
 def _signature(path: Path) -> tuple[int, int]:

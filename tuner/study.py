@@ -16,9 +16,9 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from tuner.run import Refused, one_line
 from tuner.space import Choices, IntRange
 from tuner.spec import Objective, Spec
+from tuner.vae.errors import Refused, one_line, refusing
 from tuner.vae.metrics import METRICS, gap_closed
 from tuner.vae.parameters import Parameters
 
@@ -36,7 +36,7 @@ STATES = {
 
 
 class RunLock:
-    """For a journal that only the process writes which holds the run's own lock."""
+    """For a journal that only the process writes which holds the run's own lock. Ray pickles it with the rule."""
 
     def acquire(self) -> bool:
         return True
@@ -78,11 +78,8 @@ class Study(optuna.Study):
 
 
 def open_study(journal: Path, spec: Spec, name: str = SEARCH) -> Study:
-    """A study of a run, made on first use. To be opened by the process that claimed the run.
-
-    A last line that a kill left unfinished is cut off: what it was to say is said again. Raises Refused where
-    the journal is damaged.
-    """
+    """A study of a run, made on first use. To be opened by the process that claimed the run. A last line that a kill
+    left unfinished is cut off: what it was to say is said again. Raises Refused where the journal is damaged."""
     if journal.exists() and not journal.read_bytes().endswith(b"\n"):
         os.truncate(journal, journal.read_bytes().rfind(b"\n") + 1)
     study = _load(journal, spec, name)
@@ -113,10 +110,8 @@ def _load(journal: Path, spec: Spec | None, name: str) -> Study | None:
         if isinstance(error, OSError) and not isinstance(error, IsADirectoryError):
             raise
         raise Refused(f"{journal}: not readable as an Optuna journal: {one_line(error)}") from error
-    try:
+    with refusing(f"{journal}: not the journal of a search", KeyError, TypeError, ValueError, OverflowError):
         _check(study)
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise Refused(f"{journal}: not the journal of a search: {one_line(error)}") from error
     return study
 
 
@@ -182,10 +177,8 @@ def ranked(rows: Sequence[Mapping[str, Any]], spec: Spec) -> list[Mapping[str, A
 
 
 def table(study: Study, spec: Spec) -> list[dict[str, Any]]:
-    """A row a trial: number, state, reason, parameters, scores of its best evaluation, gap closed, times.
-
-    What is not known yet is left out. `gap_closed` compares with the baseline's last distance under N(0, I).
-    """
+    """A row a trial: number, state, reason, parameters, scores of its best evaluation, gap closed, times. What is not
+    known yet is left out. `gap_closed` compares with the baseline's last distance under N(0, I)."""
     floor, baseline = study.floor, study.baseline
     rows = []
     for trial in study.known():
@@ -193,15 +186,14 @@ def table(study: Study, spec: Spec) -> list[dict[str, Any]]:
         best = min(scored, key=spec.trial_objective.cost, default={})
         row: dict[str, Any] = {"trial": trial.number, "state": STATES[trial.state]}
         row["reason"] = trial.user_attrs.get("reason", "")
-        if best:
-            row["epoch"] = best["epoch"]
+        row |= {"epoch": best["epoch"]} if best else {}
         row["epochs_trained"] = scored[-1]["epoch"] if scored else 0
         row |= trial.user_attrs["parameters"]
         row |= {metric: best[metric] for metric in METRICS if metric in best}
         if best and math.isfinite(floor) and math.isfinite(baseline):
             row["gap_closed"] = gap_closed(best["frechet_distance"], floor, baseline)
-        row["seconds_train"] = round(sum(scores["seconds_train"] for scores in scored), 3)
-        row["seconds_score"] = round(sum(scores["seconds_score"] for scores in scored), 3)
+        for name in ("seconds_train", "seconds_score"):
+            row[name] = round(sum(scores[name] for scores in scored), 3)
         times = {"started": trial.datetime_start, "ended": trial.datetime_complete}
         row |= {name: time.isoformat(timespec="milliseconds") for name, time in times.items() if time}
         rows.append(row)

@@ -2,20 +2,16 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
+from tuner.data_spec import Frozen
 from tuner.vae.parameters import Parameters
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
 
 # What no trial can have is damage.
 TrialParameters = Annotated[dict[str, Any], AfterValidator(lambda found: Parameters.model_validate(found).model_dump())]
 
 
-class ExtractorInfo(_Part):
+class ExtractorInfo(Frozen):
     """A frozen feature extractor: its kind, its file's hash, how often a classifier is right on validation, and the
     Frechet distance of real training images in it, scored as trials are."""
 
@@ -33,10 +29,10 @@ class ExtractorInfo(_Part):
         return {"untrained": "untrained networks", "wavelets": "wavelet packets"}.get(self.kind, f"a {self.kind}")
 
 
-class Scores(_Part):
+class Scores(Frozen):
     """Every score of a model by its name; the distance and the gap are always there, with standard errors if known."""
 
-    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
+    model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, float] = Field(init=False)
 
     frechet_distance: float
@@ -45,7 +41,7 @@ class Scores(_Part):
     gap_closed_error: float | None = None
 
 
-class Promoted(_Part):
+class Promoted(Frozen):
     """A trial that the promotion scored again, by extractor; `error` is that of the gap closed by the search's."""
 
     trial: int
@@ -57,7 +53,7 @@ class Promoted(_Part):
     rank: float
 
 
-class Best(_Part):
+class Best(Frozen):
     """The trial that the promotion chose."""
 
     trial: int
@@ -65,7 +61,7 @@ class Best(_Part):
     parameters: TrialParameters
 
 
-class Retrained(_Part):
+class Retrained(Frozen):
     """What the retrain kept: of which trial, and after how many epochs more."""
 
     epochs: int
@@ -74,7 +70,7 @@ class Retrained(_Part):
     parameters: TrialParameters
 
 
-class Compared(_Part):
+class Compared(Frozen):
     """Real images and models on one split. `refitted` is the best trial with a prior of the retrain's."""
 
     real: Scores
@@ -95,17 +91,17 @@ class Compared(_Part):
         return [*self.models.values()][-1]
 
 
-class Summary(_Part):
+class Summary(Frozen):
     """The results of a run so far."""
 
-    extractors: dict[str, ExtractorInfo] = {}
-    trials: dict[str, int] = {}
+    extractors: dict[str, ExtractorInfo] = Field({})
+    trials: dict[str, int] = Field({})
     promotion: tuple[Promoted, ...] = ()
     best: Best | None = None
     retrain: Retrained | None = None
     validation: Compared | None = None
     test: Compared | None = None  # read once
-    seconds: dict[str, float] = {}
+    seconds: dict[str, float] = Field({})
 
     @model_validator(mode="after")
     def _whole(self) -> "Summary":

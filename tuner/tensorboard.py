@@ -14,7 +14,7 @@ from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 from tensorboard.plugins.hparams import summary_v2 as hp
 from torch.utils.tensorboard.writer import SummaryWriter
 
-from tuner.space import Choices, FloatRange, IntRange
+from tuner.space import Choices, IntRange
 from tuner.spec import Spec
 from tuner.study import SEARCH
 from tuner.vae.metrics import METRICS
@@ -34,11 +34,7 @@ GROUPS = {
 TAGS = {name: f"{group}/{name}" for group, names in GROUPS.items() for name in names}
 # HParams' own status can't tell a running trial from one that was stopped early: both are unknown to it. So the
 # outcome is a metric as well, which its table can be filtered by.
-STATUS = {
-    "complete": api_pb2.STATUS_SUCCESS,
-    "failed": api_pb2.STATUS_FAILURE,
-    "pruned": api_pb2.STATUS_UNKNOWN,
-}
+STATUS = {"complete": api_pb2.STATUS_SUCCESS, "failed": api_pb2.STATUS_FAILURE, "pruned": api_pb2.STATUS_UNKNOWN}
 OUTCOME_TAG = "outcome/state"
 SPRITE = 32  # pixels a side at most: all sprites are one picture, which the browser holds as a texture
 NUMBERS = {"running": 0, "pruned": 1, "complete": 2, "failed": 3}  # what the outcome is as a metric
@@ -68,10 +64,9 @@ class TensorBoard:
             if isinstance(entry, Choices):
                 domain = hp.Discrete(list(entry.choices))
             else:  # the baseline may lie outside of what is searched
+                interval, number = (hp.IntInterval, int) if isinstance(entry, IntRange) else (hp.RealInterval, float)
                 classic = getattr(self.spec.baseline, name, entry.low)
-                low, high = min(entry.low, classic), max(entry.high, classic)
-                domain = hp.IntInterval(int(low), int(high)) if isinstance(entry, IntRange) else None
-                domain = hp.RealInterval(float(low), float(high)) if isinstance(entry, FloatRange) else domain
+                domain = interval(number(min(entry.low, classic)), number(max(entry.high, classic)))
             parameters.append(hp.HParam(name, domain))
         legend = ", ".join(f"{number} {outcome}" for outcome, number in NUMBERS.items())
         metrics = [hp.Metric(OUTCOME_TAG, display_name=f"outcome ({legend})")]
@@ -86,7 +81,9 @@ class TensorBoard:
     def start_trial(self, number: int, parameters: Mapping[str, Any]) -> None:
         """Name the trial and its parameters, so that HParams lists it from its first second."""
         searched = {name: parameters[name] for name in self.spec.space if name in parameters}
-        shown = [f"{name}={_short(value)}" for name, value in searched.items()]
+        shown = [
+            f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}" for name, value in searched.items()
+        ]
         listed = self.stage == SEARCH  # HParams would take a finalist for a trial more
         self.names[number] = ",".join([f"{number:04d}" if listed else f"{self.stage}-{number}", *shown])
         writer = self._writer(self.names[number])
@@ -97,15 +94,11 @@ class TensorBoard:
 
     def add_trial(self, number: int, evaluation: Mapping[str, Any], pictures: Mapping[str, np.ndarray]) -> None:
         """Scalars and pictures, uint8 (H, W) or (H, W, 3), of one evaluation of a trial."""
-        self.add(self.names[number], evaluation, pictures)
-
-    def add(self, name: str, evaluation: Mapping[str, Any], pictures: Mapping[str, np.ndarray] | None = None) -> None:
-        """Scalars and pictures of one evaluation, as the run `name`."""
-        writer, step = self._writer(name), round(evaluation["epoch"] * self.steps_per_epoch)
+        writer, step = self._writer(self.names[number]), round(evaluation["epoch"] * self.steps_per_epoch)
         for key, tag in TAGS.items():
             if key in evaluation:
                 writer.add_scalar(tag, evaluation[key], step)
-        for tag, picture in (pictures or {}).items():
+        for tag, picture in pictures.items():
             writer.add_image(tag, picture, step, dataformats="HW" if picture.ndim == 2 else "HWC")
         writer.flush()
 
@@ -142,10 +135,6 @@ class TensorBoard:
         """HParams' own summaries are of TensorFlow's message type where TensorFlow is there; bytes fit both."""
         assert writer.file_writer is not None
         writer.file_writer.add_summary(Summary.FromString(summary.SerializeToString()))
-
-
-def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _session_end(outcome: str) -> Summary:

@@ -52,22 +52,17 @@ class Progress:
     """One line that says how a stage stands: redrawn on a terminal, printed now and then in a log."""
 
     def __init__(self, title: str):
-        self.title = title
-        self.console = console()
-        self.started = time.monotonic()
-        self.live = (
-            Live(console=self.console, refresh_per_second=4, transient=True) if self.console.is_terminal else None
-        )
-        self.printed = -float("inf")
+        self.title, self.console = title, console()
+        self.started, self.printed = time.monotonic(), -math.inf
+        self.live = Live(console=self.console, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> "Progress":
-        if self.live:
+        if self.console.is_terminal:
             self.live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.live:
-            self.live.stop()
+        self.live.stop()
 
     @property
     def seconds(self) -> float:
@@ -76,7 +71,7 @@ class Progress:
     def show(self, text: str) -> None:
         """Put `text` behind the stage's title and time."""
         line = self._line(text)
-        if self.live:
+        if self.console.is_terminal:
             self.live.update(line)
         elif time.monotonic() - self.printed >= PLAIN_SECONDS:
             self.printed = time.monotonic()
@@ -84,8 +79,7 @@ class Progress:
 
     def done(self, text: str) -> None:
         """The stage's closing line, which stays."""
-        if self.live:
-            self.live.stop()
+        self.live.stop()
         self.console.print(self._line(text))
 
     def _line(self, text: str) -> str:
@@ -94,9 +88,7 @@ class Progress:
 
 def search_line(rows: Sequence[Mapping[str, Any]], spec: Spec, seconds: float | None = None, before: int = 0) -> str:
     """Counts and the best so far from the rows of a study; with the seconds so far, the rate and the time left.
-
-    `before` is how many of the trials had ended before these seconds began.
-    """
+    `before` is how many of the trials had ended before these seconds began."""
     metric, trials = spec.trial_objective.metric, spec.budget.trials
     states = Counter(row["state"] for row in rows)
     ended = sum(states[state] for state in ENDED)
@@ -136,6 +128,11 @@ def chosen_words(promotion: Sequence[Promoted]) -> str:
     ]
     beside = f", not clearly before {' and '.join(level)}" if level else ""
     return f"Trial {first.trial} was chosen{beside}"
+
+
+def searched_words(found: Mapping[str, Any], spec: Spec) -> str:
+    """What a trial's searched parameters are; classic settings have no options of a user's own model."""
+    return ", ".join(f"{name} {text(found[name])}" for name in spec.space if name in found)
 
 
 def edges(found: Mapping[str, Any], spec: Spec) -> list[str]:
@@ -195,12 +192,10 @@ def final_words(run: RunFiles, spec: Spec) -> list[Table | str]:
     summary = run.summary()
     assert summary.best
     programs = ", ".join(sorted(path.name for path in run.export.glob("*coder.*")))
-    found = summary.best.parameters  # classic settings have no options of a user's own model
-    winner = [f"{name} {text(found[name])}" for name in spec.space if name in found]
     return [
         as_table(result_rows(summary), "Frechet distance, and how much of the gap to real images is closed"),
-        f"winner   {', '.join(winner)}",
-        *(f"note     {note}" for note in edges(found, spec)),
+        f"winner   {searched_words(summary.best.parameters, spec)}",
+        *(f"note     {note}" for note in edges(summary.best.parameters, spec)),
         f"model    {run.name_of(run.export)}: samples.png, config.json, weights.safetensors, {programs}",
         f"report   {run.name_of(run.report)}",
         f"trials   {run.name_of(run.trials)}",
@@ -209,10 +204,8 @@ def final_words(run: RunFiles, spec: Spec) -> list[Table | str]:
 
 
 def status_words(run: RunFiles) -> list[Table | str]:
-    """How a run stands: the stages done with their seconds, the trials of its journal, and the result so far.
-
-    Raises ValueError where a file is damaged.
-    """
+    """How a run stands: the stages done with their seconds, the trials of its journal, and the result so far. Raises
+    ValueError where a file is damaged."""
     spec, summary, study = specs.load(run.spec), run.summary(), read_study(run.journal)
     done = [f"{name} {duration(seconds)}" for name, seconds in summary.seconds.items()]
     words: list[Table | str] = [f"stages   {', '.join(done) or 'none done'}"]

@@ -11,13 +11,14 @@ from torch import Tensor
 from tuner import own_model, sources
 from tuner import spec as specs
 from tuner.extractors import load_extractors, read_program
-from tuner.run import Refused, RunFiles, one_line, write_atomic
+from tuner.run import Refused, RunFiles, write_atomic
 from tuner.scoring import Bench, Pool, Workers
 from tuner.spec import Spec
 from tuner.study import BASELINE
 from tuner.terminal import Progress
 from tuner.vae.checkpoint import Checkpoint
 from tuner.vae.data import Data, Split, as_floats
+from tuner.vae.errors import refusing
 from tuner.vae.extractor import FeatureExtractor, Program
 from tuner.vae.fitted import FittedModel, grey_share
 from tuner.vae.image_grid import HELD_OUT, evenly_spaced
@@ -38,10 +39,8 @@ class Checkpoints:
 
     def read(self, path: Path) -> Checkpoint:
         """Raises Refused where there is none or it is damaged."""
-        try:
+        with refusing(f"{self.run.name_of(path)}: not readable as a checkpoint", OSError, ValueError):
             return Checkpoint.from_bytes(path.read_bytes(), self.own)
-        except (OSError, ValueError) as error:
-            raise Refused(f"{self.run.name_of(path)}: not readable as a checkpoint: {one_line(error)}") from error
 
     def best(self, path: Path) -> FittedModel:
         """The best evaluation that a checkpoint holds, exactly as it was scored. Raises Refused."""
@@ -53,10 +52,8 @@ class Checkpoints:
     def baseline(self) -> FittedModel:
         """Where the classic settings ended, with N(0, I) as prior. Raises Refused."""
         checkpoint = self.read(self.run.checkpoint(BASELINE))
-        model, parameters = (
-            checkpoint.state.model,
-            checkpoint.parameters.model_copy(update={"prior": "standard_normal"}),
-        )
+        model, parameters = checkpoint.state.model, checkpoint.parameters
+        parameters = parameters.model_copy(update={"prior": "standard_normal"})
         return FittedModel(model, parameters, standard_normal(model.latent_dim))
 
 
@@ -82,10 +79,8 @@ class Workspace:
 
 
 def open_workspace(run: RunFiles, data_place: Path | None = None, model: str | None = None) -> Workspace:
-    """Load what a finished search left, `model` being what --model names.
-
-    Raises ValueError, one line, where something is missing or damaged.
-    """
+    """Load what a finished search left, `model` being what --model names. Raises ValueError, one line, where something
+    is missing or damaged."""
     if not run.spec.exists():
         raise ValueError(f"{run.shown}: not a run directory (no {run.spec.name})")
     own, named = own_model.load(model)
@@ -107,10 +102,8 @@ def keep_held_out(run: RunFiles, data: Data) -> None:
 
 def read_held_out(run: RunFiles, shape: ImageShape) -> Tensor:
     """What `keep_held_out` wrote: images (40, C, H, W) in [0, 1]. Raises Refused where it is damaged."""
-    try:
+    with refusing(f"{run.name_of(run.held_out)}: not readable as images", OSError, SafetensorError, KeyError):
         images = load(run.held_out.read_bytes())["images"]
-    except (OSError, SafetensorError, KeyError) as error:
-        raise Refused(f"{run.name_of(run.held_out)}: not readable as images: {one_line(error)}") from error
     if images.dtype != torch.uint8 or tuple(images.shape) != (HELD_OUT, *shape):
         raise Refused(f"{run.name_of(run.held_out)}: holds other images than the run's")
     return as_floats(images)

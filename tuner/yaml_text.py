@@ -5,6 +5,8 @@ from typing import Any
 
 import yaml
 
+from tuner.vae.errors import refusing
+
 
 class _Loader(yaml.SafeLoader):
     """PyYAML's loader that also reads 1e-3 as a number and refuses a key given twice, as YAML 1.2 does."""
@@ -25,10 +27,8 @@ _Loader.add_implicit_resolver(
 
 def parse(text: str) -> Any:
     """YAML -> plain values. Raises ValueError, one line, on text that is none."""
-    try:
+    with refusing("not YAML", yaml.YAMLError, ValueError, RecursionError):  # a date that is none is a ValueError
         return yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none is a plain ValueError
-        raise ValueError(f"not YAML: {' '.join(str(error).split())}") from error
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -36,10 +36,8 @@ def parse_override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not (key.strip() and equals):
         raise ValueError(f"--set {text}: expected path.to.key=value")
-    try:
+    with refusing(f"--set {text}", ValueError):
         return key.strip(), parse(value)
-    except ValueError as error:
-        raise ValueError(f"--set {text}: the value is {error}") from error
 
 
 def put(raw: dict[str, Any], key: str, value: Any) -> None:

@@ -18,16 +18,16 @@ from tuner.export import neighbourhood
 from tuner.extractors import make
 from tuner.scoring import Bench
 from tuner.spec import Spec
+from tuner.vae.array import ArrayShape
 from tuner.vae.data import Data, Split, as_floats
 from tuner.vae.extractor import (
     FeatureExtractor,
     Program,
     WaveletPackets,
     draw_untrained,
-    frozen,
 )
 from tuner.vae.fitted import FittedModel, Fitter
-from tuner.vae.fused import Fused, FusedShape, Job
+from tuner.vae.fused import Fused, Job
 from tuner.vae.model import Builder
 from tuner.vae.neighbours import copied, coverage, knn_accuracy, recall
 from tuner.vae.parameters import Parameters
@@ -93,7 +93,7 @@ def _program() -> Program:
 
 EXTRACTORS: dict[str, Callable[[], FeatureExtractor]] = {
     "untrained": lambda: draw_untrained(SHAPE, 0),
-    "wavelets": lambda: frozen(WaveletPackets(SHAPE)),
+    "wavelets": lambda: WaveletPackets(SHAPE).eval().requires_grad_(False),
     "program": _program,
 }
 
@@ -271,7 +271,7 @@ def test_training_is_the_cpus(make_step: StepMaker, kind):
 def test_an_array_trains_as_on_the_cpu():
     def trained(device: torch.device) -> list[Job]:
         jobs = [Job(number, PLAIN, State.of(_model(seed=number)), 1, 0, 1) for number in range(2)]
-        array = Fused(FusedShape.of(jobs[0].state.model, PLAIN, 3), 2, DATA.train.images.to(device))
+        array = Fused(ArrayShape.of(jobs[0].state.model, PLAIN, 3), 2, DATA.train.images.to(device))
         for job in jobs:
             array.enter(job)
         while array.busy:

@@ -20,7 +20,6 @@ from tuner.vae.extractor import (
     draw_untrained,
     fit,
     from_bytes,
-    frozen,
     load_extractor,
     to_bytes,
     train_classifier,
@@ -164,9 +163,9 @@ def test_rotations_of_digits_are_learned_without_their_labels(digits):
 @pytest.mark.parametrize("kind", ["shallow", "deep", "rotations", "untrained", "wavelets"])
 def test_a_file_brings_the_extractor_back(tmp_path, shape, kind):
     made: FeatureExtractor = {
-        "shallow": lambda: frozen(Classifier(shape, 7, 3)),
-        "deep": lambda: frozen(Classifier(shape, 7, 2, deep=True)),
-        "rotations": lambda: frozen(Rotations(shape, 2)),
+        "shallow": lambda: Classifier(shape, 7, 3).eval().requires_grad_(False),
+        "deep": lambda: Classifier(shape, 7, 2, deep=True).eval().requires_grad_(False),
+        "rotations": lambda: Rotations(shape, 2).eval().requires_grad_(False),
         "untrained": lambda: draw_untrained(shape, seed=1),
         "wavelets": lambda: WaveletPackets(shape),
     }[kind]()

@@ -10,8 +10,8 @@ from torch.nn.utils import parameters_to_vector
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tuner.vae.array import Array
-from tuner.vae.fused import Fused, FusedShape, Job
+from tuner.vae.array import Array, ArrayShape
+from tuner.vae.fused import Fused, Job
 from tuner.vae.losses import Diverged
 from tuner.vae.model import Builder
 from tuner.vae.parameters import Parameters
@@ -29,7 +29,7 @@ TRIALS = {
     3: Parameters(latent_dim=1, learning_rate=8e-3, kl_weight=0.5, kl_warmup_epochs=1.0, **COMMON),
     4: Parameters(latent_dim=4, learning_rate=2e-3, kl_weight=0.0, **COMMON),
 }
-SHAPE = FusedShape.of(build(TRIALS[1], 0), TRIALS[1], WIDEST)
+SHAPE = ArrayShape.of(build(TRIALS[1], 0), TRIALS[1], WIDEST)
 TOLERANCE = 2e-3  # of how far the weights moved: Adam divides by gradients that are near zero
 
 
@@ -71,7 +71,7 @@ def test_colour_and_the_calibrated_unit_make_no_difference():
     images = torch.randint(256, (40, 3, 32, 32), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     builder, calibrated = Builder(ImageShape(3, 32, 32)), {"kl_unit": "calibrated"}
     first = TRIALS[1].model_copy(update=calibrated)
-    fused = Fused(FusedShape.of(builder(first, 0), first, WIDEST), 3, images)
+    fused = Fused(ArrayShape.of(builder(first, 0), first, WIDEST), 3, images)
     for trial in TRIALS:
         parameters = TRIALS[trial].model_copy(update=calibrated)
         fused.enter(_job(trial, state=State.fresh(builder, parameters, SEED, trial), **calibrated))
@@ -168,7 +168,7 @@ def many(digits):
     return digits.train.images[:LARGE].clone()
 
 
-def _large(*trials: int) -> tuple[FusedShape, list[Job]]:
+def _large(*trials: int) -> tuple[ArrayShape, list[Job]]:
     return SHAPE._replace(batch_size=LARGE), [_job(trial, batch_size=LARGE) for trial in trials]
 
 
@@ -202,7 +202,7 @@ def test_where_memory_runs_out_the_array_shrinks_and_the_trials_go_on(many, room
 
 def test_an_array_that_does_not_fit_begins_with_fewer_slots(images):
     with _Device() as device:
-        device.room = 4 * len(Array(SHAPE.networks).flat.flatten()) * 1.5
+        device.room = 4 * len(Array(SHAPE).flat.flatten()) * 1.5
         fused = Fused(SHAPE, 4, images)
     assert len(fused.slots) == 1
     for trial in (1, 2):

@@ -2,16 +2,8 @@
 
 from pathlib import Path
 
-from tuner.data_spec import (
-    ArraysSpec,
-    DataSpec,
-    DigitsSpec,
-    EmnistSpec,
-    FolderSpec,
-    IdxSpec,
-    ParquetSpec,
-    TorchvisionSpec,
-)
+from tuner import data_spec
+from tuner.data_spec import DataSpec
 from tuner.sources import arrays, decode, digits, folder, idx, torchvision
 from tuner.sources.decode import Say
 from tuner.sources.splits import Splits, refuse_few
@@ -36,19 +28,19 @@ def load_test(spec: DataSpec, kept: Path | None = None) -> Split:
 
 def _read(spec: DataSpec, wanted: tuple[str, ...], kept: Path | None, say: Say) -> Splits:
     match spec:
-        case FolderSpec():
+        case data_spec.FolderSpec():
             return decode.read(folder.pictures(spec), spec, wanted, kept, say)
-        case ParquetSpec():
+        case data_spec.ParquetSpec():
             from tuner.sources import parquet  # pyarrow, which no other source needs
 
             return decode.read(parquet.pictures(spec), spec, wanted, kept, say)
-        case DigitsSpec():
+        case data_spec.DigitsSpec():
             splits = digits.read(spec)
-        case IdxSpec():
+        case data_spec.IdxSpec():
             splits = idx.read(spec)
-        case ArraysSpec():
+        case data_spec.ArraysSpec():
             splits = arrays.read(spec)
-        case TorchvisionSpec() | EmnistSpec():
+        case data_spec.TorchvisionSpec() | data_spec.EmnistSpec():
             splits = torchvision.read(spec)
-    refuse_few(splits, spec.place, by_hash=isinstance(spec, ArraysSpec))
+    refuse_few(splits, spec.place, by_hash=isinstance(spec, data_spec.ArraysSpec))
     return splits

@@ -12,12 +12,13 @@ import torch
 from numpy.lib import format as npy
 
 from tuner.data_spec import ArraysSpec
-from tuner.run import one_line
 from tuner.sources.splits import NAMES, Array, Splits, by_content, class_indices, refuse_large
 from tuner.vae.data import Split
+from tuner.vae.errors import refusing
 from tuner.vae.shape import ImageShape
 
 SIDES = range(16, 129, 4)
+DAMAGED = "not a whole NumPy array"
 Members = Mapping[str, Callable[[], IO[bytes]]]
 
 
@@ -56,24 +57,19 @@ def read(spec: ArraysSpec) -> Splits:
 
 def _members(path: Path) -> Members:
     """The arrays of an .npz, or an .npy as the images, each to be opened. Raises ValueError where there is no file."""
-    try:
+    with refusing(path, OSError, zipfile.BadZipFile):
         if not zipfile.is_zipfile(path):
             path.open("rb").close()
             return {"images": lambda: path.open("rb")}
         archive = zipfile.ZipFile(path)
-    except (OSError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
     return {name.removesuffix(".npy"): partial(archive.open, name) for name in archive.namelist()}
 
 
 def _size(path: Path, members: Members, name: str) -> tuple[int, ImageShape]:
     """How many images, and their shape, from the array's header alone."""
-    try:
-        with members[name]() as file:
-            version = npy.read_magic(file)
-            header = npy.read_array_header_1_0(file) if version == (1, 0) else npy.read_array_header_2_0(file)
-    except Exception as error:
-        raise _damaged(path, name, error) from error
+    with refusing(f"{path}: {name}: {DAMAGED}"), members[name]() as file:
+        version = npy.read_magic(file)
+        header = npy.read_array_header_1_0(file) if version == (1, 0) else npy.read_array_header_2_0(file)
     found, _, kind = header
     if kind != np.uint8 and kind.kind != "f":
         raise ValueError(f"{path}: {name}: {kind}, where uint8 or floats in 0 to 1 are wanted")
@@ -87,16 +83,8 @@ def _size(path: Path, members: Members, name: str) -> tuple[int, ImageShape]:
 
 
 def _array(path: Path, members: Members, name: str) -> Array:
-    try:
-        with members[name]() as file:
-            return np.asarray(npy.read_array(file, allow_pickle=False))
-    except Exception as error:
-        raise _damaged(path, name, error) from error
-
-
-def _damaged(path: Path, name: str, error: Exception) -> ValueError:
-    """NumPy, zipfile and zlib fail in many ways."""
-    return ValueError(f"{path}: {name}: not a whole NumPy array ({one_line(error) or type(error).__name__})")
+    with refusing(f"{path}: {name}: {DAMAGED}"), members[name]() as file:
+        return np.asarray(npy.read_array(file, allow_pickle=False))
 
 
 def _images(path: Path, members: Members, name: str) -> Array:

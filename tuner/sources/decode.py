@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,9 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from tuner.data_spec import DecodedSpec
-from tuner.run import one_line, write_atomic
+from tuner.run import write_atomic
 from tuner.sources.splits import Array, Splits, by_content, class_indices, refuse_few, refuse_large
 from tuner.vae.data import Split
+from tuner.vae.errors import one_line
 from tuner.vae.shape import ImageShape
 
 Image.init()
@@ -63,7 +65,7 @@ def decode(content: bytes, size: int, channels: int) -> Array:
     except UnidentifiedImageError as error:
         raise ValueError("no image") from error
     except Exception as error:  # whatever Pillow stumbles over
-        raise ValueError(_reason(error)) from error
+        raise ValueError(one_line(error)) from error
     side = min(image.size)
     left, top = ((length - side) // 2 for length in image.size)
     image = image.crop((left, top, left + side, top + side))
@@ -100,7 +102,11 @@ def read(pictures: Sequence[Picture], spec: DecodedSpec, wanted: Sequence[str], 
     def put(index: int) -> str:
         """Decode an image -> what is wrong with it."""
         try:
-            images[index] = decode(_content(pictures[index]), spec.size, spec.channels)
+            content = pictures[index].read()
+        except Exception as error:  # an archive's members fail in as many ways as images do
+            return one_line(error)
+        try:
+            images[index] = decode(content, spec.size, spec.channels)
         except ValueError as error:
             return one_line(error)
         return ""
@@ -123,23 +129,11 @@ def read(pictures: Sequence[Picture], spec: DecodedSpec, wanted: Sequence[str], 
     return splits
 
 
-def _content(picture: Picture) -> bytes:
-    try:
-        return picture.read()
-    except Exception as error:  # an archive's members fail in as many ways as images do
-        raise ValueError(_reason(error)) from error
-
-
-def _reason(error: Exception) -> str:
-    return str(getattr(error, "strerror", None) or error or type(error).__name__)
-
-
 def _digest(picture: Picture) -> str:
     """SHA-256 of an image's content in hex; of nothing where it can't be read, which decoding will tell."""
-    try:
-        return hashlib.sha256(_content(picture)).hexdigest()
-    except ValueError:
-        return hashlib.sha256().hexdigest()
+    with suppress(Exception):
+        return hashlib.sha256(picture.read()).hexdigest()
+    return hashlib.sha256().hexdigest()
 
 
 def _in_threads(function: Callable[[Any], Result], items: Sequence[Any], say: Say) -> list[Result]:
@@ -163,10 +157,6 @@ def _tell_damaged(damaged: Sequence[str], count: int, spec: DecodedSpec) -> None
     print(f"{words} and are left out: {names}", file=sys.stderr)
 
 
-def _file(kept: Path, split: str) -> Path:
-    return kept / f"{split}.safetensors"
-
-
 def _signature(key: str, name: str, split: Split) -> dict[str, str]:
     return {"key": key, "split": name, "sha256": split.fingerprint()}
 
@@ -174,7 +164,7 @@ def _signature(key: str, name: str, split: Split) -> dict[str, str]:
 def _keep(kept: Path, splits: Splits, key: str) -> None:
     for name, split in splits.items():
         tensors = {"images": split.images} | ({} if split.labels is None else {"labels": split.labels})
-        write_atomic(_file(kept, name), save(tensors, _signature(key, name, split)))
+        write_atomic(kept / f"{name}.safetensors", save(tensors, _signature(key, name, split)))
 
 
 def _read_kept(kept: Path, wanted: Sequence[str], key: str) -> Splits | None:
@@ -182,7 +172,7 @@ def _read_kept(kept: Path, wanted: Sequence[str], key: str) -> Splits | None:
     found = {}
     for name in wanted:
         try:
-            with safe_open(_file(kept, name), "pt") as file:
+            with safe_open(kept / f"{name}.safetensors", "pt") as file:
                 tensors = {part: file.get_tensor(part) for part in file.keys()}  # noqa: SIM118
                 known = file.metadata()
             split = Split(tensors["images"], tensors.get("labels"))

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from tuner.data_spec import IdxSpec
 from tuner.sources.splits import Splits, hold_out
-from tuner.sources.torchvision import first_line, torchvision_datasets
+from tuner.sources.torchvision import torchvision_datasets
 from tuner.vae.data import Split
+from tuner.vae.errors import one_line, refusing
 
 IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 IDX_SETS = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}  # torchvision's classes, and folders
@@ -46,24 +47,20 @@ def _fetch(spec: IdxSpec, raw: Path) -> None:
     except (RuntimeError, OSError) as error:
         raise ValueError(
             f"no {kind} in {raw} (wanted: {', '.join(IDX_FILES)}) and "
-            f"{'the download failed' if spec.download else 'downloading is off'} ({first_line(error)}); "
+            f"{'the download failed' if spec.download else 'downloading is off'} ({one_line(error)}); "
             "put the files there, or use the embedded data set: data.name=digits"
         ) from error
 
 
 def _read_idx(path: Path) -> Tensor:
-    """The uint8 numbers of an IDX file, or of its published form beside it, with .gz behind its name.
-
-    Raises ValueError unless it is what its name and header say (LeCun).
-    """
+    """The uint8 numbers of an IDX file, or of its published form beside it, with .gz behind its name. Raises ValueError
+    unless it is what its name and header say (LeCun)."""
     axes = 3 if "idx3" in path.name else 1
-    try:
-        if not path.exists():
-            path = path.with_name(f"{path.name}.gz")
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            content = np.frombuffer(bytearray(file.read()), np.uint8)
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+    if not path.exists():
+        path = path.with_name(f"{path.name}.gz")
+    with refusing(path, OSError, EOFError, zlib.error):
+        packed = path.read_bytes()
+        content = np.frombuffer(bytearray(gzip.decompress(packed) if path.suffix == ".gz" else packed), np.uint8)
     head = 4 + 4 * axes
     sizes = content[4:head].view(">u4").tolist() if len(content) >= head else []
     if content[:4].tolist() != [0, 0, 8, axes] or (axes == 3 and sizes[1:] != [28, 28]):

@@ -38,10 +38,9 @@ def hold_out(train: Split, test: Split) -> Splits:
 def by_content(everything: Split, given: Sequence[str | None], digests: Sequence[str], place: Path) -> Splits:
     """Splits as `given` for each image, or, of training images and where nothing is given, by SHA-256 of the content.
 
-    A tenth each is validation and test where no image is given as such. So a new image moves no other, and equal ones
-    stand in one split. In a split they stand in the order of their hashes, which is no order of names or classes.
-
-    Raises ValueError where only some images have a split, or none is for training.
+    A tenth each is validation and test where no image is given as such: a new image moves no other, and equal ones
+    stand in one split. Images are in the order of their hashes, which is none of names or classes. Raises ValueError
+    where only some images have a split, or none is for training.
     """
     named = {split for split in given if split}
     if named and (None in given or "train" not in named):

@@ -8,6 +8,7 @@ import torch
 from tuner.data_spec import EmnistSpec, TorchvisionSpec
 from tuner.sources.splits import Splits, hold_out
 from tuner.vae.data import Split
+from tuner.vae.errors import one_line
 
 CLASSES = {"qmnist": "QMNIST", "emnist": "EMNIST", "cifar10": "CIFAR10", "svhn": "SVHN"}
 
@@ -27,7 +28,7 @@ def _split(spec: TorchvisionSpec | EmnistSpec, part: str) -> Split:
     except Exception as error:  # whatever comes of parsing damaged files
         raise ValueError(
             f"no {CLASSES[spec.name]} that torchvision can read in {spec.directory}"
-            f"{'' if spec.download else ', and downloading is off'} ({first_line(error)})"
+            f"{'' if spec.download else ', and downloading is off'} ({one_line(error)})"
         ) from error
     images = torch.as_tensor(found.data)
     labels = torch.as_tensor(np.asarray(found.labels if spec.name == "svhn" else found.targets)).long()
@@ -39,10 +40,6 @@ def _split(spec: TorchvisionSpec | EmnistSpec, part: str) -> Split:
     if spec.name == "cifar10":
         images = images.permute(0, 3, 1, 2)
     return Split((images if images.dim() == 4 else images.unsqueeze(1)).contiguous(), labels)
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def torchvision_datasets() -> Any:

@@ -1,15 +1,13 @@
-"""Several networks of the built-in family trained as one array, with their gradients written out.
+"""Several networks of the built-in family trained as one array, with their gradients written out: for networks this
+small autograd's bookkeeping costs a fifth of a step.
 
-The plain network of `model.py` says what is computed, and its weights are what comes in and goes out. In here they
-lie stacked, channels last, in one row a network, and no autograd stands between the products: for networks this small
-its bookkeeping costs a fifth of a step.
-
+Weights come in and go out as those of `model.py`, and lie in here stacked, channels last, in one row a network.
 Axes: M networks, B images of each, Z latents of the widest, P weights of the widest.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.adam import adam
 
 from tuner.vae.convolution import fold, half, patches, transpose_convolve
-from tuner.vae.model import HIDDEN, VAE, channels_of, output_padding
+from tuner.vae.model import HIDDEN, VAE, Model, channels_of, output_padding
 from tuner.vae.parameters import TrainingParameters
 from tuner.vae.shape import ImageShape
 
@@ -30,9 +28,8 @@ FEW = 3  # channels to which a transposed convolution is faster as a product
 MSE_RATE = 0.02  # of the running mean: about fifty steps
 
 
-@dataclass(frozen=True)
-class ArrayShape:
-    """What networks must share to lie in one array; `latent_dim` is that of the widest."""
+class ArrayShape(NamedTuple):
+    """What networks must share to be trained as one array; `latent_dim` is that of the widest."""
 
     images: ImageShape
     variational: bool
@@ -40,12 +37,16 @@ class ArrayShape:
     latent_dim: int
     likelihood: str
     kl_unit: str
+    batch_size: int
 
     @classmethod
-    def of(cls, model: VAE, parameters: TrainingParameters, widest: int | None = None) -> "ArrayShape":
-        """For a network and those like it, of up to `widest` latents; without, as many as it has."""
-        latents = widest or model.latent_dim
-        return cls(model.shape, model.variational, model.width, latents, parameters.likelihood, parameters.kl_unit)
+    def of(cls, model: Model, given: TrainingParameters, widest: int | None = None) -> "ArrayShape":
+        """For a network and those like it, of up to `widest` latents; without, as many as it has. Raises ValueError on
+        a model of another family: there are no arrays of those."""
+        if not isinstance(model, VAE):
+            raise ValueError("only the built-in models are trained as an array: execution process")
+        latents, network = widest or model.latent_dim, (model.shape, model.variational, model.width)
+        return cls(*network, latents, given.likelihood, given.kl_unit, given.batch_size)
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,8 @@ class Layer:
 
 
 class Array:
-    """`slots` networks of one shape, of up to `shape.latent_dim` latents each.
-
-    A network with fewer latents is padded with zeros, whose gradients are zero: it computes what it computes alone.
-    """
+    """`slots` networks of one shape, of up to `shape.latent_dim` latents each. A network with fewer latents is padded
+    with zeros, whose gradients are zero: it computes what it computes alone."""
 
     def __init__(self, shape: ArrayShape, slots: int = 1, device: torch.device | str = "cpu"):
         self.shape, self.slots = shape, slots
@@ -209,10 +208,8 @@ class Array:
 
 
 def running_mse(mean: Tensor, squared_error: Tensor, shape: ImageShape) -> Tensor:
-    """The running mean, over steps, of the squared error a pixel, where a batch had this one an image; both (M,).
-
-    The first batch gives the mean to begin with, which is zero before.
-    """
+    """The running mean, over steps, of the squared error a pixel, where a batch had this one an image; both (M,). The
+    first batch gives the mean to begin with, which is zero before."""
     found = squared_error / shape.numbers
     return torch.where(mean > 0, mean.lerp(found, MSE_RATE), found)
 
@@ -279,10 +276,8 @@ def _transpose_convolve_backward(g: Tensor, images: Tensor, layer: Layer) -> Ten
 def _backward_of_one(
     g: Tensor, images: Tensor, layer: Layer, transposed: tuple[int, int] | None = None, of_images: bool = True
 ) -> Tensor:
-    """Gradients of either convolution of a single network, by PyTorch's own kernel, but for the bias's.
-
-    A transposed one is told by its output padding.
-    """
+    """Gradients of either convolution of a single network, by PyTorch's own kernel, but for the bias's. A transposed
+    one is told by its output padding."""
     which = (transposed is not None, list(transposed or (0, 0)), 1, (of_images, True, False))
     arguments = (None, [2, 2], [1, 1], [1, 1], *which)
     for_images, for_weight, _ = convolution_backward(_first(g), _first(images), _first(layer.weight[0]), *arguments)

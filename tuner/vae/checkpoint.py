@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from tuner.vae.errors import refusing
 from tuner.vae.fitted import FittedModel
 from tuner.vae.model import Builder, OwnModel
 from tuner.vae.parameters import Parameters
@@ -50,30 +51,18 @@ class Checkpoint:
 
     @classmethod
     def from_bytes(cls, content: bytes, own: OwnModel | None = None) -> "Checkpoint":
-        """What `to_bytes` wrote; nothing in it is run. Raises ValueError, one line, on anything else.
-
-        `own` is the code that a user's own model was made by.
-        """
-        saved = _load(content)
-        try:
+        """What `to_bytes` wrote; nothing in it is run. Raises ValueError, one line, on anything else. `own` is the code
+        that a user's own model was made by."""
+        with refusing("not PyTorch's format"):
+            damaged = zipfile.ZipFile(io.BytesIO(content)).testzip()  # torch takes no notice of checksums
+            saved = {} if damaged else torch.load(io.BytesIO(content), weights_only=True)
+        if damaged:
+            raise ValueError("a checksum differs")
+        with refusing("it holds something else"):
             parameters = Parameters.model_validate(saved["parameters"])
             state = State.of(Builder(ImageShape(*saved["shape"]), own)(parameters, seed=0))
             state.load_state_dict(saved["state"])
             kept = [FittedModel.from_state_dict(best, own) for best in saved["kept"]]
-            evaluation = dict(saved["evaluation"])
             if state.step < 0:
                 raise ValueError(f"step is {state.step}")
-        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError) as error:
-            raise ValueError(f"it holds something else: {' '.join(str(error).split())[:200]}") from error
-        return cls(parameters, state, kept, evaluation)
-
-
-def _load(content: bytes) -> Any:
-    try:
-        damaged = zipfile.ZipFile(io.BytesIO(content)).testzip()  # torch takes no notice of checksums
-        loaded = None if damaged else torch.load(io.BytesIO(content), weights_only=True)
-    except Exception as error:  # PyTorch and zipfile raise whatever the damage provokes
-        raise ValueError(f"not PyTorch's format: {' '.join(str(error).split())[:200]}") from error
-    if damaged:
-        raise ValueError("a checksum differs")
-    return loaded
+            return cls(parameters, state, kept, dict(saved["evaluation"]))

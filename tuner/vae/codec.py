@@ -1,8 +1,6 @@
 """Load an export and use it: encode, edit, decode and sample images."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +11,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tuner.vae.data import as_floats
+from tuner.vae.errors import refusing
 from tuner.vae.fitted import FittedModel
 from tuner.vae.model import Builder, OwnModel
 from tuner.vae.parameters import Parameters
 from tuner.vae.prior import Prior
 from tuner.vae.shape import ImageShape
+
+UNREADABLE = "not readable as part of an export"
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,7 @@ class Codec:
     @torch.no_grad()
     def encode(self, images: Tensor | np.ndarray) -> Tensor:
         """Images (B, C, H, W) or (B, H, W, C), grey also (B, H, W), uint8 or float in [0, 1] -> latent means (B, Z).
-
-        Raises ValueError on another shape or other values.
-        """
+        Raises ValueError on another shape or other values."""
         channels, height, width = self.fitted.model.shape
         batch = torch.as_tensor(images)
         forms = [(channels, height, width), (height, width, channels), *([(height, width)] if channels == 1 else [])]
@@ -56,33 +55,21 @@ class Codec:
 
 
 def load(path: Path | str, own: OwnModel | None = None) -> Codec:
-    """Read an export directory: weights.safetensors, prior.npz and config.json.
-
-    `own` is the code that a user's own model was made by. Raises ValueError, naming the file, where one is missing
-    or damaged.
-    """
+    """Read an export directory: weights.safetensors, prior.npz and config.json. `own` is the code that a user's own
+    model was made by. Raises ValueError, naming the file, where one is missing or damaged."""
     path = Path(path)
-    with _reading(path / "config.json") as file:
-        info = json.loads(file.read_text())
+    with refusing(f"{path / 'config.json'}: {UNREADABLE}"):
+        info = json.loads((path / "config.json").read_text())
         parameters, temperature = Parameters.model_validate(info["parameters"]), float(info["temperature"])
         if not temperature > 0:
             raise ValueError(f"temperature is {temperature}")
         model = Builder(ImageShape(*info["images"]["shape"]), own)(parameters, seed=0)
-    with _reading(path / "weights.safetensors") as file:
-        model.load_state_dict(load_file(file))
-    with _reading(path / "prior.npz") as file:
-        with np.load(file, allow_pickle=False) as arrays:
+    with refusing(f"{path / 'weights.safetensors'}: {UNREADABLE}"):
+        model.load_state_dict(load_file(path / "weights.safetensors"))
+    with refusing(f"{path / 'prior.npz'}: {UNREADABLE}"):
+        with np.load(path / "prior.npz", allow_pickle=False) as arrays:
             prior = Prior.from_state_dict({name: torch.from_numpy(arrays[name]) for name in arrays})
         expected, found = (model.latent_dim, model.latent_dim), tuple(prior.covariances.shape)
         if found[1:] != expected:
             raise ValueError(f"covariances of shape {found}, expected (K, {expected[0]}, {expected[1]})")
     return Codec(FittedModel(model.eval().requires_grad_(False), parameters, prior, temperature), info)
-
-
-@contextmanager
-def _reading(file: Path) -> Iterator[Path]:
-    """Name a file that can't be read: each reader has its own exceptions for a damaged one."""
-    try:
-        yield file
-    except Exception as error:
-        raise ValueError(f"{file}: not readable as part of an export: {' '.join(str(error).split())}") from error

@@ -17,12 +17,12 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.export.passes import move_to_device_pass
 
 from tuner.vae.data import Data, Split, as_floats
+from tuner.vae.errors import refusing
 from tuner.vae.model import MOST_CHANNELS, channels_of
 from tuner.vae.process import CPU
 from tuner.vae.shape import ImageShape
@@ -31,7 +31,6 @@ FEATURES = 64
 BATCH = 100
 MOST_STEPS, MOST_EPOCHS = 2_000, 50  # 4 epochs of MNIST: 98 % right
 AT_ONCE = 500 * 28 * 28  # numbers in a batch of images whose features are taken
-UNREADABLE = (SafetensorError, LookupError, AttributeError, TypeError, ValueError, ArithmeticError, RuntimeError)
 
 
 class FeatureExtractor(nn.Module):
@@ -54,18 +53,15 @@ class FeatureExtractor(nn.Module):
 
 
 class Classifier(FeatureExtractor):
-    """Convolutions, fully connected 64 (the features), classes. A deep one pools, the other strides.
-
-    The first convolution has `width` channels, each next twice as many, 4 width at most.
-    """
+    """Convolutions, fully connected 64 (the features), classes. A deep one pools, the other strides. The first
+    convolution has `width` channels, each next twice as many, 4 width at most."""
 
     kind = "classifier"
 
     def __init__(self, shape: ImageShape, classes: int, width: int = 16, deep: bool = False):
         super().__init__()
         self.shape, self.options = shape, {"classes": classes, "width": width, "deep": deep}
-        layers, flat = (_pooling if deep else _striding)(shape, width)
-        self.trunk = nn.Sequential(*layers, nn.Flatten(), nn.Linear(flat, FEATURES), nn.ReLU())
+        self.trunk = nn.Sequential(*(_pooling if deep else _striding)(shape, width), nn.ReLU())
         self.classes = nn.Linear(FEATURES, classes)
 
     def lesson(self, split: Split, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,17 +99,15 @@ class Rotations(Classifier):
 
 
 class UntrainedNetworks(FeatureExtractor):
-    """Three convolutional networks as they are drawn: a group of 64 features each.
-
-    They need no labels, and rank generators nearly as trained ones do (benchmarks/label_free.py).
-    """
+    """Three convolutional networks as they are drawn: a group of 64 features each. They need no labels, and rank
+    generators nearly as trained ones do (benchmarks/label_free.py)."""
 
     kind = "untrained"
 
     def __init__(self, shape: ImageShape, width: int = 16, count: int = 3):
         super().__init__()
         self.shape, self.options = shape, {"width": width, "count": count}
-        self.trunk = _Groups(_untrained(shape, width) for _ in range(count))
+        self.trunk = _Groups(nn.Sequential(*_striding(shape, width)) for _ in range(count))
 
 
 class WaveletPackets(FeatureExtractor):
@@ -128,10 +122,8 @@ class WaveletPackets(FeatureExtractor):
 
 
 class Program(FeatureExtractor):
-    """A program that `torch.export.save` wrote, of the user's own: images (B, C, H, W) in [0, 1] -> features (B, D).
-
-    PyTorch reads such a file with pickle, so it can run any code. Raises ValueError on a file that is none.
-    """
+    """A user's own, as `torch.export.save` wrote it: images (B, C, H, W) in [0, 1] -> features (B, D). PyTorch reads it
+    with pickle, so it can run any code. Raises ValueError on a file that is none."""
 
     kind = "program"
 
@@ -139,11 +131,9 @@ class Program(FeatureExtractor):
         super().__init__()
         self.content = content
         logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # it prints a traceback before it raises
-        try:
+        with refusing("no program of torch.export"):  # whatever its parts raise
             program = torch.export.load(io.BytesIO(content))
             self.trunk = (move_to_device_pass(program, device) if device != CPU else program).module()
-        except Exception as error:  # whatever its parts raise
-            raise ValueError(f"no program of torch.export: {_one_line(error)}") from error
 
     def on(self, device: torch.device) -> "Program":
         return Program(self.content, device)  # its operators name devices, too
@@ -154,11 +144,8 @@ class Program(FeatureExtractor):
     def require_fit(self, images: Tensor) -> None:
         """Raises ValueError unless such images (N, C, H, W), in batches of any size, give features to compare."""
         for batch in (images[:1], images[:2], images):
-            try:
+            with refusing(f"takes no images {'x'.join(map(str, batch.shape))}"):
                 found = self.trunk(batch)
-            except Exception as error:  # whatever its own operators and guards raise
-                shape = "x".join(map(str, batch.shape))
-                raise ValueError(f"takes no images {shape}: {_one_line(error)}") from error
             if not (isinstance(found, Tensor) and found.is_floating_point() and found.dim() == 2 and found.numel()):
                 shown = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
                 raise ValueError(f"gives {shown} for {len(batch)} images; expected floats (images, features)")
@@ -169,10 +156,8 @@ class Program(FeatureExtractor):
 
 
 class HaarPackets(nn.Module):
-    """Images (B, C, H, W) -> packets (B, 4^levels, C h w), orthonormal; the first holds means.
-
-    A row or column more is repeated where a side is odd.
-    """
+    """Images (B, C, H, W) -> packets (B, 4^levels, C h w), orthonormal; the first holds means. A row or column more is
+    repeated where a side is odd."""
 
     def __init__(self, levels: int):
         super().__init__()
@@ -198,37 +183,28 @@ class _Groups(nn.ModuleList):
         return torch.stack([network(images) for network in self], 1)
 
 
-def _striding(shape: ImageShape, width: int) -> tuple[list[nn.Module], int]:
-    """Convolutions (3x3, stride 2) down to the smallest map of the shape -> layers, and how many numbers they give."""
+def _striding(shape: ImageShape, width: int) -> list[nn.Module]:
+    """Convolutions (3x3, stride 2) down to the smallest map of the shape, and from all of it to the features."""
     channels = channels_of(shape, width)
     layers: list[nn.Module] = []
     for pair in pairwise(channels):
         layers += [nn.Conv2d(*pair, 3, stride=2, padding=1), nn.ReLU()]
-    return layers, channels[-1] * math.prod(shape.maps()[-1])
+    return [*layers, nn.Flatten(), nn.Linear(channels[-1] * math.prod(shape.maps()[-1]), FEATURES)]
 
 
-def _pooling(shape: ImageShape, width: int) -> tuple[list[nn.Module], int]:
-    """A convolution more, the first of 5x5, and the largest of every 2x2 after each -> as `_striding`."""
+def _pooling(shape: ImageShape, width: int) -> list[nn.Module]:
+    """The same with a convolution more, the first of 5x5, and the largest of every 2x2 after each."""
     channels = [*channels_of(shape, width), width * min(2 ** (len(shape.maps()) - 1), MOST_CHANNELS)]
     layers: list[nn.Module] = []
     for kernel, (inputs, outputs) in zip([5] + [3] * len(channels), pairwise(channels), strict=False):
         layers += [nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2), nn.ReLU(), nn.MaxPool2d(2)]
     halved = len(channels) - 1
-    return layers, channels[-1] * (shape.height >> halved) * (shape.width >> halved)
-
-
-def _untrained(shape: ImageShape, width: int) -> nn.Sequential:
-    layers, flat = _striding(shape, width)
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(flat, FEATURES))
+    flat = channels[-1] * (shape.height >> halved) * (shape.width >> halved)
+    return [*layers, nn.Flatten(), nn.Linear(flat, FEATURES)]
 
 
 KINDS: dict[str, type[Any]] = {made.kind: made for made in (Classifier, Rotations, UntrainedNetworks, WaveletPackets)}
-Extractor = TypeVar("Extractor", bound=FeatureExtractor)
 Trained = TypeVar("Trained", bound=Classifier)
-
-
-def frozen(extractor: Extractor) -> Extractor:
-    return extractor.eval().requires_grad_(False)
 
 
 def train_classifier(data: Data, seed: int, width: int = 16, deep: bool = False) -> Classifier:
@@ -256,7 +232,7 @@ def fit(extractor: Trained, train: Split, rate: float = 4e-3) -> Trained:
         _descend(extractor, train, rate / 4**slower)
         if bool(extractor.features(as_floats(train.images[:BATCH])).var(0).any()):
             break
-    return frozen(extractor.cpu())
+    return extractor.cpu().eval().requires_grad_(False)
 
 
 def _descend(extractor: Classifier, train: Split, rate: float) -> None:
@@ -280,7 +256,7 @@ def draw_untrained(shape: ImageShape, seed: int) -> UntrainedNetworks:
     """The same `seed` gives the same networks."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return frozen(UntrainedNetworks(shape))
+        return UntrainedNetworks(shape).eval().requires_grad_(False)
 
 
 def to_bytes(extractor: FeatureExtractor) -> bytes:
@@ -292,7 +268,7 @@ def to_bytes(extractor: FeatureExtractor) -> bytes:
 
 
 def from_bytes(content: bytes) -> FeatureExtractor:
-    """What `to_bytes` wrote. Raises one of `UNREADABLE` on anything else."""
+    """What `to_bytes` wrote. Raises whatever its readers raise on anything else."""
     if content.startswith(b"PK"):  # as every zip file does
         return Program(content)
     weights = load(content)
@@ -301,22 +277,14 @@ def from_bytes(content: bytes) -> FeatureExtractor:
     with torch.device("meta"):  # takes neither time nor random numbers
         made: FeatureExtractor = KINDS[described.pop("kind")](ImageShape(*described.pop("shape")), **described)
     made.load_state_dict(weights, assign=True)
-    return frozen(made)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
+    return made.eval().requires_grad_(False)
 
 
 def load_extractor(path: Path, sha256: str) -> FeatureExtractor:
     """Read an extractor back. Raises ValueError when the file is not the one that was frozen."""
-    try:
+    with refusing(path, OSError):
         content = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from error
     if hashlib.sha256(content).hexdigest() != sha256:
         raise ValueError(f"{path}: not the extractor this run was scored with (its SHA-256 differs)")
-    try:
+    with refusing(f"{path}: not readable as an extractor"):
         return from_bytes(content)
-    except UNREADABLE as error:
-        raise ValueError(f"{path}: not readable as an extractor: {_one_line(error)}") from error

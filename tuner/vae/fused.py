@@ -1,25 +1,24 @@
 """Trials of one shape trained as one array on one device, each at its own pace with its own parameters.
 
-A trial enters with its state and leaves with it at its next rung, so a slot is free for the next trial at once and
-its neighbours take no notice. What a trial computes is what `train` computes for it alone, but for rounding.
-
-On a GPU one step of all slots is one CUDA graph. Everything that differs between steps is on the device: the host
-only counts steps, and steps in when a trial ends an epoch or reaches its rung.
+A trial enters with its state and leaves with it at its next rung; what it computes is what `train` computes for it
+alone, but for rounding. On a GPU one step of all slots is one CUDA graph: everything that differs between steps is on
+the device, and the host only counts steps, and steps in when a trial ends an epoch or reaches its rung.
 """
 
 import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tuner.vae.array import Array, ArrayShape
 from tuner.vae.data import as_floats
 from tuner.vae.losses import Diverged
-from tuner.vae.model import VAE, Model
+from tuner.vae.model import VAE
 from tuner.vae.parameters import Parameters
 from tuner.vae.step import State
 from tuner.vae.train import Record, StepInputs, steps_per_epoch, stops
@@ -52,18 +51,6 @@ class _Slot:
     upcoming: "Future[tuple[Tensor, Tensor]] | None" = None  # those of the epoch after it
 
 
-class FusedShape(NamedTuple):
-    """What trials must share to be trained as one array: networks of one shape, and batches of one size."""
-
-    networks: ArrayShape
-    batch_size: int
-
-    @classmethod
-    def of(cls, model: Model, parameters: Parameters, widest: int) -> "FusedShape":
-        """The array that a trial belongs in, with room for up to `widest` latents."""
-        return cls(ArrayShape.of(_built_in(model), parameters, widest), parameters.batch_size)
-
-
 class Fused:
     """Up to `slots` trials of one shape at once, on the device of `images` (N, C, H, W) uint8; others wait.
 
@@ -71,7 +58,7 @@ class Fused:
     fit alone gets the error as its record.
     """
 
-    def __init__(self, shape: FusedShape, slots: int, images: Tensor):
+    def __init__(self, shape: ArrayShape, slots: int, images: Tensor):
         self.shape, self.images = shape, images.permute(0, 2, 3, 1).contiguous()  # as arrays take them
         self.per_epoch = steps_per_epoch(len(images), shape.batch_size)
         self.waiting: deque[Job] = deque()
@@ -92,9 +79,9 @@ class Fused:
 
     def _try_to_allocate(self, slots: int) -> None:
         device, count = self.images.device, len(self.images)
-        array = Array(self.shape.networks, slots, device)
+        array = Array(self.shape, slots, device)
         order = torch.zeros(slots, count, dtype=torch.long, device=device)
-        noise = torch.zeros(slots, count, self.shape.networks.latent_dim, device=device)
+        noise = torch.zeros(slots, count, self.shape.latent_dim, device=device)
         self.array, self.order, self.noise = array, order, noise  # not before all fit: half as many need their room
         self.slots: list[_Slot | None] = [None] * slots
         self.schedule = torch.zeros(2, slots, 1, device=device)  # learning rate and KL factor at each step
@@ -115,8 +102,8 @@ class Fused:
         """Train until a trial has reached its epoch or an epoch has ended -> the jobs that are done."""
         try:
             self._fill()
-            running = [slot for slot in self.slots if slot]
-            count = min((self._until_event(slot) for slot in running), default=0)
+            running = [(slot.job.state.step, slot.last_step) for slot in self.slots if slot]
+            count = min((min(last - step, self.per_epoch - step % self.per_epoch) for step, last in running), default=0)
             for _ in range(count):
                 self._advance_one()
             return self._collect(count)
@@ -134,10 +121,6 @@ class Fused:
         for job in jobs:
             job.record = error
         return jobs
-
-    def _until_event(self, slot: _Slot) -> int:
-        done = slot.job.state.step
-        return min(slot.last_step - done, self.per_epoch - done % self.per_epoch)
 
     def _fill(self) -> None:
         """Put waiting jobs into free slots, and next epochs' orders and noise into those that begin one."""
@@ -158,12 +141,11 @@ class Fused:
         inputs = StepInputs(job.parameters, count, latent_dim, seed=job.seed, trial=job.trial, total_epochs=total)
         (last_step,) = stops(job.parameters, count, [job.epoch])
         slot = self.slots[number] = _Slot(job, inputs, job.state.step, last_step, time.perf_counter())
-        self.array.load(number, _built_in(job.state.model), job.state.averages, job.state.mse)
+        self.array.load(number, cast(VAE, job.state.model), job.state.averages, job.state.mse)
         schedule = torch.tensor([inputs.factors(step) for step in range(last_step)]).T
         if last_step > self.schedule.shape[2]:
-            longer = torch.zeros(2, len(self.slots), max(last_step, inputs.total_steps), device=self.schedule.device)
-            longer[:, :, : self.schedule.shape[2]] = self.schedule
-            self.schedule, self.graph = longer, None
+            more = max(last_step, inputs.total_steps) - self.schedule.shape[2]
+            self.schedule, self.graph = F.pad(self.schedule, (0, more)), None
         self.schedule[:, number, :last_step] = schedule.to(self.schedule.device)
         self.noise[number] = 0
         self.sums[number] = 0
@@ -172,18 +154,15 @@ class Fused:
 
     def _advance_one(self) -> None:
         self.steps += 1
-        if self.images.device.type != "cuda":
+        if self.images.device.type != "cuda" or (self.graph is None and self.steps <= WARM_UP_STEPS):
             self._step()
-        elif self.graph is not None:
-            self.graph.replay()
-        elif self.steps <= WARM_UP_STEPS:
-            self._step()
-        else:
+            return
+        if self.graph is None:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 self._step()
             self.graph = graph
-            graph.replay()
+        self.graph.replay()
 
     @torch.no_grad()
     def _step(self) -> None:
@@ -193,7 +172,7 @@ class Fused:
         there = (place < count) & self.active.unsqueeze(1)
         place = place.clamp(max=count - 1)
         batch = as_floats(self.images[self.order.gather(1, place)])
-        noise = self.noise.gather(1, place.unsqueeze(2).expand(-1, -1, self.shape.networks.latent_dim))
+        noise = self.noise.gather(1, place.unsqueeze(2).expand(-1, -1, self.shape.latent_dim))
         images = there.sum(1, keepdim=True)
         at = self.step.clamp(max=self.schedule.shape[2] - 1).expand(2, 1, -1).mT
         learning_rate, kl_factor = self.schedule.gather(2, at).squeeze(2)
@@ -214,7 +193,7 @@ class Fused:
             if not finite[number]:
                 job.record = Diverged(f"training loss not finite at epoch {job.state.step / self.per_epoch:.3g}")
             elif job.state.step == slot.last_step:
-                job.state.mse = self.array.store(number, _built_in(job.state.model), job.state.averages)
+                job.state.mse = self.array.store(number, cast(VAE, job.state.model), job.state.averages)
                 seen = self._images_at(slot.last_step) - self._images_at(slot.first_step)
                 loss, reconstruction, kl = (self.sums[number] / seen).tolist()
                 seconds = time.perf_counter() - slot.started
@@ -239,13 +218,5 @@ class Fused:
         slots = max(1, len(self.slots) // 2)
         del self.array, self.order, self.noise
         self.graph = None
-        if self.images.device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
         self._allocate(slots)
-
-
-def _built_in(model: Model) -> VAE:
-    """Raises ValueError on a model of another family: there are no arrays of those."""
-    if not isinstance(model, VAE):
-        raise ValueError("only the built-in models are trained as an array: execution process")
-    return model

@@ -28,19 +28,16 @@ LARGEST_LATENT = 512
 
 
 def grid(images: Tensor, columns: int, ink: bool, scale: int = 1) -> np.ndarray:
-    """Images (N, C, H, W) in [0, 1], row by row -> a uint8 picture on white: grey (H, W) or colour (H, W, 3).
-
-    With `ink`, bright strokes on black are shown as dark ones on white.
-    """
+    """Images (N, C, H, W) in [0, 1], row by row -> a uint8 picture on white: grey (H, W) or colour (H, W, 3). With
+    `ink`, bright strokes on black are shown as dark ones on white."""
     count, channels, height, width = images.shape
-    rows = -(-count // columns)
-    picture = torch.full((rows, height + GAP, columns, width + GAP, channels), PAPER, dtype=torch.uint8)
     brightness = images.permute(0, 2, 3, 1).clamp(0, 1) * 255
-    shown = (255 - brightness if ink else brightness).round().to(torch.uint8)
-    for index in range(count):
-        picture[index // columns, :height, index % columns, :width] = shown[index]
-    flat = picture.reshape(rows * (height + GAP), columns * (width + GAP), channels)[:-GAP, :-GAP].numpy()
-    return (flat[..., 0] if channels == 1 else flat).repeat(scale, 0).repeat(scale, 1)
+    rows = -(-count // columns)
+    places = torch.full((rows * columns, height + GAP, width + GAP, channels), PAPER, dtype=torch.uint8)
+    places[:count, :height, :width] = (255 - brightness if ink else brightness).round().to(torch.uint8)
+    rowwise = places.unflatten(0, (rows, columns)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+    picture: np.ndarray = rowwise[:-GAP, :-GAP].numpy()
+    return (picture[..., 0] if channels == 1 else picture).repeat(scale, 0).repeat(scale, 1)
 
 
 def png(picture: np.ndarray) -> bytes:
@@ -89,19 +86,17 @@ def image_grids(fitted: FittedModel, held_out: Tensor, ink: bool) -> dict[str, n
     count = COLUMNS * rows_that_fit(shape, COLUMNS, SAMPLE_ROWS)
     plain = replace(fitted, prior=standard_normal(latent_dim))
     rows = rows_that_fit(shape, 2 * COLUMNS, REBUILT_ROWS)
-    pictures = {
-        "samples/fitted_prior": grid(samples(fitted, count), COLUMNS, ink),
-        "samples/standard_normal": grid(samples(plain, count), COLUMNS, ink),
-        "reconstructions/above_and_below": grid(reconstructions(fitted, held_out, means, rows), COLUMNS, ink),
-        "latent/traversal": grid(traversal(fitted, means, rows_that_fit(shape, STEPS, TRAVERSED)), STEPS, ink),
-        "latent/interpolation": grid(
-            interpolation(fitted, means, rows_that_fit(shape, STEPS, INTERPOLATED)), STEPS, ink
-        ),
+    drawn = {
+        "samples/fitted_prior": (samples(fitted, count), COLUMNS),
+        "samples/standard_normal": (samples(plain, count), COLUMNS),
+        "reconstructions/above_and_below": (reconstructions(fitted, held_out, means, rows), COLUMNS),
+        "latent/traversal": (traversal(fitted, means, rows_that_fit(shape, STEPS, TRAVERSED)), STEPS),
+        "latent/interpolation": (interpolation(fitted, means, rows_that_fit(shape, STEPS, INTERPOLATED)), STEPS),
     }
     if latent_dim == 2:
         side = max(LEAST_MANIFOLD, min(MANIFOLD, math.isqrt(SENT // shape.numbers)))
-        pictures["latent/manifold"] = grid(manifold(fitted, means, side), side, ink)
-    return pictures
+        drawn["latent/manifold"] = (manifold(fitted, means, side), side)
+    return {name: grid(images, columns, ink) for name, (images, columns) in drawn.items()}
 
 
 def interleaved(above: Tensor, below: Tensor, columns: int) -> Tensor:
@@ -117,10 +112,8 @@ def reconstructions(fitted: FittedModel, images: Tensor, means: Tensor, rows: in
 
 
 def traversal(fitted: FittedModel, means: Tensor, rows: int) -> Tensor:
-    """One row for each of the latents that vary most: the first image moved from -3 to +3 standard deviations.
-
-    `means` are encoded images (N, Z); returns (rows * 9, C, H, W), fewer where there are fewer latents.
-    """
+    """One row for each of the latents that vary most: the first image moved from -3 to +3 standard deviations. `means`
+    are encoded images (N, Z); returns (rows * 9, C, H, W), fewer where there are fewer latents."""
     spread = means.std(0)
     latents = []
     for unit in spread.argsort(descending=True, stable=True)[:rows].tolist():
@@ -131,10 +124,8 @@ def traversal(fitted: FittedModel, means: Tensor, rows: int) -> Tensor:
 
 
 def interpolation(fitted: FittedModel, means: Tensor, rows: int) -> Tensor:
-    """Each row goes in a straight line from the reconstruction of one image to that of another.
-
-    `means` are encoded images (N, Z), the first `rows` and as many after them the ends; returns (rows * 9, C, H, W).
-    """
+    """Each row goes in a straight line from the reconstruction of one image to that of another. `means` are encoded
+    images (N, Z), the first `rows` and as many after them the ends; returns (rows * 9, C, H, W)."""
     first, last = means[:rows, None], means[rows : 2 * rows, None]
     return fitted.draw(torch.lerp(first, last, torch.linspace(0, 1, STEPS)[:, None]).flatten(0, 1))
 

@@ -24,10 +24,8 @@ OwnModel = Callable[..., nn.Module]  # a user's build(shape, latent_dim, **optio
 
 
 class Model(nn.Module):
-    """The model protocol: a module with these is trained, scored, fitted and exported like the built-in one.
-
-    A user's own needs no more than `encode` and `decode`, and need not inherit from this.
-    """
+    """The model protocol: a module with these is trained, scored, fitted and exported like the built-in one. A user's
+    own needs no more than `encode` and `decode`, and need not inherit from this."""
 
     shape: ImageShape
     latent_dim: int
@@ -51,11 +49,9 @@ def features(model: Model, images: Tensor) -> Tensor:
 class VAE(Model):
     """Encoder: 3x3 convolutions of stride 2 until the map is 8 or less, fully connected 128 (colour 512), two heads.
 
-    Decoder: its mirror.
-
-    The first convolution has `width` channels, each next twice as many, 4 width at most: at 28x28 there are two, as in
-    the tutorials. With `variational=False` it is the plain autoencoder that it is taught against: one head, the latent
-    is the mean.
+    Decoder: its mirror. The first convolution has `width` channels, each next twice as many, 4 width at most: at 28x28
+    there are two, as in the tutorials. With `variational=False` it is the plain autoencoder: one head, the latent is
+    the mean.
     """
 
     def __init__(self, shape: ImageShape, latent_dim: int, width: int = 32, variational: bool = True):
@@ -126,10 +122,8 @@ class Builder:
     own: OwnModel | None = None
 
     def __call__(self, parameters: ModelParameters, seed: int) -> Model:
-        """The untrained network of a trial; the same `seed` gives the same weights, whatever ran before.
-
-        Raises ValueError where it is to be the user's own and there is none, or what it gives is no module.
-        """
+        """The untrained network of a trial; the same `seed` gives the same weights, whatever ran before. Raises
+        ValueError where it is to be the user's own and there is none, or what it gives is no module."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             if parameters.model != "own":

@@ -1,8 +1,5 @@
-"""The parameters of one trial, by who reads them: every one can be searched or fixed by a spec.
-
-A spec's YAML is flat, and so is `Parameters`, which is all three at once: whoever takes a part takes no notice of the
-rest. They stand apart from their readers so that a spec is checked without importing torch.
-"""
+"""The parameters of one trial, by who reads them: every one can be searched or fixed by a spec. They stand apart from
+their readers so that a spec is checked without importing torch."""
 
 from typing import Literal
 
@@ -24,10 +21,8 @@ class _Strict(BaseModel):
 
 
 class ModelParameters(_Strict):
-    """What the network is: read by `model.Builder`.
-
-    A user's own model may take options, each a parameter `model.NAME` here and everywhere.
-    """
+    """What the network is: read by `model.Builder`. A user's own model may take options, each a parameter `model.NAME`
+    here and everywhere."""
 
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, Option] = Field(init=False)
@@ -86,10 +81,8 @@ class SamplingParameters(_Strict):
 
 
 class Parameters(SamplingParameters, TrainingParameters, ModelParameters):
-    """One trial's parameters; the defaults are the classic settings of the MNIST tutorials.
-
-    Raises `pydantic.ValidationError` on unknown names and on values out of range.
-    """
+    """One trial's parameters; the defaults are the classic settings of the MNIST tutorials. Raises
+    `pydantic.ValidationError` on unknown names and on values out of range."""
 
 
 CLASSIC = Parameters()

@@ -1,11 +1,9 @@
 """Standard errors of Frechet distances, over images and over draws alike, from random halves of each set.
 
-The bootstrap is wrong here. Beside a part that is linear in the points, a distance has one that is quadratic, all of
-its noise where model and images agree. The bootstrap counts the variance of that three times, the jackknife twice
-(Efron & Stein 1981, "The jackknife estimate of variance"). The distance of a half and that of the other half have no
-point in common, so they are independent, and the variance of a distance averaged over all splits is minus their
-covariance over splits, without bias (Wang & Lindsay 2014, "Variance estimation of a general U-statistic with
-application to cross-validation").
+The bootstrap is wrong here: it counts the variance of what is quadratic in the points, all of the noise where model and
+images agree, three times, the jackknife twice (Efron & Stein 1981, "The jackknife estimate of variance"). The distances
+of two halves have no point in common; minus their covariance over splits is the variance, without bias (Wang & Lindsay
+2014, "Variance estimation of a general U-statistic with application to cross-validation").
 
 Axes: N points, D features, G groups of features, R = 1 + 2 SPLITS replicates: the whole set, the halves, then in the
 same order their complements. Halves have twice the bias of the whole set: of theirs, only the spread means something.

@@ -27,10 +27,8 @@ ACTIVE_VARIANCE = 0.01  # Burda et al. 2016, section 5.2
 
 
 def laplacian_variance(images: Tensor) -> float:
-    """High-frequency energy of images (N, C, H, W): the variance of their Laplacian, Pech-Pacheco et al. 2000.
-
-    It rises with sharpness. Borders, where neighbours are missing, are left out.
-    """
+    """High-frequency energy of images (N, C, H, W): the variance of their Laplacian, Pech-Pacheco et al. 2000. It rises
+    with sharpness. Borders, where neighbours are missing, are left out."""
     middle, rows, columns = images[..., 1:-1, 1:-1], images[..., 1:-1], images[..., 1:-1, :]
     around = rows[..., :-2, :] + rows[..., 2:, :] + columns[..., :-2] + columns[..., 2:]
     return (around - 4 * middle).double().var(correction=0).item()
@@ -61,20 +59,16 @@ class Scorer:
         count: int,
         quasi_random: bool = False,
     ):
-        self.device = train.images.device
-        self.extractor = extractor.on(self.device)
-        self.seed = seed
-        self.quasi_random = quasi_random
-        self.count = min(count, len(train)) if quasi_random else count
+        self.train, self.device, self.seed, self.quasi_random = train, train.images.device, seed, quasi_random
+        self.extractor, self.count = extractor.on(self.device), min(count, len(train)) if quasi_random else count
         self.images = as_floats(held_out.images[: self.count])
         everything = as_floats(held_out.images)
-        features = self.extractor.features(everything)
-        self.features, self.moments = features, moments(features)
+        features = self.features = self.extractor.features(everything)
+        self.moments = moments(features)
         self.kernel_scale = features.square().mean().sqrt()  # the cubic kernel is not free of scale
         apart = max(1, len(features) // KERNEL_IMAGES)  # MNIST's test images are in an order: the first are the easiest
         self.kernel_features = features[::apart][:KERNEL_IMAGES] / self.kernel_scale
         self.sharpness = laplacian_variance(everything)
-        self.train = train
 
     @cached_property
     def floor_features(self) -> Tensor:

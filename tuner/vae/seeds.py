@@ -1,8 +1,5 @@
-"""Every random number is a function of (study seed, what it is for, trial, epoch or step), never of what ran before.
-
-So a trial gives the same numbers alone, beside others, on one worker or eight, and a checkpoint needs no generator
-state to go on exactly where it stopped.
-"""
+"""Every random number is a function of (study seed, what it is for, trial, epoch or step), never of what ran before: a
+trial gives the same numbers alone or beside others, and a checkpoint needs no generator's state."""
 
 from enum import IntEnum
 

@@ -1,8 +1,5 @@
-"""One optimiser step behind one interface: the reference for any model, and the fast one for the built-in family.
-
-A step takes a batch, noise and two factors, moves the state's weights by Adam, and gives the losses. `AutogradStep` is
-the definition; `WrittenOutStep` computes the same to rounding and is held to that by tests.
-"""
+"""One optimiser step behind one interface: `AutogradStep`, the reference for any model, and `WrittenOutStep`, which
+computes the same to rounding for the built-in family, faster, and is held to that by tests."""
 
 import copy
 import operator
@@ -124,17 +121,15 @@ class WrittenOutStep:
     """An array of one."""
 
     def __init__(self, state: State, parameters: TrainingParameters, device: torch.device):
-        model = state.model
-        assert isinstance(model, VAE)
-        self.state, self.model, self.steps = state, model, state.step
-        self.array = Array(ArrayShape.of(model, parameters), device=device)
-        self.array.load(0, model, state.averages, state.mse)
+        assert isinstance(state.model, VAE)
+        self.state, self.model, self.steps = state, state.model, state.step
+        self.array = Array(ArrayShape.of(self.model, parameters), device=device)
+        self.array.load(0, self.model, state.averages, state.mse)
 
     def __call__(self, images: Tensor, noise: Tensor, factors: Factors) -> Tensor:
         share = torch.full((1, len(images)), 1 / len(images), device=images.device)
         kl_factor = torch.tensor([factors.kl], device=images.device)
-        given = images.permute(0, 2, 3, 1).unsqueeze(0)
-        means = self.array.backward(given, share, noise.unsqueeze(0), kl_factor)
+        means = self.array.backward(images.permute(0, 2, 3, 1).unsqueeze(0), share, noise.unsqueeze(0), kl_factor)
         self.array.update(0, factors.learning_rate, self.steps)
         self.steps += 1
         return means[0]

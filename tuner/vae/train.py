@@ -36,20 +36,16 @@ def steps_per_epoch(images: int, batch_size: int) -> int:
 
 
 def stops(parameters: TrainingParameters, images: int, epochs: Sequence[float], behind: int = 0) -> dict[int, float]:
-    """The steps after `behind` at which `epochs` end, and which they are.
-
-    Whole steps, one at least; of epochs that share a step the last counts.
-    """
+    """The steps after `behind` at which `epochs` end, and which they are. Whole steps, one at least; of epochs that
+    share a step the last counts."""
     per_epoch = steps_per_epoch(images, parameters.batch_size)
     ends = {max(1, round(epoch * per_epoch)): epoch for epoch in epochs}
     return {step: epoch for step, epoch in ends.items() if step > behind}
 
 
 def learning_rate_factor(parameters: TrainingParameters, step: int, total_steps: int) -> float:
-    """What `learning_rate` is multiplied by at `step`: a linear warm-up times the schedule, in [0, 1].
-
-    Cosine: (1 + cos(pi * step / total_steps)) / 2, Loshchilov & Hutter 2017, eq. 5 without restarts.
-    """
+    """What `learning_rate` is multiplied by at `step`, in [0, 1]: a linear warm-up times the schedule. Cosine:
+    (1 + cos(pi * step / total_steps)) / 2, Loshchilov & Hutter 2017, eq. 5 without restarts."""
     warmup = min(1.0, (step + 1) / (parameters.warmup_steps + 1))
     if parameters.schedule == "constant":
         return warmup
@@ -108,13 +104,11 @@ def train(
     total_epochs: float,
     make_step: StepMaker = fastest_step,
 ) -> Iterator[Record]:
-    """Train `state` and yield at each of `epochs` (increasing; those already behind are skipped).
+    """Train `state` and yield at each of `epochs`, increasing, that is not behind, rounded as in `stops`.
 
-    An epoch is rounded to whole steps, one at least; of epochs that share a step the last is yielded. In between,
-    `state` is as it was at the last record.
-
-    `images` is (N, C, H, W) uint8, on the device to train on; `state` stays on the CPU. The cosine schedule ends
-    at `total_epochs`; `make_step` makes what trains. Raises Diverged as soon as a loss is seen not to be finite.
+    In between, `state` is as it was at the last record. `images` is (N, C, H, W) uint8, on the device to train on;
+    `state` stays on the CPU. The cosine schedule ends at `total_epochs`. Raises Diverged as soon as a loss is seen not
+    to be finite.
     """
     latent_dim, device = state.model.latent_dim, images.device
     inputs = StepInputs(parameters, len(images), latent_dim, seed=seed, trial=trial, total_epochs=total_epochs)

@@ -1,0 +1,26 @@
+"""What goes wrong while something is read, told in one line. Imports nothing of this package."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+LONGEST = 300  # characters of what a library says
+
+
+class Refused(ValueError):
+    """Bad input or a damaged file; the text is one line that names it. Commands end with status 2."""
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, without line breaks; of the system's the reason alone."""
+    said = str(getattr(error, "strerror", None) or error) or type(error).__name__
+    return " ".join(said.split())[:LONGEST]
+
+
+@contextmanager
+def refusing(what: object, *kinds: type[Exception]) -> Iterator[None]:
+    """Turn errors in the body, by default all, into a refusal: `what`, a colon and what the error says."""
+    caught = kinds or (Exception,)
+    try:
+        yield
+    except caught as error:
+        raise Refused(f"{what}: {one_line(error)}") from error
