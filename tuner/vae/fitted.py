@@ -113,12 +113,13 @@ class Fitter:
 
     Randomness depends on `seed` alone. Matched mixtures are fitted by the model's own encoder and by a `guide`, an
     extractor that must not be the one that scores them; each of their steps draws a fifth of the `samples` of a score,
-    of which there are no more than training images. Works where those are; gives what is on the CPU.
+    or a tenth as many as there are training images: more come no closer. Works where those are; gives what is on the CPU.
     """
 
     def __init__(self, train: Split, *, seed: int, count: int, samples: int, guide: FeatureExtractor | None = None):
         self.images = as_floats(train.images[shuffled(len(train), seed)[:count]])
-        self.seed, self.matching_count, self.device = seed, min(samples, len(train)) // 5, self.images.device
+        self.seed, self.device = seed, self.images.device
+        self.matching_count = max(20, min(samples // 5, len(train) // 10))
         self.guide = guide.on(self.device) if guide else None
 
     @cached_property
