@@ -113,7 +113,8 @@ class Fitter:
 
     Randomness depends on `seed` alone. Matched mixtures are fitted by the model's own encoder and by a `guide`, an
     extractor that must not be the one that scores them; each of their steps draws a fifth of the `samples` of a score,
-    or a tenth as many as there are training images: more come no closer. Works where those are; gives what is on the CPU.
+    or a tenth as many as there are training images: more come no closer. Works where those are; gives what is on the
+    CPU.
     """
 
     def __init__(self, train: Split, *, seed: int, count: int, samples: int, guide: FeatureExtractor | None = None):
