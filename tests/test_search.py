@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from optuna.trial import FrozenTrial
 from PIL import Image
 from processes import processes_of
@@ -29,6 +30,7 @@ from tuner.study import BASELINE, RETRAIN, SEARCH, evaluations, read_study
 from tuner.vae import codec
 from tuner.vae.metrics import FINAL_METRICS, METRICS
 
+ROOT = Path(__file__).parents[1]
 STAGES = {"extractor", "search", "promote", "retrain", "priors", "export"}
 SCORED = METRICS.keys() - {"nll"}  # with a Gaussian decoder
 
@@ -399,3 +401,35 @@ def test_the_training_loss_as_objective_is_searched_and_promotion_looks_at_sampl
     scored = summary.validation.best.frechet_distance
     assert frechet[summary.best.trial] == pytest.approx(scored, rel=1e-9)
     assert list(summary.test.models) == ["baseline", "best", "refitted", "retrained"]
+
+
+@pytest.mark.slow
+def test_photos_without_labels_go_through_all_stages(tmp_path):
+    """In colour, each a blot of some colour; nothing of them is known but what they show."""
+    draws = np.random.default_rng(0)
+    rows, columns = np.mgrid[:16, :16]
+    for number in range(1_000):
+        centre, colour = draws.uniform(4, 12, 2), draws.uniform(0, 255, 3)
+        blot = np.exp(-((rows - centre[0]) ** 2 + (columns - centre[1]) ** 2) / 9)
+        image = Image.fromarray((blot[..., None] * colour).astype(np.uint8))
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        image.save(tmp_path / "photos" / f"{number}.png")
+    spec = {
+        "data": {"name": "folder", "directory": str(tmp_path / "photos"), "size": 16},
+        "space": {"latent_dim": {"choices": [3, 4]}},
+        "fixed": {"width": 4, "batch_size": 32, "kl_unit": "calibrated"},
+        "budget": {"trials": 2, "max_epochs": 2},
+        "retrain": {"epochs": 2, "finalists": 1, "priors": [{"prior": "matched_mixture", "prior_components": 2}]},
+    }
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec | {"fixed": spec["fixed"] | {"prior": "gaussian_mixture"}}))
+    run = RunFiles(tmp_path / "run")
+    command = [sys.executable, "-m", "tuner.search", tmp_path / "spec.yaml", "--run", run.path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    summary = run.summary()
+    kinds = {name: info.kind for name, info in summary.extractors.items()}
+    assert kinds == {"search": "untrained", "second": "wavelets", "guide": "rotations"}
+    assert summary.promotion[0].again.keys() == {"search", "second"}
+    assert summary.retrain.parameters["prior"] == "matched_mixture"
+    assert (run.export / "config.json").exists()
+    assert "knn_accuracy" not in summary.test.retrained.model_dump()

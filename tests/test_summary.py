@@ -105,6 +105,12 @@ def test_the_exported_model_is_the_last_there_is():
     assert (list(compared.models), compared.exported) == (["baseline", "best", "refitted", "retrained"], other)
 
 
+def test_the_winner_is_what_the_retrain_kept_else_the_best_of_the_promotion():
+    searched = Summary(**FINISHED | {"retrain": None})
+    assert (Summary().winner, searched.winner) == (None, searched.best)
+    assert Summary(**FINISHED).winner == Summary(**FINISHED).retrain != searched.best
+
+
 @pytest.mark.parametrize("missing", ["extractors", "promotion", "validation"])
 def test_a_best_trial_without_what_it_was_chosen_by_is_refused(run, missing):
     with pytest.raises(ValueError, match="not what it was chosen by"):
@@ -116,6 +122,7 @@ def test_a_promotion_by_other_extractors_than_there_are_is_refused():
     more = EXTRACTORS | {"second": EXTRACTORS["search"]}
     with pytest.raises(ValueError, match="not what it was chosen by"):
         Summary(**FINISHED | {"extractors": more})
+    Summary(**FINISHED | {"extractors": EXTRACTORS | {"guide": EXTRACTORS["search"]}})  # which scores nothing
     for part in ("again", "gap_closed"):
         with pytest.raises(ValueError, match="not what it was chosen by"):
             Summary(**FINISHED | {"promotion": (PROMOTED.model_copy(update={part: {}}),)})

@@ -109,22 +109,23 @@ def headline(material: Material) -> Iterator[str]:
     summary, counts = material.summary, Counter(row["state"] for row in material.rows)
     counted = ", ".join(f"{count} {state}" for state, count in counts.items())
     yield f"<h1>{html.escape(f'{material.run.name}: the search for a VAE on {material.spec.data.title}')}</h1>"
-    best = summary.best
-    if best is None:
+    best, winner = summary.best, summary.winner
+    if best is None or winner is None:
         yield f"<p class='big'>The search is under way: {counted} of {material.spec.budget.trials} trials.</p>"
         return
     split, compared = ("test", summary.test) if summary.test else ("validation", summary.validation)
     assert compared
     final, baseline, floor = compared.exported, compared.baseline.frechet_distance, compared.real.frechet_distance
+    kept = "" if winner.trial == best.trial else f"; of those trained on, trial {winner.trial} was kept"
     yield (
-        f"<p class='big'>{terminal.chosen_words(summary.promotion)} "
-        f"({terminal.searched_words(best.parameters, material.spec)}). What is exported closes "
+        f"<p class='big'>{terminal.chosen_words(summary.promotion)}{kept} "
+        f"({terminal.searched_words(winner.parameters, material.spec)}). What is exported closes "
         f"<b>{with_error(final.gap_closed, final.gap_closed_error, 3)}</b> of the gap between the classic settings "
         f"({baseline:.4g}) and real images ({floor:.4g}): Frechet distance "
         f"{with_error(final.frechet_distance, final.frechet_distance_error)} on the {split} split. "
         f"Trials: {counted}.</p>"
     )
-    for note in terminal.edges(best.parameters, material.spec):
+    for note in terminal.edges(winner.parameters, material.spec):
         yield f"<p>{html.escape(note)}.</p>"
     yield section(
         "Who won, and by how much",

@@ -105,8 +105,14 @@ class Summary(Frozen):
 
     @model_validator(mode="after")
     def _whole(self) -> "Summary":
+        score = self.extractors.keys() - {"guide"}
         by = [names.keys() for entry in self.promotion for names in (entry.again, entry.gap_closed)]
-        known = self.validation and self.extractors and by and all(names == self.extractors.keys() for names in by)
+        known = self.validation and self.extractors and by and all(names == score for names in by)
         if self.best and not known:
             raise ValueError("has a best trial, but not what it was chosen by")
         return self
+
+    @property
+    def winner(self) -> Best | Retrained | None:
+        """The trial that is exported, or would be: that which the retrain kept, else the best of the promotion."""
+        return self.retrain or self.best

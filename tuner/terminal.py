@@ -190,12 +190,13 @@ def with_error(value: float, error: float | None, decimals: int | None = None) -
 def final_words(run: RunFiles, spec: Spec) -> list[Table | str]:
     """The closing table of a finished run, the winner's searched parameters and the paths to look at."""
     summary = run.summary()
-    assert summary.best
+    assert summary.winner
+    winner = summary.winner
     programs = ", ".join(sorted(path.name for path in run.export.glob("*coder.*")))
     return [
         as_table(result_rows(summary), "Frechet distance, and how much of the gap to real images is closed"),
-        f"winner   {searched_words(summary.best.parameters, spec)}",
-        *(f"note     {note}" for note in edges(summary.best.parameters, spec)),
+        f"winner   trial {winner.trial}: {searched_words(winner.parameters, spec)}",
+        *(f"note     {note}" for note in edges(winner.parameters, spec)),
         f"model    {run.name_of(run.export)}: samples.png, config.json, weights.safetensors, {programs}",
         f"report   {run.name_of(run.report)}",
         f"trials   {run.name_of(run.trials)}",
