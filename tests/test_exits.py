@@ -194,11 +194,11 @@ def test_what_ends_the_driver_from_inside_of_rays_loop_ends_it_as_its_cause(ende
         assert ended(wrapped) == ended(error)
         assert ended(wrapped)[0] == status
     with pytest.raises(KeyError, match="a bug"), resumable(AGAIN):
-        fatal()({}.__getitem__)("a bug")
+        fatal({}.__getitem__)("a bug")
 
 
 def test_a_fatal_method_passes_arguments_and_values_and_wraps_only_exceptions():
-    @fatal()
+    @fatal
     def method(error: BaseException | None, *more: int, factor: int = 1) -> int:
         """Adds."""
         if error:

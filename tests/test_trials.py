@@ -240,7 +240,7 @@ class Ending(tune.Callback):
     def __init__(self, end: Callable[[], None]) -> None:
         self.end, self.seen = end, 0
 
-    @fatal()
+    @fatal
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
         self.seen += 1
         if self.seen == 3:

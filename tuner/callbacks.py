@@ -26,7 +26,7 @@ class SearchCallback(tune.Callback):
         """Ray pickles callbacks for a restore of its own, which the journal replaces."""
         return tune.Callback, ()
 
-    @fatal()
+    @fatal
     def on_trial_complete(self, trial: Any, **info: Any) -> None:
         self.on_trial_left(trial.config["trial"])
 
@@ -43,7 +43,7 @@ class KeepTable(SearchCallback):
         self.run, self.spec, self.study = run, spec, study
         self.write()
 
-    @fatal()
+    @fatal
     def on_trial_start(self, **info: Any) -> None:
         self.write()
 
@@ -61,7 +61,7 @@ class KeepCheckpoints(SearchCallback):
     def __init__(self, run: RunFiles):
         self.run = run
 
-    @fatal()
+    @fatal
     def on_trial_result(self, result: dict[str, Any], **info: Any) -> None:
         for key, path in (("checkpoint", self.run.checkpoint), ("traceback", self.run.error)):
             content = result.pop(key, None)
@@ -93,12 +93,12 @@ class KeepExtractors(SearchCallback):
         self.tell_floor()
         self.on_step_end()
 
-    @fatal()
+    @fatal
     def on_trial_start(self, trial: Any, **info: Any) -> None:
         if 4 * (trial.config["trial"] + 1) >= 3 * self.spec.budget.trials:
             self.extractors.begin_all()  # begun with the last trial, the promotion would wait for them
 
-    @fatal()
+    @fatal
     def on_step_end(self, **info: Any) -> None:
         if self.extractors.keep_done():
             self.tell_floor()
@@ -118,11 +118,11 @@ class ShowTrials(SearchCallback):
         self.searches = board.stage == SEARCH
         self.before = sum(row["state"] in ENDED for row in table.rows)
 
-    @fatal()
+    @fatal
     def on_trial_start(self, trial: Any, **info: Any) -> None:
         self.board.start_trial(trial.config["trial"], trial.config["parameters"])
 
-    @fatal()
+    @fatal
     def on_trial_result(self, result: dict[str, Any], **info: Any) -> None:
         pictures = result.pop("pictures", {})
         if pictures:  # a repeated result has none
@@ -135,7 +135,7 @@ class ShowTrials(SearchCallback):
                 self.board.start_trial(number, row)
             self.board.end_trial(number, row["state"], row["reason"])
 
-    @fatal()
+    @fatal
     def on_step_end(self, **info: Any) -> None:
         require_ray()
         self.progress.show(self.line())

@@ -4,20 +4,24 @@
 """
 
 import errno
+import functools
 import os
 import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from tuner.run import Refused
 
 STOP_SECONDS = 8  # what a clean stop may take after the first signal
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE}
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class CutOff(Exception):
@@ -28,13 +32,17 @@ class Fatal(BaseException):
     """Ends the whole command with its cause. No Exception: Ray Tune takes those for the failure of one trial."""
 
 
-@contextmanager
-def fatal() -> Iterator[None]:
+def fatal(method: Callable[P, R]) -> Callable[P, R]:
     """Decorates what the driver does inside of Ray Tune's loop: an exception in it ends the command."""
-    try:
-        yield
-    except Exception as error:
-        raise Fatal from error
+
+    @functools.wraps(method)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return method(*args, **kwargs)
+        except Exception as error:
+            raise Fatal from error
+
+    return wrapped
 
 
 def refuse(error: ValueError) -> NoReturn:

@@ -58,7 +58,7 @@ class StudySearcher(Searcher):
         begun = sum(trial.state != TrialState.WAITING for trial in self.study.known())
         return max(0, self.spec.budget.trials - begun) + len(self.unfinished)
 
-    @fatal()
+    @fatal
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The next trial as Ray's config, its number and full parameters; None while `capacity` is used up."""
         if not self.remaining:
@@ -105,7 +105,7 @@ class StudySearcher(Searcher):
             scratch.enqueue_trial(fixed)
         return scratch.ask(fixed_distributions=self.distributions).params
 
-    @fatal()
+    @fatal
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Write one evaluation: its scores, and the objective as the rung's intermediate value."""
         trial = self.live[trial_id]
@@ -120,7 +120,7 @@ class StudySearcher(Searcher):
         kept = ("epoch", "seconds_train", "seconds_score", "timestamp", *METRICS)
         trial.set_user_attr(f"evaluation:{result['rung']}", {key: result[key] for key in kept if key in result})
 
-    @fatal()
+    @fatal
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """End the trial in the study, with its reason."""
         if trial_id not in self.live:
@@ -185,14 +185,14 @@ class ToTheEnd(FIFOScheduler):
         super().__init__()
         self.study, self.spec = study, spec
 
-    @fatal()
+    @fatal
     def on_trial_result(self, tune_controller: Any, trial: RayTrial, result: dict[str, Any]) -> str:
         return str(TrialScheduler.STOP if result["done"] or self.is_weak(trial, result) else TrialScheduler.CONTINUE)
 
     def is_weak(self, trial: RayTrial, result: dict[str, Any]) -> bool:
         return False
 
-    @fatal()
+    @fatal
     def on_trial_error(self, tune_controller: Any, trial: RayTrial) -> None:
         """Note in the study why a worker was lost, each time: Tune tells the rule, but not the searcher."""
         text = Path(trial.error_file).read_text() if trial.error_file else ""
