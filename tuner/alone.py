@@ -17,8 +17,10 @@ from tuner.workspace import Workspace, open_workspace
 def run_alone(
     module: str, description: str, work: Callable[[Workspace, RayPool], object], argv: Sequence[str] | None
 ) -> int:
-    """One stage as a command of its own: `python -m MODULE RUN [FLAGS]` -> exit status. Ends the process with one line
-    and status 2 where the run can't be worked on."""
+    """One stage as a command of its own: `python -m MODULE RUN [FLAGS]` -> exit status.
+
+    Ends the process with one line and status 2 where the run can't be worked on.
+    """
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
     parser.add_argument("run", metavar="RUN", help="run directory or URL of a search")
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="where images lie or are downloaded to")

@@ -26,7 +26,9 @@ NO_AUTOSCALER = "0"  # the version of the autoscaler's state where there is none
 @contextmanager
 def cluster(address: str | None, concurrency: int | None, wanted: Resources) -> Iterator[None]:
     """Join the Ray cluster at `address` or RAY_ADDRESS, or start one that listens on this machine's loopback alone.
-    Raises Refused where no cluster answers, or where none of its nodes can ever hold a trial."""
+
+    Raises Refused where no cluster answers, or where none of its nodes can ever hold a trial.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the older reporter honours verbose=0
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # the driver is the single writer

@@ -27,8 +27,10 @@ SLOTS = 64  # trials in one array, unless --concurrency says otherwise
 
 @dataclass(frozen=True)
 class Fusion:
-    """How a search trains its trials: in `arrays`, or where there are none each in a process of its own. `resources` is
-    what a trial then takes beside its array: a share of a CPU, for its scores."""
+    """How a search trains its trials: in `arrays`, or where there are none each in a process of its own.
+
+    `resources` is what a trial then takes beside its array: a share of a CPU, for its scores.
+    """
 
     arrays: tuple[ActorHandle, ...]
     resources: Resources

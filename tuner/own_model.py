@@ -27,8 +27,10 @@ NOT_THEIRS = (str(Path(__file__).parent), str(Path(torch.__file__).parent), "<fr
 
 
 def load(name: str | None) -> tuple[OwnModel | None, OwnModelSpec | None]:
-    """The function that `MODULE:FUNCTION` names and what tells its source apart; None for no name. What lies in the
-    current directory can be imported. Raises Refused where there is no such function."""
+    """The function that `MODULE:FUNCTION` names and what tells its source apart; None for no name.
+
+    What lies in the current directory can be imported. Raises Refused where there is no such function.
+    """
     if name is None:
         return None, None
     module_name, _, function = name.partition(":")
@@ -49,7 +51,9 @@ def load(name: str | None) -> tuple[OwnModel | None, OwnModelSpec | None]:
 
 def check(spec: Spec, shape: ImageShape, own: OwnModel | None) -> None:
     """Make the smallest and the largest model that a search can ask for, and take a step on two blank images with each.
-    Raises Refused where a model of the user's own is not what the protocol says, or the spec not what it takes."""
+
+    Raises Refused where a model of the user's own is not what the protocol says, or the spec not what it takes.
+    """
     if own is None:
         return
     assert spec.own_model

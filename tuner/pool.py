@@ -25,7 +25,9 @@ LOOK_SECONDS = 1.0  # between looks at whether Ray still lives
 
 class RayPool:
     """A cluster as a run uses it, for trials and for benches; its nodes get the data once, whatever else a bench has.
-    Raises Refused where a user's own model can't travel."""
+
+    Raises Refused where a user's own model can't travel.
+    """
 
     def __init__(self, spec: Spec, data: Data, own: OwnModel | None = None, concurrency: int | None = None):
         send_by_value(spec, own)
@@ -49,8 +51,10 @@ class RayWorkers:
         items: Sequence[tuple[Any, ...]],
         show: Callable[[int], None] = lambda done: None,
     ) -> list[Result]:
-        """`work(bench, *item)` of each item, side by side, in their order; `show` hears how many are done. Raises
-        CutOff where the cluster itself has died."""
+        """`work(bench, *item)` of each item, side by side, in their order; `show` hears how many are done.
+
+        Raises CutOff where the cluster itself has died.
+        """
         results = [self.task.remote(self.references, work, item) for item in items]
         left, done = list(results), -1
         while left:

@@ -120,8 +120,10 @@ class RunFiles:
         return self.extractors / f"{name}.{'pt2' if kind == 'program' else 'safetensors'}"
 
     def summary(self) -> Summary:
-        """What is known of the run so far; empty before the first stage ended. Raises Refused where the file is
-        damaged."""
+        """What is known of the run so far; empty before the first stage ended.
+
+        Raises Refused where the file is damaged.
+        """
         if not self.summary_file.exists():
             return Summary()
         named = self.name_of(self.summary_file)

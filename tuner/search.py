@@ -128,8 +128,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def load_spec(run: RunFiles, arguments: argparse.Namespace, own: OwnModelSpec | None = None) -> Spec:
-    """The spec to work by, `own` being the code that --model names. Raises ValueError where it is no good or the run
-    belongs to another."""
+    """The spec to work by, `own` being the code that --model names.
+
+    Raises ValueError where it is no good or the run belongs to another.
+    """
     if arguments.concurrency is not None and arguments.concurrency < 1:
         raise ValueError(f"--concurrency {arguments.concurrency}: expected 1 or more")
     overrides = [yaml_text.parse_override(text) for text in arguments.set]

@@ -74,8 +74,10 @@ class Budget(Frozen):
 
     @property
     def rungs(self) -> tuple[float, ...]:
-        """Epochs at which a trial is scored: grace * factor^k below max_epochs (by 5 % at least), then max_epochs. And
-        at grace / factor, where that is an epoch or more: a first look, at which nobody is stopped."""
+        """Epochs at which a trial is scored: grace * factor^k below max_epochs (by 5 % at least), then max_epochs.
+
+        And at grace / factor, where that is an epoch or more: a first look, at which nobody is stopped.
+        """
         power = -1 if self.grace_epochs >= self.reduction_factor else 0
         rungs = []
         while (epoch := self.grace_epochs * self.reduction_factor**power) < 0.95 * self.max_epochs:
@@ -238,8 +240,10 @@ class Spec(Frozen):
 
     @property
     def baseline(self) -> Parameters:
-        """Trial 0: the classic settings with what this spec fixes of batches, pixels, likelihood and prior. With the
-        spec's prior its `frechet_distance` compares with others'; the baseline figure is that under N(0, I)."""
+        """Trial 0: the classic settings with what this spec fixes of batches, pixels, likelihood and prior.
+
+        With the spec's prior its `frechet_distance` compares with others'; the baseline figure is that under N(0, I).
+        """
         kept = {"batch_size", "likelihood", "pixels", "prior", "prior_components"}
         return Parameters.model_validate({name: value for name, value in self.fixed.items() if name in kept})
 
@@ -299,8 +303,10 @@ class Spec(Frozen):
 
 
 def load(path: Path, overrides: list[tuple[str, Any]] | None = None) -> Spec:
-    """Read and check a spec; `overrides` are (dotted key, value) pairs laid over the file. Raises ValueError, one line
-    naming file, key and value, on anything that is wrong."""
+    """Read and check a spec; `overrides` are (dotted key, value) pairs laid over the file.
+
+    Raises ValueError, one line naming file, key and value, on anything that is wrong.
+    """
     try:
         with refusing(path, OSError, Refused):
             raw = yaml_text.parse(path.read_text(encoding="utf-8"))

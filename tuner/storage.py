@@ -19,8 +19,10 @@ PUSH_SECONDS = 5  # between two looks at what has changed
 
 @contextmanager
 def opened(place: str) -> Iterator[RunFiles]:
-    """The run at a path, or a local copy of the run at a URL that is pushed back while and after the body works. Raises
-    Refused where the URL can't be reached, CutOff where the last push fails: the local copy then stays."""
+    """The run at a path, or a local copy of the run at a URL that is pushed back while and after the body works.
+
+    Raises Refused where the URL can't be reached, CutOff where the last push fails: the local copy then stays.
+    """
     if "://" not in place:
         yield RunFiles(Path(place))
         return
@@ -47,8 +49,11 @@ def opened(place: str) -> Iterator[RunFiles]:
 
 
 class Mirror:
-    """Copies a run to storage so that at every moment the copy is one to go on from. What tells of other files is read
-    before and written after them: summary.json of trials.csv, that of the journal, that of checkpoints."""
+    """Copies a run to storage so that at every moment the copy is one to go on from.
+
+    What tells of other files is read before and written after them: summary.json of trials.csv, that of the
+    journal, that of checkpoints.
+    """
 
     def __init__(self, url: str, local: Path):
         from pyarrow.fs import FileSystem  # not on the way of runs on a disk

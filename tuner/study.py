@@ -78,8 +78,11 @@ class Study(optuna.Study):
 
 
 def open_study(journal: Path, spec: Spec, name: str = SEARCH) -> Study:
-    """A study of a run, made on first use. To be opened by the process that claimed the run. A last line that a kill
-    left unfinished is cut off: what it was to say is said again. Raises Refused where the journal is damaged."""
+    """A study of a run, made on first use. To be opened by the process that claimed the run.
+
+    A last line that a kill left unfinished is cut off: what it was to say is said again. Raises Refused where
+    the journal is damaged.
+    """
     if journal.exists() and not journal.read_bytes().endswith(b"\n"):
         os.truncate(journal, journal.read_bytes().rfind(b"\n") + 1)
     study = _load(journal, spec, name)
@@ -177,8 +180,10 @@ def ranked(rows: Sequence[Mapping[str, Any]], spec: Spec) -> list[Mapping[str, A
 
 
 def table(study: Study, spec: Spec) -> list[dict[str, Any]]:
-    """A row a trial: number, state, reason, parameters, scores of its best evaluation, gap closed, times. What is not
-    known yet is left out. `gap_closed` compares with the baseline's last distance under N(0, I)."""
+    """A row a trial: number, state, reason, parameters, scores of its best evaluation, gap closed, times.
+
+    What is not known yet is left out. `gap_closed` compares with the baseline's last distance under N(0, I).
+    """
     floor, baseline = study.floor, study.baseline
     rows = []
     for trial in study.known():

@@ -88,7 +88,9 @@ class Progress:
 
 def search_line(rows: Sequence[Mapping[str, Any]], spec: Spec, seconds: float | None = None, before: int = 0) -> str:
     """Counts and the best so far from the rows of a study; with the seconds so far, the rate and the time left.
-    `before` is how many of the trials had ended before these seconds began."""
+
+    `before` is how many of the trials had ended before these seconds began.
+    """
     metric, trials = spec.trial_objective.metric, spec.budget.trials
     states = Counter(row["state"] for row in rows)
     ended = sum(states[state] for state in ENDED)
@@ -205,8 +207,10 @@ def final_words(run: RunFiles, spec: Spec) -> list[Table | str]:
 
 
 def status_words(run: RunFiles) -> list[Table | str]:
-    """How a run stands: the stages done with their seconds, the trials of its journal, and the result so far. Raises
-    ValueError where a file is damaged."""
+    """How a run stands: the stages done with their seconds, the trials of its journal, and the result so far.
+
+    Raises ValueError where a file is damaged.
+    """
     spec, summary, study = specs.load(run.spec), run.summary(), read_study(run.journal)
     done = [f"{name} {duration(seconds)}" for name, seconds in summary.seconds.items()]
     words: list[Table | str] = [f"stages   {', '.join(done) or 'none done'}"]

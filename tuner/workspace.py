@@ -79,8 +79,10 @@ class Workspace:
 
 
 def open_workspace(run: RunFiles, data_place: Path | None = None, model: str | None = None) -> Workspace:
-    """Load what a finished search left, `model` being what --model names. Raises ValueError, one line, where something
-    is missing or damaged."""
+    """Load what a finished search left, `model` being what --model names.
+
+    Raises ValueError, one line, where something is missing or damaged.
+    """
     if not run.spec.exists():
         raise ValueError(f"{run.shown}: not a run directory (no {run.spec.name})")
     own, named = own_model.load(model)

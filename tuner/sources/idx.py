@@ -53,8 +53,10 @@ def _fetch(spec: IdxSpec, raw: Path) -> None:
 
 
 def _read_idx(path: Path) -> Tensor:
-    """The uint8 numbers of an IDX file, or of its published form beside it, with .gz behind its name. Raises ValueError
-    unless it is what its name and header say (LeCun)."""
+    """The uint8 numbers of an IDX file, or of its published form beside it, with .gz behind its name.
+
+    Raises ValueError unless it is what its name and header say (LeCun).
+    """
     axes = 3 if "idx3" in path.name else 1
     if not path.exists():
         path = path.with_name(f"{path.name}.gz")

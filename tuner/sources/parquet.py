@@ -18,8 +18,10 @@ LABEL = "label"
 
 
 def pictures(spec: ParquetSpec) -> list[Picture]:
-    """Every row of every table, in the split that a shard's name begins with. Raises ValueError where there is no table
-    or a damaged one, no column of images, or labels that are no classes."""
+    """Every row of every table, in the split that a shard's name begins with.
+
+    Raises ValueError where there is no table or a damaged one, no column of images, or labels that are no classes.
+    """
     place = spec.file
     paths = sorted(place.rglob("*.parquet")) if place.is_dir() else [place]
     rows, lock = lru_cache(maxsize=2)(_rows), Lock()

@@ -60,8 +60,10 @@ class Layer:
 
 
 class Array:
-    """`slots` networks of one shape, of up to `shape.latent_dim` latents each. A network with fewer latents is padded
-    with zeros, whose gradients are zero: it computes what it computes alone."""
+    """`slots` networks of one shape, of up to `shape.latent_dim` latents each.
+
+    A network with fewer latents is padded with zeros, whose gradients are zero: it computes what it computes alone.
+    """
 
     def __init__(self, shape: ArrayShape, slots: int = 1, device: torch.device | str = "cpu"):
         self.shape, self.slots = shape, slots
@@ -208,8 +210,10 @@ class Array:
 
 
 def running_mse(mean: Tensor, squared_error: Tensor, shape: ImageShape) -> Tensor:
-    """The running mean, over steps, of the squared error a pixel, where a batch had this one an image; both (M,). The
-    first batch gives the mean to begin with, which is zero before."""
+    """The running mean, over steps, of the squared error a pixel, where a batch had this one an image; both (M,).
+
+    The first batch gives the mean to begin with, which is zero before.
+    """
     found = squared_error / shape.numbers
     return torch.where(mean > 0, mean.lerp(found, MSE_RATE), found)
 
@@ -276,8 +280,10 @@ def _transpose_convolve_backward(g: Tensor, images: Tensor, layer: Layer) -> Ten
 def _backward_of_one(
     g: Tensor, images: Tensor, layer: Layer, transposed: tuple[int, int] | None = None, of_images: bool = True
 ) -> Tensor:
-    """Gradients of either convolution of a single network, by PyTorch's own kernel, but for the bias's. A transposed
-    one is told by its output padding."""
+    """Gradients of either convolution of a single network, by PyTorch's own kernel, but for the bias's.
+
+    A transposed one is told by its output padding.
+    """
     which = (transposed is not None, list(transposed or (0, 0)), 1, (of_images, True, False))
     arguments = (None, [2, 2], [1, 1], [1, 1], *which)
     for_images, for_weight, _ = convolution_backward(_first(g), _first(images), _first(layer.weight[0]), *arguments)

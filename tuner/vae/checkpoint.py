@@ -51,8 +51,10 @@ class Checkpoint:
 
     @classmethod
     def from_bytes(cls, content: bytes, own: OwnModel | None = None) -> "Checkpoint":
-        """What `to_bytes` wrote; nothing in it is run. Raises ValueError, one line, on anything else. `own` is the code
-        that a user's own model was made by."""
+        """What `to_bytes` wrote; nothing in it is run. Raises ValueError, one line, on anything else.
+
+        `own` is the code that a user's own model was made by.
+        """
         with refusing("not PyTorch's format"):
             damaged = zipfile.ZipFile(io.BytesIO(content)).testzip()  # torch takes no notice of checksums
             saved = {} if damaged else torch.load(io.BytesIO(content), weights_only=True)

@@ -31,7 +31,9 @@ class Codec:
     @torch.no_grad()
     def encode(self, images: Tensor | np.ndarray) -> Tensor:
         """Images (B, C, H, W) or (B, H, W, C), grey also (B, H, W), uint8 or float in [0, 1] -> latent means (B, Z).
-        Raises ValueError on another shape or other values."""
+
+        Raises ValueError on another shape or other values.
+        """
         channels, height, width = self.fitted.model.shape
         batch = torch.as_tensor(images)
         forms = [(channels, height, width), (height, width, channels), *([(height, width)] if channels == 1 else [])]
@@ -55,8 +57,11 @@ class Codec:
 
 
 def load(path: Path | str, own: OwnModel | None = None) -> Codec:
-    """Read an export directory: weights.safetensors, prior.npz and config.json. `own` is the code that a user's own
-    model was made by. Raises ValueError, naming the file, where one is missing or damaged."""
+    """Read an export directory: weights.safetensors, prior.npz and config.json.
+
+    `own` is the code that a user's own model was made by. Raises ValueError, naming the file, where one is missing
+    or damaged.
+    """
     path = Path(path)
     with refusing(f"{path / 'config.json'}: {UNREADABLE}"):
         info = json.loads((path / "config.json").read_text())

@@ -41,8 +41,10 @@ def fold(taps: Tensor, count: int, height: int, width: int) -> Tensor:
 
 
 def transpose_convolve(images: Tensor, weight: Tensor, bias: Tensor, size: tuple[int, int]) -> Tensor:
-    """The transposed convolution: (N, h, w, C), weight (C, 3, 3, K), bias (K,) and size (H, W) -> (N, H, W, K). To one
-    channel PyTorch takes five times as long for it on a CPU."""
+    """The transposed convolution: (N, h, w, C), weight (C, 3, 3, K), bias (K,) and size (H, W) -> (N, H, W, K).
+
+    To one channel PyTorch takes five times as long for it on a CPU.
+    """
     count, _, _, channels = images.shape
     return fold(images.reshape(-1, channels) @ weight.flatten(1), count, *size) + bias
 

@@ -56,7 +56,9 @@ def as_floats(images: Tensor) -> Tensor:
 
 
 def binarize(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw each pixel anew: 255 with the probability that its grey value says, else 0. uint8 of any shape. Stochastic
-    binarization, Salakhutdinov & Murray 2008."""
+    """Draw each pixel anew: 255 with the probability that its grey value says, else 0. uint8 of any shape.
+
+    Stochastic binarization, Salakhutdinov & Murray 2008.
+    """
     below = torch.randint(255, images.shape, generator=generator, dtype=torch.uint8)
     return torch.where(below.to(images.device) < images, 255, 0).to(torch.uint8)

@@ -53,8 +53,10 @@ class FeatureExtractor(nn.Module):
 
 
 class Classifier(FeatureExtractor):
-    """Convolutions, fully connected 64 (the features), classes. A deep one pools, the other strides. The first
-    convolution has `width` channels, each next twice as many, 4 width at most."""
+    """Convolutions, fully connected 64 (the features), classes. A deep one pools, the other strides.
+
+    The first convolution has `width` channels, each next twice as many, 4 width at most.
+    """
 
     kind = "classifier"
 
@@ -99,8 +101,10 @@ class Rotations(Classifier):
 
 
 class UntrainedNetworks(FeatureExtractor):
-    """Three convolutional networks as they are drawn: a group of 64 features each. They need no labels, and rank
-    generators nearly as trained ones do (benchmarks/label_free.py)."""
+    """Three convolutional networks as they are drawn: a group of 64 features each.
+
+    They need no labels, and rank generators nearly as trained ones do (benchmarks/label_free.py).
+    """
 
     kind = "untrained"
 
@@ -122,8 +126,10 @@ class WaveletPackets(FeatureExtractor):
 
 
 class Program(FeatureExtractor):
-    """A user's own, as `torch.export.save` wrote it: images (B, C, H, W) in [0, 1] -> features (B, D). PyTorch reads it
-    with pickle, so it can run any code. Raises ValueError on a file that is none."""
+    """A user's own, as `torch.export.save` wrote it: images (B, C, H, W) in [0, 1] -> features (B, D).
+
+    PyTorch reads it with pickle, so it can run any code. Raises ValueError on a file that is none.
+    """
 
     kind = "program"
 
@@ -156,8 +162,10 @@ class Program(FeatureExtractor):
 
 
 class HaarPackets(nn.Module):
-    """Images (B, C, H, W) -> packets (B, 4^levels, C h w), orthonormal; the first holds means. A row or column more is
-    repeated where a side is odd."""
+    """Images (B, C, H, W) -> packets (B, 4^levels, C h w), orthonormal; the first holds means.
+
+    A row or column more is repeated where a side is odd.
+    """
 
     def __init__(self, levels: int):
         super().__init__()

@@ -28,8 +28,10 @@ LARGEST_LATENT = 512
 
 
 def grid(images: Tensor, columns: int, ink: bool, scale: int = 1) -> np.ndarray:
-    """Images (N, C, H, W) in [0, 1], row by row -> a uint8 picture on white: grey (H, W) or colour (H, W, 3). With
-    `ink`, bright strokes on black are shown as dark ones on white."""
+    """Images (N, C, H, W) in [0, 1], row by row -> a uint8 picture on white: grey (H, W) or colour (H, W, 3).
+
+    With `ink`, bright strokes on black are shown as dark ones on white.
+    """
     count, channels, height, width = images.shape
     brightness = images.permute(0, 2, 3, 1).clamp(0, 1) * 255
     rows = -(-count // columns)
@@ -112,8 +114,10 @@ def reconstructions(fitted: FittedModel, images: Tensor, means: Tensor, rows: in
 
 
 def traversal(fitted: FittedModel, means: Tensor, rows: int) -> Tensor:
-    """One row for each of the latents that vary most: the first image moved from -3 to +3 standard deviations. `means`
-    are encoded images (N, Z); returns (rows * 9, C, H, W), fewer where there are fewer latents."""
+    """One row for each of the latents that vary most: the first image moved from -3 to +3 standard deviations.
+
+    `means` are encoded images (N, Z); returns (rows * 9, C, H, W), fewer where there are fewer latents.
+    """
     spread = means.std(0)
     latents = []
     for unit in spread.argsort(descending=True, stable=True)[:rows].tolist():
@@ -124,8 +128,10 @@ def traversal(fitted: FittedModel, means: Tensor, rows: int) -> Tensor:
 
 
 def interpolation(fitted: FittedModel, means: Tensor, rows: int) -> Tensor:
-    """Each row goes in a straight line from the reconstruction of one image to that of another. `means` are encoded
-    images (N, Z), the first `rows` and as many after them the ends; returns (rows * 9, C, H, W)."""
+    """Each row goes in a straight line from the reconstruction of one image to that of another.
+
+    `means` are encoded images (N, Z), the first `rows` and as many after them the ends; returns (rows * 9, C, H, W).
+    """
     first, last = means[:rows, None], means[rows : 2 * rows, None]
     return fitted.draw(torch.lerp(first, last, torch.linspace(0, 1, STEPS)[:, None]).flatten(0, 1))
 

@@ -12,8 +12,10 @@ class Diverged(ValueError):
 
 
 def squared_error(logits: Tensor, images: Tensor) -> Tensor:
-    """Of sigmoid(logits), summed over pixels: logits and images (B, C, H, W) -> (B,). Up to constants this is twice the
-    negative log-likelihood of a Gaussian decoder with unit variance."""
+    """Of sigmoid(logits), summed over pixels: logits and images (B, C, H, W) -> (B,).
+
+    Up to constants this is twice the negative log-likelihood of a Gaussian decoder with unit variance.
+    """
     return (torch.sigmoid(logits) - images).square().flatten(1).sum(1)
 
 
@@ -26,8 +28,10 @@ RECONSTRUCTION = {"gaussian": squared_error, "bernoulli": bernoulli_nll}
 
 
 def kl_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
-    """KL(N(mean, exp(log_variance)) || N(0, I)) in nats: (B, Z) -> (B,). Kingma & Welling 2014, appendix B. expm1 keeps
-    the digits of exp(v) - 1 - v near v = 0, where both are tiny."""
+    """KL(N(mean, exp(log_variance)) || N(0, I)) in nats: (B, Z) -> (B,). Kingma & Welling 2014, appendix B.
+
+    expm1 keeps the digits of exp(v) - 1 - v near v = 0, where both are tiny.
+    """
     return 0.5 * (mean.square() + torch.expm1(log_variance) - log_variance).sum(1)
 
 

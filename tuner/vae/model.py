@@ -24,8 +24,10 @@ OwnModel = Callable[..., nn.Module]  # a user's build(shape, latent_dim, **optio
 
 
 class Model(nn.Module):
-    """The model protocol: a module with these is trained, scored, fitted and exported like the built-in one. A user's
-    own needs no more than `encode` and `decode`, and need not inherit from this."""
+    """The model protocol: a module with these is trained, scored, fitted and exported like the built-in one.
+
+    A user's own needs no more than `encode` and `decode`, and need not inherit from this.
+    """
 
     shape: ImageShape
     latent_dim: int
@@ -122,8 +124,10 @@ class Builder:
     own: OwnModel | None = None
 
     def __call__(self, parameters: ModelParameters, seed: int) -> Model:
-        """The untrained network of a trial; the same `seed` gives the same weights, whatever ran before. Raises
-        ValueError where it is to be the user's own and there is none, or what it gives is no module."""
+        """The untrained network of a trial; the same `seed` gives the same weights, whatever ran before.
+
+        Raises ValueError where it is to be the user's own and there is none, or what it gives is no module.
+        """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             if parameters.model != "own":

@@ -34,7 +34,9 @@ def coverage(real: Tensor, samples: Tensor, k: int = 5) -> float:
 
 def copied(samples: Tensor, train: Tensor) -> float:
     """Share of samples closer to a training point than that point's own nearest: not authentic, Alaa et al. 2022.
-    Held-out data has a share, too, which is what samples' is to be compared with."""
+
+    Held-out data has a share, too, which is what samples' is to be compared with.
+    """
     distances, indices = nearest(samples, train, 1)
     closest, where = indices[:, 0].unique(return_inverse=True)
     own = nearest(train[closest], train, 2)[0][:, 1]
@@ -42,7 +44,9 @@ def copied(samples: Tensor, train: Tensor) -> float:
 
 
 def knn_accuracy(points: Tensor, labels: Tensor, references: Tensor, known: Tensor, k: int = 5) -> float:
-    """Share of points (N, D) whose label (N,) is that of most of their k nearest references (M, D), labels (M,). A tie
-    goes to the smaller label."""
+    """Share of points (N, D) whose label (N,) is that of most of their k nearest references (M, D), labels (M,).
+
+    A tie goes to the smaller label.
+    """
     voted = known[nearest(points, references, k)[1]].mode(1).values
     return float((voted == labels).double().mean())

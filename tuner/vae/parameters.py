@@ -21,8 +21,10 @@ class _Strict(BaseModel):
 
 
 class ModelParameters(_Strict):
-    """What the network is: read by `model.Builder`. A user's own model may take options, each a parameter `model.NAME`
-    here and everywhere."""
+    """What the network is: read by `model.Builder`.
+
+    A user's own model may take options, each a parameter `model.NAME` here and everywhere.
+    """
 
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, Option] = Field(init=False)
@@ -81,8 +83,10 @@ class SamplingParameters(_Strict):
 
 
 class Parameters(SamplingParameters, TrainingParameters, ModelParameters):
-    """One trial's parameters; the defaults are the classic settings of the MNIST tutorials. Raises
-    `pydantic.ValidationError` on unknown names and on values out of range."""
+    """One trial's parameters; the defaults are the classic settings of the MNIST tutorials.
+
+    Raises `pydantic.ValidationError` on unknown names and on values out of range.
+    """
 
 
 CLASSIC = Parameters()

@@ -12,7 +12,9 @@ CPU = torch.device("cpu")
 
 def device_of(gpus: Sequence[object]) -> torch.device:
     """The one rule: whatever trains, fits or scores does so on the GPU that its process was given, else on the CPU.
-    `gpus` are what the process was given, not what it sees: Ray hides none from those that asked for none."""
+
+    `gpus` are what the process was given, not what it sees: Ray hides none from those that asked for none.
+    """
     return torch.device("cuda") if gpus and torch.cuda.is_available() else CPU
 
 

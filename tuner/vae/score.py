@@ -27,8 +27,10 @@ ACTIVE_VARIANCE = 0.01  # Burda et al. 2016, section 5.2
 
 
 def laplacian_variance(images: Tensor) -> float:
-    """High-frequency energy of images (N, C, H, W): the variance of their Laplacian, Pech-Pacheco et al. 2000. It rises
-    with sharpness. Borders, where neighbours are missing, are left out."""
+    """High-frequency energy of images (N, C, H, W): the variance of their Laplacian, Pech-Pacheco et al. 2000.
+
+    It rises with sharpness. Borders, where neighbours are missing, are left out.
+    """
     middle, rows, columns = images[..., 1:-1, 1:-1], images[..., 1:-1], images[..., 1:-1, :]
     around = rows[..., :-2, :] + rows[..., 2:, :] + columns[..., :-2] + columns[..., 2:]
     return (around - 4 * middle).double().var(correction=0).item()

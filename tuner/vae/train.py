@@ -36,16 +36,20 @@ def steps_per_epoch(images: int, batch_size: int) -> int:
 
 
 def stops(parameters: TrainingParameters, images: int, epochs: Sequence[float], behind: int = 0) -> dict[int, float]:
-    """The steps after `behind` at which `epochs` end, and which they are. Whole steps, one at least; of epochs that
-    share a step the last counts."""
+    """The steps after `behind` at which `epochs` end, and which they are.
+
+    Whole steps, one at least; of epochs that share a step the last counts.
+    """
     per_epoch = steps_per_epoch(images, parameters.batch_size)
     ends = {max(1, round(epoch * per_epoch)): epoch for epoch in epochs}
     return {step: epoch for step, epoch in ends.items() if step > behind}
 
 
 def learning_rate_factor(parameters: TrainingParameters, step: int, total_steps: int) -> float:
-    """What `learning_rate` is multiplied by at `step`, in [0, 1]: a linear warm-up times the schedule. Cosine:
-    (1 + cos(pi * step / total_steps)) / 2, Loshchilov & Hutter 2017, eq. 5 without restarts."""
+    """What `learning_rate` is multiplied by at `step`: a linear warm-up times the schedule, in [0, 1].
+
+    Cosine: (1 + cos(pi * step / total_steps)) / 2, Loshchilov & Hutter 2017, eq. 5 without restarts.
+    """
     warmup = min(1.0, (step + 1) / (parameters.warmup_steps + 1))
     if parameters.schedule == "constant":
         return warmup
