@@ -20,10 +20,11 @@ from torch.utils.data import Dataset
 
 from tuner import sources
 from tuner import spec as specs
-from tuner.extractors import EXTRACTORS, make_extractor
+from tuner.extractors import make_extractor
 from tuner.scoring import PRIOR_IMAGES, SAMPLES
 from tuner.sources.torchvision import torchvision_datasets
 from tuner.spec import Spec
+from tuner.summary import EXTRACTORS
 from tuner.vae.checkpoint import Checkpoint
 from tuner.vae.data import Data, Split
 from tuner.vae.extractor import train_classifier

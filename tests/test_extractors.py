@@ -6,11 +6,12 @@ import pytest
 import torch
 from plain_pool import PlainWorkers
 
-from tuner.extractors import EXTRACTORS, FeatureExtractors, load_extractors
+from tuner.extractors import FeatureExtractors, load_extractors
 from tuner.pool import RayPool
 from tuner.run import RunFiles
 from tuner.scoring import Bench, search_scorer
 from tuner.spec import Spec
+from tuner.summary import EXTRACTORS
 from tuner.vae.data import Data, Split
 from tuner.vae.extractor import train_classifier
 from tuner.vae.seeds import Stream, derive_seed

@@ -5,13 +5,12 @@ from dataclasses import replace
 
 import pytest
 
-from tuner.extractors import EXTRACTORS
 from tuner.promote import CONTENDERS, contenders, promote
 from tuner.run import write_atomic
 from tuner.scoring import search_scorer
 from tuner.spec import Spec
 from tuner.study import BASELINE, read_study, table
-from tuner.summary import Summary
+from tuner.summary import EXTRACTORS, Summary
 from tuner.vae.metrics import gap_closed
 from tuner.workspace import Checkpoints
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from tuner.run import RunFiles, write_atomic
 from tuner.scoring import Bench, Pending, Workers, search_scorer
 from tuner.spec import Spec
-from tuner.summary import ExtractorInfo
+from tuner.summary import EXTRACTORS, GUIDE, ExtractorInfo
 from tuner.vae.data import Data
 from tuner.vae.extractor import (
     Classifier,
@@ -21,9 +21,6 @@ from tuner.vae.extractor import (
 )
 from tuner.vae.seeds import Stream, derive_seed
 
-EXTRACTORS = ("search", "second")  # the search never sees the second, which sees what the first can't
-GUIDE = "guide"  # guides matched mixtures where the second, which needs no labels, sees too little
-
 
 @dataclass(frozen=True)
 class Made:
@@ -32,11 +29,6 @@ class Made:
     extractor: FeatureExtractor
     accuracy: float | None
     floor: float
-
-
-def names(data: Data) -> tuple[str, ...]:
-    """Of the extractors that a run needs."""
-    return EXTRACTORS if has_classes(data) else (*EXTRACTORS, GUIDE)
 
 
 def has_classes(data: Data) -> bool:
@@ -52,12 +44,13 @@ class FeatureExtractors:
 
     def __init__(self, run: RunFiles, spec: Spec, data: Data, workers: Workers):
         self.run, self.spec, self.data, self.workers = run, spec, data, workers
+        self.names = EXTRACTORS if has_classes(data) else (*EXTRACTORS, GUIDE)
         self.kept = load_extractors(run)
         self.begun: dict[str, Pending[Made]] = {}
         self.begin("search")
 
     def begin_all(self) -> None:
-        for name in names(self.data):
+        for name in self.names:
             self.begin(name)
 
     def begin(self, name: str) -> None:

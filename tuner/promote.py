@@ -3,11 +3,10 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tuner.extractors import EXTRACTORS
 from tuner.scoring import Bench, compared
 from tuner.spec import Spec
 from tuner.study import ranked
-from tuner.summary import Best, Compared, Promoted, Summary
+from tuner.summary import EXTRACTORS, Best, Compared, Promoted, Summary
 from tuner.terminal import as_table, chosen_words, console, promotion_rows, stage
 from tuner.vae.metrics import gap_closed
 from tuner.workspace import Workspace

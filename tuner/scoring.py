@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor
 
 from tuner.spec import Spec
-from tuner.summary import Compared, Scores
+from tuner.summary import GUIDE, Compared, Scores
 from tuner.vae.data import Data, Split
 from tuner.vae.extractor import FeatureExtractor
 from tuner.vae.fitted import FittedModel, Fitter
@@ -66,7 +66,7 @@ class Bench:
     @cached_property
     def fitter(self) -> Fitter:
         """Guided by an extractor that scores nothing any more: one for this alone, or the promotion's second."""
-        guide = self.extractors.get("guide", self.extractors["second"])
+        guide = self.extractors.get(GUIDE, self.extractors["second"])
         return Fitter(self.data.train, seed=self._seed, count=PRIOR_IMAGES, samples=SAMPLES, guide=guide)
 
     def score(self, fitted: FittedModel | None, extractor: str = "search") -> Measured:

@@ -7,6 +7,9 @@ from pydantic import AfterValidator, ConfigDict, Field, model_validator
 from tuner.data_spec import Frozen
 from tuner.vae.parameters import Parameters
 
+EXTRACTORS = ("search", "second")  # the search never sees the second, which sees what the first can't
+GUIDE = "guide"  # guides matched mixtures where the second, which needs no labels, sees too little
+
 # What no trial can have is damage.
 TrialParameters = Annotated[dict[str, Any], AfterValidator(lambda found: Parameters.model_validate(found).model_dump())]
 
@@ -105,7 +108,7 @@ class Summary(Frozen):
 
     @model_validator(mode="after")
     def _whole(self) -> "Summary":
-        score = self.extractors.keys() - {"guide"}
+        score = self.extractors.keys() - {GUIDE}
         by = [names.keys() for entry in self.promotion for names in (entry.again, entry.gap_closed)]
         known = self.validation and self.extractors and by and all(names == score for names in by)
         if self.best and not known:

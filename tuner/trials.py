@@ -15,7 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tuner.callbacks import KeepCheckpoints, KeepContenders, KeepExtractors, KeepTable, ShowTrials
 from tuner.cluster import alive, dead_processes, slots
-from tuner.extractors import FeatureExtractors, names
+from tuner.extractors import FeatureExtractors
 from tuner.fusion import Fusion, fusion
 from tuner.pool import RayPool
 from tuner.run import Refused, RunFiles, write_atomic
@@ -48,7 +48,7 @@ def search_stage(run: RunFiles, spec: Spec, pool: RayPool, extractors: FeatureEx
         table.write()
         progress.done(shown.line())
     with stage(run, "extractor") as progress:
-        for name in names(extractors.data):
+        for name in extractors.names:
             extractors.keep(name)
         described = (f"{name} extractor: {info.words}" for name, info in run.summary().extractors.items())
         progress.done("; ".join(described))
