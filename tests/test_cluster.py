@@ -17,9 +17,9 @@ from ray._private.utils import get_num_cpus
 from ray.autoscaler.v2.sdk import get_cluster_status
 
 from tuner.cluster import NO_AUTOSCALER, alive, cluster, dead_processes, require_ray, slots
-from tuner.run import Refused
 from tuner.search import main
 from tuner.spec import Resources
+from tuner.vae.errors import Refused
 
 
 def refusal(address: str | None, wanted: Resources, concurrency: int | None = None) -> str:

@@ -13,10 +13,10 @@ import pytest
 from optuna.trial import TrialState
 
 from tuner.exits import CutOff, Fatal, command, fatal, refuse, resumable
-from tuner.run import Refused
 from tuner.search import main
 from tuner.spec import load
 from tuner.study import open_study
+from tuner.vae.errors import Refused
 
 AGAIN = command("tuner.search", ["my spec.yaml", "--set", "space.latent_dim={choices: [4]}"], "--run", "runs/it's one")
 BODY = """

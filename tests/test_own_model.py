@@ -28,11 +28,12 @@ from tuner import spec as specs
 from tuner.export_files import write_files
 from tuner.own_model import check, load
 from tuner.pool import send_by_value
-from tuner.run import Refused, RunFiles
+from tuner.run import RunFiles
 from tuner.spec import Spec
 from tuner.study import BASELINE, RETRAIN, evaluations, read_study
 from tuner.terminal import final_words
 from tuner.vae import codec
+from tuner.vae.errors import Refused
 from tuner.vae.fitted import FittedModel
 from tuner.vae.model import Builder, OwnModel
 from tuner.vae.parameters import CLASSIC, Parameters

@@ -9,12 +9,13 @@ import torch
 
 from tuner.pool import RayPool
 from tuner.retrain import Candidate, choose, contenders, priors, refitted, retrain
-from tuner.run import Refused, RunFiles, write_atomic
+from tuner.run import RunFiles, write_atomic
 from tuner.scoring import Measured
 from tuner.searcher import FinalistSearcher
 from tuner.spec import Objective, Spec
 from tuner.study import RETRAIN, evaluations, open_study, read_study, table
 from tuner.vae.checkpoint import Checkpoint
+from tuner.vae.errors import Refused
 from tuner.vae.fitted import FittedModel
 from tuner.vae.model import Builder
 from tuner.vae.parameters import Parameters

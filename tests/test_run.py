@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tuner.run import Refused, RunFiles, write_atomic
+from tuner.run import RunFiles, write_atomic
+from tuner.vae.errors import Refused
 
 
 @pytest.fixture

@@ -25,8 +25,9 @@ from pyarrow.fs import FileSelector, FileSystem, FileType
 
 import tuner
 from tuner.exits import CutOff
-from tuner.run import Refused, RunFiles, write_atomic
+from tuner.run import RunFiles, write_atomic
 from tuner.storage import Mirror, opened
+from tuner.vae.errors import Refused
 from tuner.vae.metrics import METRICS
 
 ROOT = Path(tuner.__file__).parents[1]

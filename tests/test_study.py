@@ -10,9 +10,9 @@ from optuna.distributions import BaseDistribution
 from optuna.trial import TrialState
 from pydantic import TypeAdapter
 
-from tuner.run import Refused
 from tuner.spec import Entry, Objective, Spec
 from tuner.study import Study, distributions, front, open_study, ranked, read_study, table
+from tuner.vae.errors import Refused
 from tuner.vae.parameters import CLASSIC
 
 METRIC = "frechet_distance"

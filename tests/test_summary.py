@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from tuner.run import Refused, RunFiles, write_atomic
+from tuner.run import RunFiles, write_atomic
 from tuner.summary import Best, Compared, ExtractorInfo, Promoted, Retrained, Scores, Summary
+from tuner.vae.errors import Refused
 from tuner.vae.parameters import CLASSIC
 
 

@@ -15,12 +15,13 @@ import torch
 from safetensors.torch import save
 
 from tuner.extractors import Made, keep_extractor, load_extractors, make, make_extractor, read_program
-from tuner.run import Refused, RunFiles, write_atomic
+from tuner.run import RunFiles, write_atomic
 from tuner.scoring import Bench, search_scorer
 from tuner.spec import Spec
 from tuner.study import BASELINE
 from tuner.vae.checkpoint import Checkpoint
 from tuner.vae.data import Data, Split, as_floats
+from tuner.vae.errors import Refused
 from tuner.vae.extractor import to_bytes
 from tuner.vae.fitted import FittedModel
 from tuner.vae.image_grid import evenly_spaced

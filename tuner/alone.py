@@ -9,8 +9,8 @@ from pathlib import Path
 from tuner.cluster import cluster
 from tuner.exits import command, refuse, resumable
 from tuner.pool import RayPool
-from tuner.run import Refused
 from tuner.storage import opened
+from tuner.vae.errors import Refused
 from tuner.workspace import Workspace, open_workspace
 
 

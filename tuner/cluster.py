@@ -16,8 +16,8 @@ from ray._private.utils import get_num_cpus  # the cores of a container, as Ray 
 from ray.autoscaler.v2.sdk import get_cluster_status
 
 from tuner.exits import CutOff
-from tuner.run import Refused
 from tuner.spec import Resources
+from tuner.vae.errors import Refused
 
 CONNECT_SECONDS = 5
 NO_AUTOSCALER = "0"  # the version of the autoscaler's state where there is none

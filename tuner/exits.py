@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
-from tuner.run import Refused
+from tuner.vae.errors import Refused
 
 STOP_SECONDS = 8  # what a clean stop may take after the first signal
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE}

@@ -12,10 +12,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tuner.cluster import alive, require_ray
 from tuner.own_model import told
-from tuner.run import Refused
 from tuner.scoring import Bench
 from tuner.spec import Resources, Spec
 from tuner.vae.data import Data
+from tuner.vae.errors import Refused
 from tuner.vae.model import OwnModel
 from tuner.vae.process import device_of, settle
 

@@ -12,8 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from tuner.summary import Summary
-from tuner.vae.errors import Refused as Refused  # re-exported: of errors most rooms need no more
-from tuner.vae.errors import refusing
+from tuner.vae.errors import Refused, refusing
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:

@@ -16,11 +16,12 @@ from rich.table import Table
 from tuner import spec as specs
 from tuner import yaml_text
 from tuner.exits import command, refuse, resumable
-from tuner.run import Refused, RunFiles, write_atomic
+from tuner.run import RunFiles, write_atomic
 from tuner.spec import OwnModelSpec, Spec
 from tuner.storage import opened
 from tuner.study import BASELINE
 from tuner.terminal import console, final_words, status_words
+from tuner.vae.errors import Refused
 
 DEFAULT_SPEC = Path(__file__).parent.parent / "search_spaces" / "digits.yaml"
 

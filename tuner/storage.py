@@ -11,8 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tuner.exits import CutOff
-from tuner.run import Refused, RunFiles
-from tuner.vae.errors import one_line, refusing
+from tuner.run import RunFiles
+from tuner.vae.errors import Refused, one_line, refusing
 
 PUSH_SECONDS = 5  # between two looks at what has changed
 

@@ -18,7 +18,7 @@ from tuner.cluster import alive, dead_processes, slots
 from tuner.extractors import FeatureExtractors
 from tuner.fusion import Fusion, fusion
 from tuner.pool import RayPool
-from tuner.run import Refused, RunFiles, write_atomic
+from tuner.run import RunFiles, write_atomic
 from tuner.searcher import FinalistSearcher, StudySearcher, SuccessiveHalving, ToTheEnd
 from tuner.spec import Resources, Spec
 from tuner.study import ENDED, RETRAIN, Study, open_study
@@ -26,6 +26,7 @@ from tuner.tensorboard import TensorBoard
 from tuner.terminal import stage
 from tuner.trainable import FileServer, Shared, TrialTrainable
 from tuner.vae.checkpoint import Checkpoint
+from tuner.vae.errors import Refused
 from tuner.vae.fitted import FittedModel
 from tuner.vae.seeds import Stream, derive_seed
 from tuner.vae.step import State

@@ -11,14 +11,14 @@ from torch import Tensor
 from tuner import own_model, sources
 from tuner import spec as specs
 from tuner.extractors import load_extractors, read_program
-from tuner.run import Refused, RunFiles, write_atomic
+from tuner.run import RunFiles, write_atomic
 from tuner.scoring import Bench, Pool, Workers
 from tuner.spec import Spec
 from tuner.study import BASELINE
 from tuner.terminal import Progress
 from tuner.vae.checkpoint import Checkpoint
 from tuner.vae.data import Data, Split, as_floats
-from tuner.vae.errors import refusing
+from tuner.vae.errors import Refused, refusing
 from tuner.vae.extractor import FeatureExtractor, Program
 from tuner.vae.fitted import FittedModel, grey_share
 from tuner.vae.image_grid import HELD_OUT, evenly_spaced
