@@ -1,8 +1,29 @@
-"""Ranges: how near a value is to an end."""
+"""Ranges and choices: what is drawn from them, what is refused, and how near a value is to an end."""
 
+import math
+from typing import Any
+
+import optuna
 import pytest
+import yaml
+from optuna.samplers import RandomSampler
+from pydantic import ValidationError
+from spec_file import written
 
+from tuner import spec as specs
 from tuner.space import FloatRange, IntRange
+from tuner.spec import Spec
+from tuner.study import distributions
+
+
+def _spec(**parts: Any) -> Spec:
+    return Spec.model_validate({"space": {"latent_dim": {"type": "int", "low": 4, "high": 32}}, **parts})
+
+
+def _drawn(entry: dict[str, Any], name: str, asks: int = 60) -> list[Any]:
+    study = optuna.create_study(sampler=RandomSampler(seed=0))
+    space = distributions(_spec(space={name: entry}))
+    return [study.ask(space).params[name] for _ in range(asks)]
 
 
 @pytest.mark.parametrize(
@@ -24,3 +45,74 @@ from tuner.space import FloatRange, IntRange
 )
 def test_a_value_is_near_an_end_within_a_twentieth_of_the_range_on_its_own_scale(entry, ends):
     assert {value: entry.end_near(value) for value in ends} == ends
+
+
+# Bounds mean one thing
+
+
+@pytest.mark.parametrize(
+    ("entry", "expected"),
+    [
+        ({"type": "int", "low": 3, "high": 4}, {3, 4}),
+        ({"type": "int", "low": 3, "high": 4, "log": True}, {3, 4}),
+        ({"type": "int", "low": 4, "high": 12, "step": 4}, {4, 8, 12}),
+        ({"type": "int", "low": 7, "high": 7}, {7}),
+    ],
+)
+def test_a_narrow_int_range_yields_both_its_ends(entry, expected):
+    assert set(_drawn(entry, "latent_dim")) == expected
+
+
+@pytest.mark.parametrize(
+    ("entry", "expected"),
+    [
+        ({"type": "float", "low": 0, "high": 1, "step": 0.5}, [0, 0.5, 1]),
+        ({"type": "float", "low": 0.1, "high": 0.3, "step": 0.1}, [0.1, 0.2, 0.3]),  # 0.3 - 0.1 is not 2 * 0.1
+        ({"type": "float", "low": 0.25, "high": 0.25}, [0.25]),
+    ],
+)
+def test_a_float_range_with_steps_yields_both_its_ends(entry, expected):
+    assert sorted(set(_drawn(entry, "kl_weight"))) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_both_ends_of_a_float_range_are_inside_of_its_distribution(log):
+    space = {"kl_weight": {"type": "float", "low": 0.5, "high": 2, "log": log}}
+    for end in (0.5, 2):
+        assert _spec(space=space, points_to_evaluate=[{"kl_weight": end}]).points_to_evaluate[0]["kl_weight"] == end
+        with pytest.raises(ValidationError, match=r"outside of space.kl_weight"):
+            _spec(space=space, points_to_evaluate=[{"kl_weight": math.nextafter(end, end * end)}])
+    drawn = _drawn(space["kl_weight"], "kl_weight", asks=400)
+    assert 0.5 <= min(drawn) < 0.51
+    assert 1.97 < max(drawn) <= 2
+
+
+def test_choices_are_drawn_as_they_are_written():
+    assert set(_drawn({"choices": ["vae", "autoencoder"]}, "model")) == {"vae", "autoencoder"}
+    assert set(_drawn({"choices": [32, 64, 256]}, "batch_size")) == {32, 64, 256}
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"type": "int", "low": 5, "high": 4}, "low 5 is above high 4"),
+        ({"type": "float", "low": 0.3, "high": 0.1}, "low 0.3 is above high 0.1"),
+        ({"type": "int", "low": 0, "high": 4, "log": True}, "log needs low above 0, not 0"),
+        ({"type": "int", "low": 4, "high": 8, "log": True, "step": 2}, "log and step exclude each other"),
+        ({"type": "int", "low": 4, "high": 9, "step": 2}, "high 9 is not low 4 plus whole steps of 2"),
+        ({"type": "int", "low": 4, "high": 8, "step": 0}, "greater than or equal to 1"),
+        ({"type": "int", "low": 0, "high": 8}, "space.latent_dim: 0: Input should be greater than or equal to 1"),
+        ({"type": "int", "low": 8, "high": 513}, "space.latent_dim: 513: Input should be less than or equal to 512"),
+        ({"type": "float", "low": 4, "high": 8}, "takes whole numbers"),
+        ({"low": 4, "high": 8}, "give type: int or float with low and high, or choices"),
+        ({"type": "int", "low": 4}, "space.latent_dim.high: Field required"),
+        ({"choices": []}, "at least 1 item"),
+        ({"choices": [4, "many"]}, "space.latent_dim: 'many'"),
+        ({"choices": [4, True]}, "space.latent_dim: True: Input should be a valid integer"),
+        ({"type": "int", "low": True, "high": 8}, "space.latent_dim.low: Input should be a valid integer (got True)"),
+    ],
+)
+def test_a_bad_range_is_refused(tmp_path, entry, words):
+    with pytest.raises(ValueError, match="latent_dim") as error:
+        specs.load(written(tmp_path, yaml.safe_dump({"space": {"latent_dim": entry}})))
+    assert words in str(error.value)

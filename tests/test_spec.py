@@ -3,21 +3,19 @@
 import copy
 import hashlib
 import json
-import math
 import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import optuna
 import pytest
 import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
-from optuna.samplers import RandomSampler
 from pydantic import ValidationError
+from spec_file import SEARCH, written
 
 from tuner import spec as specs
 from tuner import yaml_text
@@ -33,41 +31,17 @@ from tuner.vae.shape import ImageShape
 build = Builder(ImageShape(1, 28, 28))
 
 SHIPPED = sorted(DEFAULT_SPEC.parent.glob("*.yaml"))
-SEARCH = """
-data: {name: digits}
-space:
-  latent_dim: {type: int, low: 4, high: 32, log: true}
-  learning_rate: {type: float, low: 0.0003, high: 0.01, log: true}
-  kl_weight: {type: float, low: 0.01, high: 3, log: true}
-fixed: {batch_size: 32, prior: gaussian_mixture, prior_components: 10}
-objective: frechet_distance
-budget: {trials: 24, max_epochs: 18, grace_epochs: 2, reduction_factor: 3}
-retrain: {epochs: 50, priors: [{prior: gaussian_mixture, prior_components: 5}]}
-seed: 0
-"""
 RAW = yaml.safe_load(SEARCH)
 
 
 @pytest.fixture
 def search(tmp_path: Path) -> Path:
     """A file of every section."""
-    return _written(tmp_path, SEARCH, "search.yaml")
+    return written(tmp_path, SEARCH, "search.yaml")
 
 
 def _spec(**parts: Any) -> Spec:
     return Spec.model_validate({"space": {"latent_dim": {"type": "int", "low": 4, "high": 32}}, **parts})
-
-
-def _drawn(entry: dict[str, Any], name: str, asks: int = 60) -> list[Any]:
-    study = optuna.create_study(sampler=RandomSampler(seed=0))
-    space = distributions(_spec(space={name: entry}))
-    return [study.ask(space).params[name] for _ in range(asks)]
-
-
-def _written(directory: Path, text: str, name: str = "some.yaml") -> Path:
-    path = directory / name
-    path.write_text(text, encoding="utf-8")
-    return path
 
 
 # What a shipped file says
@@ -120,49 +94,7 @@ def test_the_network_of_the_mnist_search_and_its_prior_are_never_larger_than_the
         assert network + prior <= classic
 
 
-# Bounds mean one thing
-
-
-@pytest.mark.parametrize(
-    ("entry", "expected"),
-    [
-        ({"type": "int", "low": 3, "high": 4}, {3, 4}),
-        ({"type": "int", "low": 3, "high": 4, "log": True}, {3, 4}),
-        ({"type": "int", "low": 4, "high": 12, "step": 4}, {4, 8, 12}),
-        ({"type": "int", "low": 7, "high": 7}, {7}),
-    ],
-)
-def test_a_narrow_int_range_yields_both_its_ends(entry, expected):
-    assert set(_drawn(entry, "latent_dim")) == expected
-
-
-@pytest.mark.parametrize(
-    ("entry", "expected"),
-    [
-        ({"type": "float", "low": 0, "high": 1, "step": 0.5}, [0, 0.5, 1]),
-        ({"type": "float", "low": 0.1, "high": 0.3, "step": 0.1}, [0.1, 0.2, 0.3]),  # 0.3 - 0.1 is not 2 * 0.1
-        ({"type": "float", "low": 0.25, "high": 0.25}, [0.25]),
-    ],
-)
-def test_a_float_range_with_steps_yields_both_its_ends(entry, expected):
-    assert sorted(set(_drawn(entry, "kl_weight"))) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("log", [False, True])
-def test_both_ends_of_a_float_range_are_inside_of_its_distribution(log):
-    space = {"kl_weight": {"type": "float", "low": 0.5, "high": 2, "log": log}}
-    for end in (0.5, 2):
-        assert _spec(space=space, points_to_evaluate=[{"kl_weight": end}]).points_to_evaluate[0]["kl_weight"] == end
-        with pytest.raises(ValidationError, match=r"outside of space.kl_weight"):
-            _spec(space=space, points_to_evaluate=[{"kl_weight": math.nextafter(end, end * end)}])
-    drawn = _drawn(space["kl_weight"], "kl_weight", asks=400)
-    assert 0.5 <= min(drawn) < 0.51
-    assert 1.97 < max(drawn) <= 2
-
-
-def test_choices_are_drawn_as_they_are_written():
-    assert set(_drawn({"choices": ["vae", "autoencoder"]}, "model")) == {"vae", "autoencoder"}
-    assert set(_drawn({"choices": [32, 64, 256]}, "batch_size")) == {32, 64, 256}
+# A trial's parameters
 
 
 @pytest.mark.parametrize("name", Parameters.model_fields)
@@ -180,32 +112,6 @@ def test_a_trial_has_its_searched_parameters_the_fixed_ones_and_the_classic_rest
     changed = {"batch_size": 32, "prior": "gaussian_mixture", "prior_components": 10}
     changed |= {"latent_dim": 5, "learning_rate": 0.002, "kl_weight": 0.1}
     assert parameters == CLASSIC.model_copy(update=changed)
-
-
-@pytest.mark.parametrize(
-    ("entry", "words"),
-    [
-        ({"type": "int", "low": 5, "high": 4}, "low 5 is above high 4"),
-        ({"type": "float", "low": 0.3, "high": 0.1}, "low 0.3 is above high 0.1"),
-        ({"type": "int", "low": 0, "high": 4, "log": True}, "log needs low above 0, not 0"),
-        ({"type": "int", "low": 4, "high": 8, "log": True, "step": 2}, "log and step exclude each other"),
-        ({"type": "int", "low": 4, "high": 9, "step": 2}, "high 9 is not low 4 plus whole steps of 2"),
-        ({"type": "int", "low": 4, "high": 8, "step": 0}, "greater than or equal to 1"),
-        ({"type": "int", "low": 0, "high": 8}, "space.latent_dim: 0: Input should be greater than or equal to 1"),
-        ({"type": "int", "low": 8, "high": 513}, "space.latent_dim: 513: Input should be less than or equal to 512"),
-        ({"type": "float", "low": 4, "high": 8}, "takes whole numbers"),
-        ({"low": 4, "high": 8}, "give type: int or float with low and high, or choices"),
-        ({"type": "int", "low": 4}, "space.latent_dim.high: Field required"),
-        ({"choices": []}, "at least 1 item"),
-        ({"choices": [4, "many"]}, "space.latent_dim: 'many'"),
-        ({"choices": [4, True]}, "space.latent_dim: True: Input should be a valid integer"),
-        ({"type": "int", "low": True, "high": 8}, "space.latent_dim.low: Input should be a valid integer (got True)"),
-    ],
-)
-def test_a_bad_range_is_refused(tmp_path, entry, words):
-    with pytest.raises(ValueError, match="latent_dim") as error:
-        specs.load(_written(tmp_path, yaml.safe_dump({"space": {"latent_dim": entry}})))
-    assert words in str(error.value)
 
 
 # fixed and points_to_evaluate
@@ -403,97 +309,6 @@ def test_a_budget_that_buys_nothing_is_refused(key, value):
         _spec(budget={key: value})
 
 
-# Overrides, and YAML as people write it
-
-
-@pytest.mark.parametrize(
-    ("text", "pair"),
-    [
-        ("budget.trials=8", ("budget.trials", 8)),
-        ("data.download=false", ("data.download", False)),
-        ("budget.time_limit=30m", ("budget.time_limit", "30m")),
-        ("fixed.list=[5, 10]", ("fixed.list", [5, 10])),
-        ("space.prior={choices: [standard_normal]}", ("space.prior", {"choices": ["standard_normal"]})),
-        ("data.directory=a=b", ("data.directory", "a=b")),
-        ("budget.time_limit=", ("budget.time_limit", None)),
-    ],
-)
-def test_an_override_is_a_dotted_key_and_a_value_typed_as_in_yaml(text, pair):
-    assert yaml_text.parse_override(text) == pair
-
-
-@pytest.mark.parametrize("text", ["budget.trials", "=8", " =8", "budget.trials={", "seed=2020-13-45"])
-def test_an_override_without_key_or_value_is_refused_by_its_text(text):
-    with pytest.raises(ValueError, match="--set") as error:
-        yaml_text.parse_override(text)
-    assert text.strip() in str(error.value)
-
-
-def test_an_override_names_options_of_a_users_own_model_by_their_prefix(search):
-    overrides = [
-        ("space.model.depth", {"type": "int", "low": 1, "high": 4}),
-        ("space.model.depth.low", 2),
-        ("space.model.choices", ["vae", "own"]),
-        ("fixed.model.width", 8),
-    ]
-    spec = specs.load(search, overrides)
-    assert (spec.values("model.depth"), spec.values("model")) == ([2, 4], ["vae", "own"])
-    assert spec.parameters({"model.depth": 3, "model": "own"}).options == {"depth": 3, "width": 8}
-    assert specs.load(search, [("fixed.model", "own")]).values("model") == ["own"]
-
-
-def test_overrides_are_laid_over_the_file(search):
-    keys = ["budget.trials", "space.latent_dim.high", "fixed.width", "space.schedule", "objective"]
-    values = [3, 8, 16, {"choices": ["cosine"]}, "mse"]
-    spec = specs.load(search, list(zip(keys, values, strict=True)))
-    plain = specs.load(search)
-    assert (spec.budget.trials, spec.budget.max_epochs) == (3, plain.budget.max_epochs)
-    assert (spec.space["latent_dim"].low, spec.space["latent_dim"].high) == (4, 8)
-    assert spec.fixed == {**plain.fixed, "width": 16}
-    assert list(spec.space) == [*plain.space, "schedule"]
-    assert spec.objective[0].metric == "mse"
-
-
-def test_an_override_can_reach_a_section_that_the_file_does_not_have(tmp_path):
-    path = _written(tmp_path, "space: {latent_dim: {choices: [4, 8]}}")
-    assert specs.load(path, [("budget.trials", 3)]).budget.trials == 3
-
-
-@pytest.mark.parametrize("key", ["seed.x", "retrain.priors.0", "objective.metric"])
-def test_an_override_below_a_plain_value_is_refused(search, key):
-    with pytest.raises(ValueError, match=rf"--set {key}: .* is not a mapping"):
-        specs.load(search, [(key, 3)])
-
-
-def test_a_number_that_yaml_reads_as_text_is_a_number(tmp_path):
-    """PyYAML wants a dot in 1e-3, so that it comes as a string."""
-    assert yaml.safe_load("1e-3") == "1e-3"
-    text = SEARCH.replace("low: 0.0003", "low: 1e-3") + "points_to_evaluate: [{learning_rate: 2e-3}]\n"
-    spec = specs.load(_written(tmp_path, text))
-    assert spec.space["learning_rate"].low == 0.001
-    assert type(spec.space["learning_rate"].low) is float
-    assert spec.points_to_evaluate == ({"learning_rate": 0.002},)
-
-
-def test_a_fixed_number_that_yaml_reads_as_text_is_a_number(tmp_path):
-    spec = specs.load(_written(tmp_path, "{space: {latent_dim: {choices: [8]}}, fixed: {learning_rate: 1e-2}}"))
-    assert spec.parameters({"latent_dim": 8}).learning_rate == 0.01
-
-
-def test_a_number_that_yaml_reads_as_text_is_a_number_among_choices_too(tmp_path):
-    text = SEARCH.replace("{type: float, low: 0.0003, high: 0.01, log: true}", "{choices: [1e-3, 1e-2]}")
-    spec = specs.load(_written(tmp_path, text))
-    assert spec.space["learning_rate"].choices == (0.001, 0.01)
-    assert spec.baseline_point() == {"latent_dim": 16, "learning_rate": 0.001, "kl_weight": 1}
-
-
-def test_what_an_anchor_brings_may_be_given_again(tmp_path):
-    """A key given twice is refused (test_bad_input); one that overrides what a merge brings is none."""
-    text = "space: {latent_dim: &range {type: int, low: 2, high: 8}, width: &wide {<<: *range, high: 16}, "
-    spec = specs.load(_written(tmp_path, text + "batch_size: {<<: *wide, high: 32}}"))
-    assert [spec.space[name].high for name in ("latent_dim", "width", "batch_size")] == [8, 16, 32]
-
-
 # Round trip and comparison
 
 
@@ -511,7 +326,7 @@ def test_what_an_anchor_brings_may_be_given_again(tmp_path):
 )
 def test_a_spec_written_and_read_again_is_the_same(search, tmp_path, overrides):
     spec = specs.load(search, overrides)
-    again = specs.load(_written(tmp_path, spec.to_yaml()))
+    again = specs.load(written(tmp_path, spec.to_yaml()))
     assert again == spec
     assert distributions(again) == distributions(spec)
     assert spec.differences(again) == []
@@ -580,7 +395,7 @@ def test_an_unknown_key_is_refused_at_each_level(search, where):
 
 def test_an_unknown_key_beside_choices_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"space.latent_dim.log: unknown key"):
-        specs.load(_written(tmp_path, "space: {latent_dim: {choices: [4, 8], log: true}}"))
+        specs.load(written(tmp_path, "space: {latent_dim: {choices: [4, 8], log: true}}"))
 
 
 # JSON schema
@@ -708,7 +523,7 @@ def _refusal(path: Path) -> str | None:
     ],
 )
 def test_a_file_that_is_no_spec_is_refused_in_one_line(tmp_path, text):
-    assert _refusal(_written(tmp_path, text))
+    assert _refusal(written(tmp_path, text))
 
 
 def test_bytes_that_are_no_text_are_refused_in_one_line(tmp_path):
@@ -773,7 +588,7 @@ def _mutated(mutations: list[tuple[int, str, Any, Any]]) -> Any:
 @example(mutations=[(3, "add", "a\nb", 1)])
 @example(mutations=[(4, "replace", None, 10**400)])
 def test_a_mutated_spec_loads_or_is_refused_in_one_line(tmp_path_factory, mutations):
-    path = _written(tmp_path_factory.getbasetemp(), yaml.safe_dump(_mutated(mutations)))
+    path = written(tmp_path_factory.getbasetemp(), yaml.safe_dump(_mutated(mutations)))
     _refusal(path)
 
 
