@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.setting import MNIST, parser, say, trained
 from tuner.run import RunFiles
-from tuner.scoring import search_fitter, search_scorer
+from tuner.scoring import Evaluator
 from tuner.study import read_study, table
 from tuner.workspace import open_workspace
 
@@ -35,7 +35,7 @@ def main() -> None:
     run = RunFiles(arguments.run)
     workspace = open_workspace(run, arguments.data_dir)
     spec, data = workspace.spec, workspace.data
-    fitter, scorer = search_fitter(spec, data), search_scorer(spec, data, workspace.extractors["search"])
+    evaluate = Evaluator(spec, data, lambda: workspace.extractors["search"])
     study = read_study(run.journal)
     rows = table(study, spec) if study else []
     found = [(row["rate"], row["distortion"]) for row in rows if "rate" in row]
@@ -43,7 +43,7 @@ def main() -> None:
     for number, weight in enumerate(WEIGHTS):
         parameters = spec.baseline.model_copy(update={"kl_weight": weight})
         model = trained(parameters, data.train.images, spec.budget.max_epochs, seed=spec.seed, trial=number)
-        scores = scorer(fitter(model, parameters))
+        scores = evaluate(model, parameters, spec.budget.max_epochs).scores
         best = lowest(found, scores["rate"])
         for kind, distortion in best.items():
             better[kind] += distortion is not None and distortion <= scores["distortion"]

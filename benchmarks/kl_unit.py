@@ -14,7 +14,7 @@ import optuna
 
 from benchmarks.setting import MNIST, parser, say, trained
 from tuner import sources
-from tuner.scoring import search_fitter, search_scorer
+from tuner.scoring import Evaluator
 from tuner.spec import Spec
 from tuner.study import distributions
 from tuner.vae.data import Data, Split
@@ -51,8 +51,7 @@ def space(data: dict[str, object], unit: str, seed: int) -> Spec:
 
 def search(name: str, spec: Spec, data: Data, trials: int) -> list[float]:
     """The distance of each trial in turn."""
-    fitter = search_fitter(spec, data)
-    scorer = search_scorer(spec, data, train_classifier(data, derive_seed(spec.seed, Stream.EXTRACTOR, 0)))
+    evaluate = Evaluator(spec, data, lambda: train_classifier(data, derive_seed(spec.seed, Stream.EXTRACTOR, 0)))
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=spec.seed))
     study.enqueue_trial({"kl_weight": 1.0})
     found = []
@@ -60,7 +59,7 @@ def search(name: str, spec: Spec, data: Data, trials: int) -> list[float]:
         trial = study.ask(fixed_distributions=distributions(spec))
         parameters = spec.parameters(trial.params)
         model = trained(parameters, data.train.images, EPOCHS, seed=spec.seed, trial=number)
-        distance = scorer(fitter(model, parameters, EPOCHS))["frechet_distance"]
+        distance = evaluate(model, parameters, EPOCHS).scores["frechet_distance"]
         study.tell(trial, distance)
         found.append(distance)
         say({"data": name, "unit": parameters.kl_unit, "trial": number, **trial.params, "distance": distance})

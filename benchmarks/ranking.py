@@ -14,7 +14,7 @@ from scipy.stats import spearmanr
 from benchmarks.setting import MNIST, models_at, parser, say
 from tuner import sources
 from tuner import spec as specs
-from tuner.scoring import search_fitter, search_scorer
+from tuner.scoring import Evaluator
 from tuner.search import DEFAULT_SPEC
 from tuner.study import distributions
 from tuner.vae.extractor import train_classifier
@@ -30,8 +30,7 @@ def main() -> None:
     settle()
     spec = specs.load(arguments.spec).with_data_at(arguments.data_dir)
     data = sources.load(spec.data)
-    fitter = search_fitter(spec, data)
-    scorer = search_scorer(spec, data, train_classifier(data, derive_seed(spec.seed, Stream.EXTRACTOR, 0)))
+    evaluate = Evaluator(spec, data, lambda: train_classifier(data, derive_seed(spec.seed, Stream.EXTRACTOR, 0)))
     objective, rungs = spec.objective[0], spec.budget.rungs
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=spec.seed))
@@ -40,8 +39,8 @@ def main() -> None:
         searched = study.ask(fixed_distributions=distributions(spec)).params
         parameters = spec.parameters(searched)
         line = []
-        for _, model in models_at(parameters, data.train.images, rungs, seed=spec.seed, trial=number):
-            line.append(round(objective.cost(scorer(fitter(model, parameters))), 3))
+        for epoch, model in models_at(parameters, data.train.images, rungs, seed=spec.seed, trial=number):
+            line.append(round(objective.cost(evaluate(model, parameters, epoch).scores), 3))
         scores.append(line)
         say({"trial": number, **searched, "scores": line}, None)
     better = sorted(scores, key=lambda line: line[-1])[: len(scores) // 2]

@@ -7,7 +7,7 @@ import pytest
 import ray
 
 from tuner.extractors import FeatureExtractors
-from tuner.fusion import ArrayHost, fusion, train_fused
+from tuner.fusion import fusion, train_fused
 from tuner.pool import RayPool
 from tuner.run import RunFiles
 from tuner.scoring import Bench
@@ -62,37 +62,38 @@ def test_a_fused_search_gets_the_scores_of_one_in_processes(workspace, lend_extr
 
 
 def test_an_array_that_dies_starts_again_and_its_trials_go_on(workspace, ray_cluster):
-    data = ray.put(workspace.data)
-    host = fusion(SPEC.model_copy(update={"execution": "fused"}), data, concurrency=2).arrays[0]
     images = workspace.data.train.images
-    state = State.fresh(build, GOOD, 0, 1)
-    records = train_fused(host, len(images), state, GOOD, SPEC, 1)
-    assert next(records).epoch == 1
-    killer = threading.Timer(0.2, ray.kill, [host], {"no_restart": False})
-    killer.start()
-    rest = list(records)
-    killer.join()
+    with fusion(SPEC.model_copy(update={"execution": "fused"}), ray.put(workspace.data), concurrency=2) as fused:
+        host = fused.arrays[0]
+        state = State.fresh(build, GOOD, 0, 1)
+        records = train_fused(host, len(images), state, GOOD, SPEC, 1)
+        assert next(records).epoch == 1
+        killer = threading.Timer(0.2, ray.kill, [host], {"no_restart": False})
+        killer.start()
+        rest = list(records)
+        killer.join()
     assert [record.epoch for record in rest] == [3, 4]
     straight = list(train(State.fresh(build, GOOD, 0, 1), GOOD, images, [1, 3, 4], seed=0, trial=1, total_epochs=4))
     assert [record.loss for record in rest] == pytest.approx([record.loss for record in straight[1:]], rel=1e-3)
 
 
 def test_a_trial_that_diverges_is_told_so_through_ray(workspace, ray_cluster):
-    data = ray.put(workspace.data)
-    host = ray.remote(num_cpus=0, max_concurrency=4)(ArrayHost).remote(data, 5, 2)
     wild = GOOD.model_copy(update={"learning_rate": 1e10})
-    images = len(workspace.data.train.images)
-    with pytest.raises(Diverged, match="not finite at epoch"):
-        list(train_fused(host, images, State.fresh(build, wild, 0, 1), wild, SPEC, 1))
     other = GOOD.model_copy(update={"width": 4, "latent_dim": 5})  # another shape: an array of its own
-    assert next(train_fused(host, images, State.fresh(build, other, 0, 2), other, SPEC, 2)).epoch == 1
+    images = len(workspace.data.train.images)
+    with fusion(SPEC.model_copy(update={"execution": "fused"}), ray.put(workspace.data), concurrency=2) as fused:
+        (host,) = fused.arrays
+        with pytest.raises(Diverged, match="not finite at epoch"):
+            list(train_fused(host, images, State.fresh(build, wild, 0, 1), wild, SPEC, 1))
+        assert next(train_fused(host, images, State.fresh(build, other, 0, 2), other, SPEC, 2)).epoch == 1
 
 
 @pytest.mark.parametrize(("execution", "arrays"), [("process", 0), ("auto", 0), ("fused", 1)])
 def test_without_a_gpu_trials_are_fused_where_the_spec_says_so(workspace, ray_cluster, execution, arrays):
-    found = fusion(SPEC.model_copy(update={"execution": execution}), ray.put(workspace.data), 8)
-    assert len(found.arrays) == arrays
-    assert found.resources.cpu == (SPEC.resources.cpu if not arrays else pytest.approx(4 / 8))
+    with fusion(SPEC.model_copy(update={"execution": execution}), ray.put(workspace.data), 8) as found:
+        assert len(found.arrays) == arrays
+        assert not found.scores
+        assert found.resources.cpu == (SPEC.resources.cpu if not arrays else pytest.approx(4 / 8))
 
 
 def test_the_widest_trial_of_a_spec_is_the_baseline_or_the_end_of_the_space():

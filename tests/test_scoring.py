@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tuner.scoring import MOST_FEATURES, Measured, compared, scores_of, search_fitter, search_scorer
+from tuner.scoring import MOST_FEATURES, Evaluator, Measured, compared, scores_of, search_scorer
 from tuner.vae.extractor import FeatureExtractor, draw_untrained
 from tuner.vae.fitted import FittedModel
 from tuner.vae.metrics import METRICS
@@ -47,7 +47,7 @@ def test_validation_is_scored_with_noise_that_no_trial_had_and_the_test_split_wi
 def test_what_is_exported_is_guided_by_the_extractor_that_scores_nothing_any_more(bench):
     assert alike(bench.fitter.guide, bench.extractors["second"])
     assert not alike(bench.fitter.guide, bench.extractors["search"])
-    assert search_fitter(bench.spec, bench.data).guide is None
+    assert Evaluator(bench.spec, bench.data, lambda: bench.extractors["search"]).fitter.guide is None
     own = draw_untrained(bench.data.shape, seed=0)
     assert alike(replace(bench, extractors=bench.extractors | {"guide": own}).fitter.guide, own)
 

@@ -30,6 +30,7 @@ from tuner.vae.fitted import FittedModel, encode
 from tuner.vae.image_grid import interleaved, samples, sheet
 from tuner.vae.model import OwnModel
 from tuner.vae.neighbours import copied, coverage, knn_accuracy, nearest, recall
+from tuner.vae.process import CPU
 from tuner.workspace import Workspace
 
 NEIGHBOUR_IMAGES, NEIGHBOURS_SHOWN = 5_000, 20
@@ -107,11 +108,12 @@ def files_of(
 ) -> tuple[dict[str, bytes], Tensor]:
     """The files of an export by name, each checked, and the latents of some test images for the projector."""
     assert bench.test is not None
+    train, shown = bench.data.train.to(CPU), as_floats(bench.test.to(CPU).images[:PROJECTED])
     with TemporaryDirectory() as folder:
-        write_files(fitted, info, Path(folder), as_floats(bench.test.images[:7]), own)
+        write_files(fitted, info, Path(folder), shown[:7], own)
         files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
-    files["neighbours.png"] = beside_neighbours(fitted, bench.data.train, bench.spec.data.ink)
-    return files, encode(fitted.model, as_floats(bench.test.images[:PROJECTED]))[0]
+    files["neighbours.png"] = beside_neighbours(fitted, train, bench.spec.data.ink)
+    return files, encode(fitted.model, shown)[0]
 
 
 def neighbourhood(bench: Bench, fitted: FittedModel) -> dict[str, float]:

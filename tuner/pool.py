@@ -11,6 +11,7 @@ from ray import ObjectRef, cloudpickle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tuner.cluster import alive, require_ray
+from tuner.fusion import GPU_LEFT, gpus_for_arrays
 from tuner.own_model import told
 from tuner.scoring import Bench
 from tuner.spec import Resources, Spec
@@ -32,18 +33,24 @@ class RayPool:
     def __init__(self, spec: Spec, data: Data, own: OwnModel | None = None, concurrency: int | None = None):
         send_by_value(spec, own)
         self.data, self.resources = ray.put(data), spec.resources
+        self.gpu_left = GPU_LEFT if gpus_for_arrays(spec) else 0.0
+        if not spec.resources.gpu:
+            self.resources = spec.resources.model_copy(update={"gpu": self.gpu_left})
         self.own, self.concurrency = own, concurrency
 
     def __call__(self, bench: Bench) -> "RayWorkers":
-        return RayWorkers(self.data, ray.put((bench.spec, bench.extractors, bench.test)), self.resources)
+        other = ray.put((bench.spec, bench.extractors, bench.test))
+        return RayWorkers(self.data, other, self.resources, self.gpu_left)
 
 
 class RayWorkers:
-    """Runs each item as a task with the resources of a trial."""
+    """Runs each item as a task with the resources of a trial; beside trials, with what their arrays leave of a GPU."""
 
-    def __init__(self, data: ObjectRef, other: ObjectRef, resources: Resources):
-        self.references = [data, other]
-        self.task = ray.remote(num_cpus=resources.cpu, num_gpus=resources.gpu, max_retries=-1)(_work)
+    def __init__(self, data: ObjectRef, other: ObjectRef, resources: Resources, gpu_left: float = 0):
+        self.references, self.gpu_left = [data, other], gpu_left
+        wanted = {"num_cpus": resources.cpu, "num_gpus": resources.gpu}
+        # without `max_calls` Ray starts a process for each task on a GPU, which would take the features anew
+        self.task = ray.remote(**wanted, max_calls=0, max_retries=-1)(_work)
 
     def map(
         self,
@@ -67,10 +74,11 @@ class RayWorkers:
 
     def begin(self, work: Callable[..., Result], item: tuple[Any, ...]) -> "RayPending[Result]":
         """`work(bench, *item)` on a node that holds trials, whether or not they leave it a core."""
-        workers = [node for node in alive() if node["Resources"].get("CPU")]
-        where = max(workers or alive(), key=lambda node: node["Resources"].get("CPU", 0))
+        kind = "GPU" if self.gpu_left else "CPU"
+        workers = [node for node in alive() if node["Resources"].get(kind)]
+        where = max(workers or alive(), key=lambda node: node["Resources"].get(kind, 0))
         there = NodeAffinitySchedulingStrategy(where["NodeID"], soft=True)  # elsewhere, if that node is lost
-        beside = self.task.options(num_cpus=0, num_gpus=0, scheduling_strategy=there)
+        beside = self.task.options(num_cpus=0, num_gpus=self.gpu_left, scheduling_strategy=there)
         return RayPending(beside.remote(self.references, work, item))
 
 

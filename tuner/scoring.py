@@ -14,6 +14,7 @@ from tuner.vae.extractor import FeatureExtractor
 from tuner.vae.fitted import FittedModel, Fitter
 from tuner.vae.losses import Diverged
 from tuner.vae.metrics import gap_closed
+from tuner.vae.model import Model
 from tuner.vae.parameters import Parameters
 from tuner.vae.resampling import gap_closed_error, standard_error
 from tuner.vae.score import Scorer
@@ -119,14 +120,29 @@ class Pending(Protocol[Result_co]):
 Pool = Callable[[Bench], Workers]
 
 
+class Evaluator:
+    """Fits and scores what the trials of a search have trained, where these images are; all face the same noise.
+
+    The extractor is asked for when the first is scored: until then it may still be in training.
+    """
+
+    def __init__(self, spec: Spec, data: Data, extractor: Callable[[], FeatureExtractor]):
+        self.spec, self.data, self.extractor = spec, data, extractor
+        self.fitter = Fitter(data.train, seed=spec.seed, count=SEARCH_PRIOR_IMAGES, samples=SEARCH_SAMPLES)
+
+    @cached_property
+    def scorer(self) -> Scorer:
+        return search_scorer(self.spec, self.data, self.extractor())
+
+    def __call__(self, model: Model, parameters: Parameters, epoch: float) -> FittedModel:
+        """Raises Diverged."""
+        fitted = self.fitter(model, parameters, epoch)
+        return replace(fitted, scores=self.scorer(fitted))
+
+
 def search_scorer(spec: Spec, data: Data, extractor: FeatureExtractor) -> Scorer:
     """The scorer that all trials of a search face, with the same noise."""
     return Scorer(extractor, data.train, data.validation, seed=spec.seed, count=SEARCH_SAMPLES, quasi_random=True)
-
-
-def search_fitter(spec: Spec, data: Data) -> Fitter:
-    """What fits the priors of all trials of a search."""
-    return Fitter(data.train, seed=spec.seed, count=SEARCH_PRIOR_IMAGES, samples=SEARCH_SAMPLES)
 
 
 def compared(measured: dict[str, Measured]) -> Compared:

@@ -4,7 +4,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import ray
@@ -13,19 +13,19 @@ from ray import ObjectRef, tune
 from ray.actor import ActorHandle
 
 from tuner.extractors import load_extractors
-from tuner.fusion import train_fused
+from tuner.fusion import evaluate_fused, train_fused
 from tuner.run import RunFiles
-from tuner.scoring import search_fitter, search_scorer
+from tuner.scoring import SEARCH_SAMPLES, Evaluator
 from tuner.spec import Spec
 from tuner.study import BASELINE
 from tuner.vae.checkpoint import Checkpoint
+from tuner.vae.data import as_floats
 from tuner.vae.extractor import FeatureExtractor
 from tuner.vae.image_grid import evenly_spaced, image_grids
 from tuner.vae.losses import Diverged
 from tuner.vae.model import Builder, OwnModel
 from tuner.vae.parameters import Parameters
 from tuner.vae.process import device_of, settle
-from tuner.vae.score import Scorer
 from tuner.vae.step import State
 from tuner.vae.train import Record, train
 
@@ -56,6 +56,7 @@ class Shared:
     files: ActorHandle  # of FileServer
     data: ObjectRef  # to Data
     arrays: tuple[ActorHandle, ...] = ()  # where trials are fused; without any, each trains in its own process
+    arrays_score: bool = False
     own: OwnModel | None = None  # the code of a user's own model
     errors: str = "errors"  # where in the run tracebacks lie
     kept: int = 1  # how many of its best evaluations a checkpoint holds
@@ -74,15 +75,23 @@ class TrialTrainable(tune.Trainable):
         settle()
         self.shared, self.spec = shared, shared.spec
         self.data = ray.get(shared.data).to(device_of(ray.get_gpu_ids()))
-        self.fitter = search_fitter(self.spec, self.data)
         self.reset_config(config)
 
     @cached_property
-    def scorer(self) -> Scorer:
-        """Made at the first rung: until then the extractor may still be in training."""
-        while (extractor := ray.get(self.shared.files.extractor.remote())) is None:
-            time.sleep(0.1)
-        return search_scorer(self.spec, self.data, extractor)
+    def evaluator(self) -> Evaluator:
+        return Evaluator(self.spec, self.data, self._extractor)
+
+    @cached_property
+    def extractor(self) -> ObjectRef:
+        """What arrays score with."""
+        return ray.put(self._extractor())
+
+    def _extractor(self) -> FeatureExtractor:
+        extractor: FeatureExtractor | None = None
+        while extractor is None:
+            time.sleep(0.1)  # it may still be in training
+            extractor = ray.get(self.shared.files.extractor.remote())
+        return extractor
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self.number = new_config["trial"]
@@ -125,10 +134,9 @@ class TrialTrainable(tune.Trainable):
         return Checkpoint(self.parameters, State.fresh(build, self.parameters, self.spec.seed, self.number))
 
     def _train(self, state: State) -> Iterator[Record]:
-        arrays, images, spec = self.shared.arrays, self.data.train.images, self.spec
-        if arrays:
-            host = arrays[self.number % len(arrays)]
-            return train_fused(host, len(images), state, self.parameters, spec, self.number)
+        images, spec = self.data.train.images, self.spec
+        if self.shared.arrays:
+            return train_fused(self._host, len(images), state, self.parameters, spec, self.number)
         return train(
             state,
             self.parameters,
@@ -139,12 +147,17 @@ class TrialTrainable(tune.Trainable):
             total_epochs=spec.budget.max_epochs,
         )
 
+    @property
+    def _host(self) -> ActorHandle:
+        return self.shared.arrays[self.number % len(self.shared.arrays)]
+
     def _evaluate(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Train to the next rung and score -> the result."""
         record = next(self.records)
         started = time.perf_counter()
-        fitted = self.fitter(checkpoint.state.model, self.parameters, record.epoch)
-        fitted = replace(fitted, scores=self.scorer(fitted) | {"loss": record.loss})
+        evaluate = partial(evaluate_fused, self._host, self.extractor) if self.shared.arrays_score else self.evaluator
+        fitted = evaluate(checkpoint.state.model, self.parameters, record.epoch)
+        fitted = replace(fitted, scores=fitted.scores | {"loss": record.loss})
         rungs = self.spec.budget.rungs
         last = record.epoch == rungs[-1]
         evaluation: dict[str, Any] = fitted.scores | {
@@ -157,7 +170,8 @@ class TrialTrainable(tune.Trainable):
             "outcome": "complete" if last else "running",
             "done": last,
         }
-        pictures = image_grids(fitted, evenly_spaced(self.scorer.images).cpu(), self.spec.data.ink)
+        shown = evenly_spaced(as_floats(self.data.validation.images[:SEARCH_SAMPLES])).cpu()
+        pictures = image_grids(fitted, shown, self.spec.data.ink)
         past_grace = last or record.epoch > self.spec.budget.grace_epochs  # till then latents that sleep often wake up
         if past_grace and not fitted.scores["active_units"] and self.number != BASELINE:
             reason = f"no active latent unit at epoch {record.epoch:g}"

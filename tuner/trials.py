@@ -99,14 +99,12 @@ def train(
     """Train the trials that `searcher` proposes until `rule` or the spec's last rung ends each."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     lasting = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)
-    fused = fusion(spec, pool.data, pool.concurrency)
-    errors = run.errors.relative_to(run.path).as_posix()
-    shared = Shared(spec, lasting(FileServer).remote(run), pool.data, fused.arrays, pool.own, errors, kept)
-    trainable = tune.with_parameters(TrialTrainable, shared=shared)
-    storage = run.ray.absolute()
-    run_trials(
-        study, spec, trainable, storage, pool.concurrency, callbacks, fused, others, searcher=searcher, rule=rule
-    )
+    files, errors = lasting(FileServer).remote(run), run.errors.relative_to(run.path).as_posix()
+    storage, at_once = run.ray.absolute(), pool.concurrency
+    with fusion(spec, pool.data, at_once) as fused:
+        shared = Shared(spec, files, pool.data, fused.arrays, fused.scores, pool.own, errors, kept)
+        trainable = tune.with_parameters(TrialTrainable, shared=shared)
+        run_trials(study, spec, trainable, storage, at_once, callbacks, fused, others, searcher=searcher, rule=rule)
 
 
 def _bundle(wanted: Resources) -> dict[str, float]:
