@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
-from tuner.vae.convolution import fold, half, patches, transpose_convolve
+from tuner.vae.convolution import fold, patches, transpose_convolve
 from tuner.vae.model import HIDDEN, VAE, Model, channels_of, output_padding
 from tuner.vae.parameters import TrainingParameters
 from tuner.vae.shape import ImageShape
@@ -24,7 +24,9 @@ ADAM: dict[str, Any] = {"beta1": BETAS[0], "beta2": BETAS[1], "eps": EPSILON, "w
 ADAM |= {"fused": True, "amsgrad": False, "maximize": False}
 mask_ = torch.ops.aten.threshold_backward.grad_input  # the backward pass of a ReLU; in place it stays in the cache
 convolution_backward = torch.ops.aten.convolution_backward
+ALIGNED = 32  # numbers
 FEW = 3  # channels to which a transposed convolution is faster as a product
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MSE_RATE = 0.02  # of the running mean: about fifty steps
 
 
@@ -37,6 +39,7 @@ class ArrayShape(NamedTuple):
     latent_dim: int
     likelihood: str
     kl_unit: str
+    precision: str
     batch_size: int
 
     @classmethod
@@ -46,12 +49,12 @@ class ArrayShape(NamedTuple):
         if not isinstance(model, VAE):
             raise ValueError("only the built-in models are trained as an array: execution process")
         latents, network = widest or model.latent_dim, (model.shape, model.variational, model.width)
-        return cls(*network, latents, given.likelihood, given.kl_unit, given.batch_size)
+        return cls(*network, latents, given.likelihood, given.kl_unit, given.precision, given.batch_size)
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer of all networks: views (M, ...) of their weights and gradients."""
+    """One layer of all networks: views (M, ...) of their weights and gradients, in the precision of the products."""
 
     weight: Tensor
     bias: Tensor
@@ -63,6 +66,8 @@ class Array:
     """`slots` networks of one shape, of up to `shape.latent_dim` latents each.
 
     A network with fewer latents is padded with zeros, whose gradients are zero: it computes what it computes alone.
+    In bfloat16 what is multiplied, and what comes of it, is rounded to 8 bits; weights, Adam's averages, latents and
+    losses are float32 (mixed precision, Micikevicius et al. 2018, section 3.1).
     """
 
     def __init__(self, shape: ArrayShape, slots: int = 1, device: torch.device | str = "cpu"):
@@ -78,9 +83,15 @@ class Array:
             **{f"up.{at}": ((channels[at + 1], 3, 3, channels[at]), (channels[at],)) for at in reversed(stages)},
         }
         sizes = [math.prod(part) for pair in shapes.values() for part in pair]
-        self.flat = torch.zeros(4, slots, sum(sizes), device=device)  # weights, gradients, Adam's two averages
+        sizes.append(-sum(sizes) % ALIGNED)  # so that every row begins where a GPU's products are fast
+        self.flat = torch.zeros(3, slots, sum(sizes), device=device)  # weights, Adam's two averages
         self.mse = torch.zeros(slots, device=device)  # running means
-        weights, gradients = (iter(rows.split(sizes, 1)) for rows in self.flat[:2])
+        self.dtype = PRECISIONS[shape.precision]
+        self.gradients = torch.zeros_like(self.flat[0], dtype=self.dtype)
+        self.multiplied = self.flat[0].to(
+            self.dtype
+        )  # the weights as they are multiplied; in float32 they are the same
+        weights, gradients = (iter(rows.split(sizes, 1)) for rows in (self.multiplied, self.gradients))
         layers = {
             name: Layer(*(next(parts).view(slots, *shape) for parts in (weights, gradients) for shape in pair))
             for name, pair in shapes.items()
@@ -95,14 +106,14 @@ class Array:
         index = self._index(model)
         plain = torch.stack([nn.utils.parameters_to_vector(model.parameters()).detach(), *averages])
         padded = F.pad(plain, (0, 1)).to(self.flat.device)
-        self.flat[[0, 2, 3], slot] = padded[:, index]
+        self.flat[:, slot] = padded[:, index]
 
     @torch.no_grad()
     def store(self, slot: int, model: VAE, averages: Tensor) -> float:
         """The inverse of `load`, into a network of the size that was loaded -> the running mean."""
         index = self._index(model)
         plain = torch.empty(3, averages.shape[1] + 1)
-        plain[:, index] = self.flat[[0, 2, 3], slot].cpu()
+        plain[:, index] = self.flat[:, slot].cpu()
         nn.utils.vector_to_parameters(plain[0, :-1].clone(), model.parameters())
         averages.copy_(plain[1:, :-1])
         return self.mse[slot].item()
@@ -132,7 +143,8 @@ class Array:
             plain["start.bias"].view(-1, places).t(),
             *(part for at in range(len(self.up)) for part in channels_last(f"up.{at}")),
         ]
-        return torch.cat([part.reshape(-1) for part in row])
+        index = torch.cat([part.reshape(-1) for part in row])
+        return pad(index, 0, self.flat.shape[2] - len(index))
 
     @torch.no_grad()
     def backward(self, images: Tensor, share: Tensor, noise: Tensor, kl_factor: Tensor) -> Tensor:
@@ -142,24 +154,29 @@ class Array:
         (M, B, Z), zero beyond a network's own latents; kl_factor (M,), in the unit of `kl_unit`.
         """
         m, b = share.shape
-        maps = [images.reshape(m * b, *images.shape[2:])]  # from the image to the smallest map
+        if self.dtype != torch.float32:
+            self.multiplied.copy_(self.flat[0])
+        maps = [images.reshape(m * b, *images.shape[2:]).to(self.dtype)]  # from the image to the smallest map
+        seen = []  # what each convolution sees of its images
         for layer in self.down:
-            maps.append(_convolve(maps[-1], layer).relu_())
+            seen.append(maps[-1] if m == 1 else patches(maps[-1]).view(m, -1, layer.weight[0, 0].numel()))
+            maps.append(_convolve(seen[-1], layer, self.sizes[len(seen)]).relu_())
         flat = maps[-1].view(m, b, -1)
         hidden = _dense(flat, self.hidden).relu_()
-        heads = _dense(hidden, self.heads)
+        heads = _dense(hidden, self.heads).float()
         mean, log_variance = heads, heads
         latents = mean
         if self.shape.variational:
             mean, log_variance = heads.split(self.shape.latent_dim, 2)
             noise = noise * torch.exp(0.5 * log_variance)
             latents = mean + noise
+        latents = latents.to(self.dtype)
         start = _dense(latents, self.start).relu_()
         grown = [start.view(maps[-1].shape)]  # from the smallest map to the image
         for layer, size in zip(self.up, self.sizes[-2::-1], strict=True):
             out = _transpose_convolve(grown[-1], layer, size)
             grown.append(out if layer is self.up[-1] else out.relu_())
-        logits = grown.pop().view(m, b, -1)
+        logits = grown.pop().view(m, b, -1).float()
 
         drawn = torch.sigmoid(logits)
         target = images.reshape(m, b, -1)
@@ -173,7 +190,8 @@ class Array:
         if self.shape.kl_unit == "calibrated":
             self.mse.copy_(running_mse(self.mse, (reconstruction * share).sum(1), self.shape.images))
             kl_factor = kl_factor * 2 * self.mse
-        g = _transpose_convolve_backward(error.view(m * b, *images.shape[2:]), grown[-1], self.up[-1])
+        error = error.view(m * b, *images.shape[2:]).to(self.dtype)
+        g = _transpose_convolve_backward(error, grown[-1], self.up[-1])
         for layer, inputs, outputs in zip(self.up[-2::-1], grown[-2::-1], grown[:0:-1], strict=True):
             g = _transpose_convolve_backward(mask_(g, outputs, 0, grad_input=g), inputs, layer)
         g = g.view(m, b, -1)
@@ -183,30 +201,37 @@ class Array:
             excess = torch.expm1(log_variance)
             kl = 0.5 * (mean.square() + excess - log_variance).sum(2)
             factor = (share * kl_factor.unsqueeze(1)).unsqueeze(2)
-            g = torch.cat([g + factor * mean, 0.5 * (g * noise + factor * excess)], 2)
+            g = torch.cat([g + factor * mean, 0.5 * (g * noise + factor * excess)], 2).to(self.dtype)
         g = _dense_backward(g, hidden, self.heads)
         g = _dense_backward(mask_(g, hidden, 0, grad_input=g), flat, self.hidden).view(maps[-1].shape)
-        for layer, inputs, outputs in zip(self.down[::-1], maps[-2::-1], maps[:0:-1], strict=True):
-            g = _convolve_backward(mask_(g, outputs, 0, grad_input=g), inputs, layer, of_images=inputs is not maps[0])
+        for layer, inputs, outputs, size in zip(
+            self.down[::-1], seen[::-1], maps[:0:-1], self.sizes[-2::-1], strict=True
+        ):
+            g = _convolve_backward(mask_(g, outputs, 0, grad_input=g), inputs, layer, size, layer is not self.down[0])
         means = (torch.stack([reconstruction, kl], 2) * share.unsqueeze(2)).sum(1)
         return torch.cat([means[:, :1] + kl_factor.unsqueeze(1) * means[:, 1:], means], 1)
 
     def update(self, slot: int, learning_rate: float, step: int) -> None:
         """Adam's step number `step` (the first is 0) on one network, from the gradients of the last `backward`."""
-        weights, gradients, first, second = ([row] for row in self.flat[:, slot])
+        weights, first, second = ([row] for row in self.flat[:, slot])
         count = [torch.tensor(float(step), device=self.flat.device)]
-        adam(weights, gradients, first, second, [], count, lr=learning_rate, **ADAM)
+        adam(weights, [self.gradients[slot].float()], first, second, [], count, lr=learning_rate, **ADAM)
 
     def update_all(self, learning_rate: Tensor, step: Tensor, active: Tensor) -> None:
-        """Adam on all networks where `active` (M,), each with its own learning_rate (M,) at its own step (M,)."""
-        weights, gradients, first, second = self.flat
+        """Adam on all networks, each with its own learning_rate (M,) at its own step (M,).
+
+        The weights of those that are not `active` (M,) stay; their averages don't.
+        """
+        weights, first, second = self.flat
+        gradients = self.gradients.float()
         count = (step + 1).double().unsqueeze(1)
-        rate = torch.where(active, learning_rate, 0).double().unsqueeze(1) / (1 - BETAS[0] ** count)
-        moving = active.unsqueeze(1).float()
-        first.lerp_(gradients, moving * (1 - BETAS[0]))
-        second.lerp_(gradients.square(), moving * (1 - BETAS[1]))
-        root = second.sqrt().div_((1 - BETAS[1] ** count).sqrt().float()).add_(EPSILON)
-        weights.sub_(root.reciprocal_().mul_(first).mul_(rate.float()))
+        first.lerp_(gradients, 1 - BETAS[0])
+        second.mul_(BETAS[1]).addcmul_(gradients, gradients, value=1 - BETAS[1])
+        # both sides of the fraction times the root's correction: a pass over all weights less
+        correction = (1 - BETAS[1] ** count).sqrt()
+        rate = torch.where(active, learning_rate, 0).double().unsqueeze(1) / (1 - BETAS[0] ** count) * correction
+        root = second.sqrt().add_((EPSILON * correction).float())
+        weights.addcmul_(torch.div(first, root, out=root), rate.float(), value=-1)
 
 
 def running_mse(mean: Tensor, squared_error: Tensor, shape: ImageShape) -> Tensor:
@@ -230,25 +255,27 @@ def _dense_backward(g: Tensor, inputs: Tensor, layer: Layer) -> Tensor:
     return g @ layer.weight
 
 
-def _convolve(images: Tensor, layer: Layer) -> Tensor:
-    """A convolution of (M B, H, W, C) with its bias -> (M B, h, w, K)."""
+def _convolve(seen: Tensor, layer: Layer, size: tuple[int, int]) -> Tensor:
+    """A convolution with its bias -> (M B, h, w, K) of `size` (h, w).
+
+    `seen` are images (B, H, W, C) of a single network, or patches (M, B h w, 9 C) of those of several.
+    """
     slots, kernels = layer.bias.shape
     if slots == 1:
-        return _last(F.conv2d(_first(images), _first(layer.weight[0]), layer.bias[0], 2, 1))
-    rows = patches(images).view(slots, -1, layer.weight[0, 0].numel())
-    out = torch.baddbmm(layer.bias.unsqueeze(1), rows, layer.weight.flatten(2).mT)
-    return out.view(len(images), half(images.shape[1]), half(images.shape[2]), kernels)
+        return _last(F.conv2d(_first(seen), _first(layer.weight[0]), layer.bias[0], 2, 1))
+    out = torch.baddbmm(layer.bias.unsqueeze(1), seen, layer.weight.flatten(2).mT)
+    return out.view(-1, *size, kernels)
 
 
-def _convolve_backward(g: Tensor, images: Tensor, layer: Layer, of_images: bool = True) -> Tensor:
-    """Gradients of a convolution -> that of its images, or `g` where nobody needs it."""
+def _convolve_backward(g: Tensor, seen: Tensor, layer: Layer, size: tuple[int, int], of_images: bool) -> Tensor:
+    """Gradients of a convolution -> that of its images, of `size` (H, W), or `g` where nobody needs it."""
     slots, kernels = layer.bias.shape
     torch.sum(g.view(slots, -1, kernels), 1, out=layer.bias_gradient)
     if slots == 1:
-        return _backward_of_one(g, images, layer, of_images=of_images)
-    rows, g = patches(images).view(slots, -1, layer.weight[0, 0].numel()), g.view(slots, -1, kernels)
-    layer.weight_gradient.copy_((g.mT @ rows).view(layer.weight.shape))
-    return fold((g @ layer.weight.flatten(2)).view(-1, rows.shape[2]), *images.shape[:3]) if of_images else g
+        return _backward_of_one(g, seen, layer, of_images=of_images)
+    count, g = len(g), g.view(slots, -1, kernels)
+    layer.weight_gradient.copy_((g.mT @ seen).view(layer.weight.shape))
+    return fold((g @ layer.weight.flatten(2)).view(-1, seen.shape[2]), count, *size) if of_images else g
 
 
 def _transpose_convolve(images: Tensor, layer: Layer, size: tuple[int, int]) -> Tensor:

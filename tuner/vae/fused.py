@@ -20,6 +20,7 @@ from tuner.vae.data import as_floats
 from tuner.vae.losses import Diverged
 from tuner.vae.model import VAE
 from tuner.vae.parameters import Parameters
+from tuner.vae.process import tensor_float_32
 from tuner.vae.step import State
 from tuner.vae.train import Record, StepInputs, steps_per_epoch, stops
 
@@ -154,15 +155,20 @@ class Fused:
 
     def _advance_one(self) -> None:
         self.steps += 1
-        if self.images.device.type != "cuda" or (self.graph is None and self.steps <= WARM_UP_STEPS):
+        if self.images.device.type != "cuda":
             self._step()
-            return
-        if self.graph is None:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self._step()
+        elif self.graph:
+            self.graph.replay()
+        else:
+            with tensor_float_32():  # a graph keeps the kernels that it was captured with
+                if self.steps <= WARM_UP_STEPS:
+                    self._step()
+                    return
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    self._step()
             self.graph = graph
-        self.graph.replay()
+            self.graph.replay()
 
     @torch.no_grad()
     def _step(self) -> None:

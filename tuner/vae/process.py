@@ -1,7 +1,8 @@
 """How a process that trains or scores is set up, and the device that it does so on."""
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -34,3 +35,15 @@ def settle() -> None:
     if hasattr(libc, "mallopt"):
         libc.mallopt(M_MMAP_THRESHOLD, KEEP)
         libc.mallopt(M_TRIM_THRESHOLD, KEEP)
+
+
+@contextmanager
+def tensor_float_32() -> Iterator[None]:
+    """Let a GPU round what it multiplies to 10 bits, which is several times faster; nothing is scored so."""
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False

@@ -4,6 +4,7 @@ computes the same to rounding for the built-in family, faster, and is held to th
 import copy
 import operator
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -79,6 +80,8 @@ class AutogradStep:
 
     def __init__(self, state: State, parameters: TrainingParameters, device: torch.device):
         self.state, self.reconstruction = state, RECONSTRUCTION[parameters.likelihood]
+        low = parameters.precision == "bfloat16"
+        self.precision = torch.autocast(device.type, torch.bfloat16) if low else nullcontext()
         self.calibrated, self.mse = parameters.kl_unit == "calibrated", torch.tensor(state.mse, device=device)
         self.model = copy.deepcopy(state.model).to(device).train()
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -92,9 +95,16 @@ class AutogradStep:
         self.steps = state.step
 
     def __call__(self, images: Tensor, noise: Tensor, factors: Factors) -> Tensor:
-        mean, log_variance = self.model.encode(images)
-        latents = mean if log_variance is None else mean + torch.exp(0.5 * log_variance) * noise
-        reconstruction = self.reconstruction(self.model.decode(latents), images).mean()
+        with self.precision:
+            mean, log_variance = self.model.encode(images)
+        mean = mean.float()
+        latents = mean
+        if log_variance is not None:
+            log_variance = log_variance.float()
+            latents = mean + torch.exp(0.5 * log_variance) * noise
+        with self.precision:
+            logits = self.model.decode(latents)
+        reconstruction = self.reconstruction(logits.float(), images).mean()
         kl = mean.new_zeros(()) if log_variance is None else kl_divergence(mean, log_variance).mean()
         factor: float | Tensor = factors.kl
         if self.calibrated:
