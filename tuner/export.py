@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tuner import sources
 from tuner.alone import run_alone
-from tuner.export_files import write_files
+from tuner.export_files import anomalies, write_files
 from tuner.pool import RayPool
 from tuner.run import sync_directory, write_atomic
 from tuner.scoring import Bench, compared
@@ -30,6 +30,7 @@ from tuner.vae.fitted import FittedModel, encode
 from tuner.vae.image_grid import interleaved, samples, sheet
 from tuner.vae.model import OwnModel
 from tuner.vae.neighbours import copied, coverage, knn_accuracy, nearest, recall
+from tuner.vae.process import CPU
 from tuner.workspace import Workspace
 
 NEIGHBOUR_IMAGES, NEIGHBOURS_SHOWN = 5_000, 20
@@ -67,6 +68,7 @@ def export(workspace: Workspace, show: Callable[[str], None]) -> Summary:
             "shape": list(chosen.model.shape),
             "values": [0, 1],
             "ink": spec.data.ink,
+            "invert": getattr(spec.data, "invert", False),
             "resize": spec.data.resize,
         },
         "parameters": chosen.parameters.model_dump(),
@@ -107,11 +109,14 @@ def files_of(
 ) -> tuple[dict[str, bytes], Tensor]:
     """The files of an export by name, each checked, and the latents of some test images for the projector."""
     assert bench.test is not None
+    train, validation, test = (split.to(CPU) for split in (bench.data.train, bench.data.validation, bench.test))
+    info = info | {"anomaly": anomalies(fitted, validation)}
     with TemporaryDirectory() as folder:
-        write_files(fitted, info, Path(folder), as_floats(bench.test.images[:7]), own)
-        files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
-    files["neighbours.png"] = beside_neighbours(fitted, bench.data.train, bench.spec.data.ink)
-    return files, encode(fitted.model, as_floats(bench.test.images[:PROJECTED]))[0]
+        write_files(fitted, info, Path(folder), as_floats(test.images[:7]), own)
+        found = [path for path in Path(folder).rglob("*") if path.is_file()]
+        files = {str(path.relative_to(folder)): path.read_bytes() for path in found}
+    files["neighbours.png"] = beside_neighbours(fitted, train, bench.spec.data.ink)
+    return files, encode(fitted.model, as_floats(test.images[:PROJECTED]))[0]
 
 
 def neighbourhood(bench: Bench, fitted: FittedModel) -> dict[str, float]:
