@@ -39,6 +39,7 @@ from tuner.workspace import Checkpoints
 build = Builder(ImageShape(1, 28, 28))
 
 FILES = {
+    "README.md",
     "config.json",
     "model.safetensors",
     "neighbours.png",

@@ -19,6 +19,7 @@ from torch import Tensor
 from tuner import sources
 from tuner.alone import run_alone
 from tuner.export_files import anomalies, write_files
+from tuner.model_card import model_card
 from tuner.pool import RayPool
 from tuner.run import sync_directory, write_atomic
 from tuner.scoring import Bench, compared
@@ -87,6 +88,9 @@ def export(workspace: Workspace, show: Callable[[str], None]) -> Summary:
         },
     }
     ((files, latents),) = workers.map(files_of, [(chosen, info, workspace.own)])
+    files["README.md"] = model_card(
+        run.name, spec, sum(summary.trials.values()), json.loads(files["config.json"])
+    ).encode()
     temporary = run.export.with_name(f".{run.export.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     for name, content in files.items():

@@ -197,7 +197,7 @@ def final_words(run: RunFiles, spec: Spec) -> list[Table | str]:
         as_table(result_rows(summary), "Frechet distance, and how much of the gap to real images is closed"),
         f"winner   trial {winner.trial}: {searched_words(winner.parameters, spec)}",
         *(f"note     {note}" for note in edges(winner.parameters, spec)),
-        f"model    {run.name_of(run.export)}: samples.png, config.json, model.safetensors, {programs}",
+        f"model    {run.name_of(run.export)}: README.md, samples.png, model.safetensors, {programs}",
         f"report   {run.name_of(run.report)}",
         f"trials   {run.name_of(run.trials)}",
         f"look     tensorboard --logdir {run.name_of(run.tensorboard)}",
