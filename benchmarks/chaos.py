@@ -251,7 +251,7 @@ def findings(run: RunFiles) -> Iterator[tuple[tuple[Any, ...], Any]]:
     yield ("validation", *winner), summary.validation
     yield ("retrain", *winner), summary.retrain
     yield ("test", *winner), summary.test
-    for name in ("weights.safetensors", "prior.npz", "samples.png"):
+    for name in ("model.safetensors", "prior.safetensors", "samples.png"):
         yield (name, *winner), hashlib.sha256((run.export / name).read_bytes()).hexdigest()
 
 

@@ -26,7 +26,7 @@ from tuner.vae.image_grid import grid, png, samples
 from tuner.workspace import Checkpoints
 
 SHOWN, COLUMNS, MARGIN = 80, 10, 24  # images and images a row on either side, pixels between the sides
-EXPORTED = ("weights.safetensors", "prior.npz", "samples.png", "neighbours.png")
+EXPORTED = ("README.md", "model.safetensors", "prior.safetensors", "samples.png", "neighbours.png")
 PROGRESS = re.compile(r"([a-z]+) +(\d+h)?(\d+m)?(\d+s)?  ")  # a stage, its time so far, two spaces
 PACKAGES = ("torch", "torchvision", "ray", "optuna", "numpy", "scikit-learn", "onnxruntime")
 

@@ -13,6 +13,7 @@ import onnxruntime
 import pytest
 import torch
 from PIL import Image
+from safetensors.numpy import load_file as load_numpy
 from safetensors.torch import load_file, save_file
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
@@ -38,17 +39,18 @@ from tuner.workspace import Checkpoints
 build = Builder(ImageShape(1, 28, 28))
 
 FILES = {
+    "README.md",
     "config.json",
-    "decoder.onnx",
-    "decoder.pt2",
-    "encoder.onnx",
-    "encoder.pt2",
+    "model.safetensors",
     "neighbours.png",
-    "prior.npz",
-    "prior.onnx",
-    "prior.pt2",
+    "onnx/decoder.onnx",
+    "onnx/encoder.onnx",
+    "onnx/prior.onnx",
+    "prior.safetensors",
+    "pt2/decoder.pt2",
+    "pt2/encoder.pt2",
+    "pt2/prior.pt2",
     "samples.png",
-    "weights.safetensors",
 }
 
 
@@ -80,12 +82,12 @@ def digits(workspace) -> torch.Tensor:
 
 
 def test_the_export_holds_these_files_and_no_others(export):
-    assert {path.name for path in export.iterdir()} == FILES
+    assert {str(path.relative_to(export)) for path in export.rglob("*.*")} == FILES
 
 
 @pytest.mark.parametrize("batch", [1, 3, 50])
 def test_onnx_agrees_with_the_codec(export, loaded, digits, batch):
-    sessions = {name: onnxruntime.InferenceSession(export / f"{name}.onnx") for name in ("encoder", "decoder")}
+    sessions = {name: onnxruntime.InferenceSession(export / "onnx" / f"{name}.onnx") for name in ("encoder", "decoder")}
     mean, log_variance = sessions["encoder"].run(None, {"images": digits[:batch].numpy()})
     (images,) = sessions["decoder"].run(None, {"latents": mean})
     assert mean.shape == log_variance.shape == (batch, loaded.fitted.model.latent_dim)
@@ -96,7 +98,7 @@ def test_onnx_agrees_with_the_codec(export, loaded, digits, batch):
 
 @pytest.mark.parametrize("batch", [1, 3, 50])
 def test_torch_export_agrees_with_the_codec(export, loaded, digits, batch):
-    programs = {name: torch.export.load(export / f"{name}.pt2").module() for name in ("encoder", "decoder")}
+    programs = {name: torch.export.load(export / "pt2" / f"{name}.pt2").module() for name in ("encoder", "decoder")}
     mean, log_variance = programs["encoder"](digits[:batch])
     images = programs["decoder"](mean)
     assert log_variance.shape == (batch, loaded.fitted.model.latent_dim)
@@ -106,9 +108,9 @@ def test_torch_export_agrees_with_the_codec(export, loaded, digits, batch):
 
 def test_the_prior_is_plain_arrays_of_a_proper_mixture(export, kept):
     parameters = kept.parameters
-    with np.load(export / "prior.npz", allow_pickle=False) as prior:
-        assert set(prior.files) == {"weights", "means", "covariances"}
-        weights, means, covariances = (prior[name] for name in ("weights", "means", "covariances"))
+    prior = load_numpy(export / "prior.safetensors")
+    assert prior.keys() == {"weights", "means", "covariances"}
+    weights, means, covariances = (prior[name] for name in ("weights", "means", "covariances"))
     components, latents = parameters.prior_components, parameters.latent_dim
     assert weights.shape == (components,)
     assert means.shape == (components, latents)
@@ -144,11 +146,17 @@ def test_a_bent_prior_leaves_as_arrays_and_programs_that_agree(digits, tmp_path)
 
 def test_the_config_says_what_it_is_and_where_it_comes_from(export, finished_run, workspace, kept):
     info, summary = json.loads((export / "config.json").read_text()), finished_run.summary()
-    assert info["images"] == {"shape": [1, 28, 28], "values": [0, 1], "ink": True, "resize": None}
+    assert info["images"] == {
+        "shape": [1, 28, 28],
+        "values": [0, 1],
+        "ink": True,
+        "invert": False,
+        "resize": None,
+    }
     assert info["parameters"] == summary.retrain.parameters
     assert info["temperature"] == kept.temperature
     assert info["test"] == summary.test.exported.model_dump()
-    saved = load_file(export / "weights.safetensors")
+    saved = load_file(export / "model.safetensors")
     assert info["weights"] == sum(weight.numel() for weight in saved.values())
     lineage = info["lineage"]
     assert lineage["run"] == finished_run.path.name
@@ -161,7 +169,7 @@ def test_the_config_says_what_it_is_and_where_it_comes_from(export, finished_run
 
 
 def test_the_weights_are_those_of_the_plain_network(export, kept):
-    weights = load_file(export / "weights.safetensors")
+    weights = load_file(export / "model.safetensors")
     plain = build(kept.parameters, seed=0).state_dict()
     assert {name: value.shape for name, value in weights.items()} == {k: v.shape for k, v in plain.items()}
     assert weights["down.0.weight"].shape == (32, 1, 3, 3)
@@ -177,14 +185,14 @@ import onnx
 import onnxruntime
 
 export, work = sys.argv[1:]
-encoder = onnxruntime.InferenceSession(export + "/encoder.onnx")
-decoder = onnxruntime.InferenceSession(export + "/decoder.onnx")
+encoder = onnxruntime.InferenceSession(export + "/onnx/encoder.onnx")
+decoder = onnxruntime.InferenceSession(export + "/onnx/decoder.onnx")
 
 latents = encoder.run(["mean"], {"images": np.load(work + "/images.npy")})[0]
 latents[:, 0] += 1
 changed = decoder.run(["images"], {"latents": latents})[0]
 
-random, prior = np.random.default_rng(0), onnxruntime.InferenceSession(export + "/prior.onnx")
+random, prior = np.random.default_rng(0), onnxruntime.InferenceSession(export + "/onnx/prior.onnx")
 noise = random.standard_normal((2000, latents.shape[1])).astype(np.float32)
 drawn = prior.run(["latents"], {"noise": noise, "uniform": random.random(2000, dtype=np.float32)})[0]
 samples = decoder.run(["images"], {"latents": drawn})[0]
@@ -222,7 +230,7 @@ def test_numpy_alone_samples_what_the_codec_samples(without_this_package, loaded
 
 def test_a_file_that_differs_from_the_checkpoint_is_not_let_through(run_copy, kept, digits):
     check_files(kept, digits, run_copy.export)
-    path = run_copy.export / "weights.safetensors"
+    path = run_copy.export / "model.safetensors"
     weights = load_file(path)
     weights["start.weight"][0] += 0.1
     save_file(weights, path)
@@ -235,13 +243,13 @@ def test_another_models_program_is_not_let_through(run_copy, digits):
     with pytest.raises(RuntimeError, match="encoder as safetensors differs"):
         check_files(other, digits, run_copy.export)
     state = {name: value.contiguous() for name, value in other.model.state_dict().items()}
-    save_file(state, run_copy.export / "weights.safetensors")
+    save_file(state, run_copy.export / "model.safetensors")
     with pytest.raises(RuntimeError, match="encoder as pt2 differs"):
         check_files(other, digits, run_copy.export)
 
 
 def test_an_onnx_file_with_other_weights_is_not_let_through(run_copy, kept, digits):
-    path = run_copy.export / "decoder.onnx"
+    path = run_copy.export / "onnx" / "decoder.onnx"
     program = onnx.load(path)
     for tensor in program.graph.initializer:
         if len(tensor.dims) > 1:

@@ -303,7 +303,7 @@ def test_a_search_goes_on_to_its_end_while_a_worker_joins_and_works_one_is_kille
     run, before, status, said = submitted
     assert status == 0, said
     assert "succeeded" in said
-    assert {path.name for path in run.export.iterdir()} >= {"config.json", "decoder.onnx"}
+    assert {path.name for path in run.export.rglob("*")} >= {"config.json", "decoder.onnx"}
     assert run.report.exists()
     assert list(run.summary().test.models) == ["baseline", "best"]
     rows = table(read_study(run.journal), load(run.spec))

@@ -347,7 +347,7 @@ def test_weights_that_are_tied_leave_under_both_names(module, tmp_path):
     tied = "        self.up = nn.Linear(latent_dim, self.size)\n        self.twin = self.up"
     name = module(LINEAR, ("        self.up = nn.Linear(latent_dim, self.size)", tied))
     fitted = written(name, tmp_path / "export")
-    weights = load_file(tmp_path / "export" / "weights.safetensors")
+    weights = load_file(tmp_path / "export" / "model.safetensors")
     assert torch.equal(weights["up.weight"], weights["twin.weight"])
     loaded = codec.load(tmp_path / "export", load(name)[0])
     assert torch.equal(loaded.fitted.model.twin.weight, fitted.model.up.weight)
@@ -384,11 +384,11 @@ def test_a_program_that_pytorch_cannot_write_is_left_out_with_its_reason(
         assert words in reason
         assert len(reason.splitlines()) == 1
     programs = {f"{stem}.{kind}" for stem in ("encoder", "decoder", "prior") for kind in ("pt2", "onnx")} - files
-    assert {path.name for path in (tmp_path / "export").iterdir()} == programs | {
+    assert {path.name for path in (tmp_path / "export").rglob("*.*")} == programs | {
         "config.json",
-        "prior.npz",
+        "prior.safetensors",
         "samples.png",
-        "weights.safetensors",
+        "model.safetensors",
     }
     assert capfd.readouterr() == ("", "")
 
@@ -416,7 +416,7 @@ import numpy as np
 import onnxruntime
 
 encoder, decoder, prior = (
-    onnxruntime.InferenceSession(f"export/{name}.onnx") for name in ("encoder", "decoder", "prior")
+    onnxruntime.InferenceSession(f"export/onnx/{name}.onnx") for name in ("encoder", "decoder", "prior")
 )
 latents = encoder.run(["mean"], {"images": np.load("images.npy")})[0]
 decoded = decoder.run(["images"], {"latents": latents})[0]

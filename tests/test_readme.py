@@ -18,12 +18,14 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 import tuner.export
 import tuner.report
 import tuner.retrain
 import tuner.search
 import tuner.spec
+import tuner.use
 from tuner import sources
 from tuner.data_spec import DigitsSpec
 from tuner.own_model import load as load_model
@@ -111,6 +113,16 @@ def stage(main: Callable[[list[str]], int]) -> Callable[[list[str], RunFiles], N
     return run
 
 
+def use(words: list[str], finished_run: RunFiles) -> None:
+    """On two photos, and what they are encoded to."""
+    finished_at(str(Path(words[0]).parent), finished_run)
+    Path("photos").mkdir()
+    for name, image in zip(("a.png", "b.png"), sources.load(DigitsSpec()).validation.images[:, 0], strict=False):
+        Image.fromarray(image.numpy()).save(f"photos/{name}")
+    assert tuner.use.main([words[0], "encode", "photos", "--out", "latents.npz"]) == 0
+    assert tuner.use.main(words) == 0
+
+
 def check_spec(words: list[str], finished_run: RunFiles) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["tuner.spec", *words])
@@ -149,6 +161,7 @@ RUNNERS: dict[str, Callable[[list[str], RunFiles], None]] = {
     "python -m tuner.retrain": stage(tuner.retrain.main),
     "python -m tuner.export": stage(tuner.export.main),
     "python -m tuner.spec": check_spec,
+    "python -m tuner.use": use,
     "tensorboard": tensorboard,
     "make": make,
     "source": activate,

@@ -306,7 +306,7 @@ def compare(run: RunFiles, other: RunFiles) -> None:
     assert len(ours) == 2 * 4
     for part in ("extractors", "best", "retrain", "validation", "test"):
         assert getattr(summary, part) == getattr(expected, part), part
-    for name in ("weights.safetensors", "prior.npz", "samples.png"):
+    for name in ("model.safetensors", "prior.safetensors", "samples.png"):
         assert (run.export / name).read_bytes() == (other.export / name).read_bytes(), name
 
 

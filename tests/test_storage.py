@@ -441,11 +441,11 @@ def test_a_killed_search_goes_on_from_its_copy_in_storage_to_the_end(killed_run)
     assert f"{url}/export" in ended.stdout
     stored = contents(url)
     assert {"spec.yaml", "study.journal", "trials.csv", "summary.json", "report.html"} <= stored.keys()
-    assert {"export/config.json", "export/encoder.onnx", "checkpoints/0000.pt"} <= stored.keys()
+    assert {"export/config.json", "export/onnx/encoder.onnx", "checkpoints/0000.pt"} <= stored.keys()
     assert not [name for name in stored if name.startswith("ray/") or "/." in name or name.startswith(".")]
     summary = json.loads(stored["summary.json"])
     assert sum(summary["trials"].values()) == 5
-    assert summary["test"].keys() == {"floor", "baseline", "best"}
+    assert summary["test"].keys() == {"real", "baseline", "best"}
     kept = json.loads(before["summary.json"])["extractors"]
     assert summary["extractors"] == kept, "the extractors of before the kill"
     for row in rows(before["trials.csv"]):

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from tuner import sources
 from tuner.alone import run_alone
-from tuner.export_files import write_files
+from tuner.export_files import anomalies, write_files
+from tuner.model_card import model_card
 from tuner.pool import RayPool
 from tuner.run import sync_directory, write_atomic
 from tuner.scoring import Bench, compared
@@ -68,6 +69,7 @@ def export(workspace: Workspace, show: Callable[[str], None]) -> Summary:
             "shape": list(chosen.model.shape),
             "values": [0, 1],
             "ink": spec.data.ink,
+            "invert": getattr(spec.data, "invert", False),
             "resize": spec.data.resize,
         },
         "parameters": chosen.parameters.model_dump(),
@@ -86,6 +88,9 @@ def export(workspace: Workspace, show: Callable[[str], None]) -> Summary:
         },
     }
     ((files, latents),) = workers.map(files_of, [(chosen, info, workspace.own)])
+    files["README.md"] = model_card(
+        run.name, spec, sum(summary.trials.values()), json.loads(files["config.json"])
+    ).encode()
     temporary = run.export.with_name(f".{run.export.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     for name, content in files.items():
@@ -108,12 +113,14 @@ def files_of(
 ) -> tuple[dict[str, bytes], Tensor]:
     """The files of an export by name, each checked, and the latents of some test images for the projector."""
     assert bench.test is not None
-    train, shown = bench.data.train.to(CPU), as_floats(bench.test.to(CPU).images[:PROJECTED])
+    train, validation, test = (split.to(CPU) for split in (bench.data.train, bench.data.validation, bench.test))
+    info = info | {"anomaly": anomalies(fitted, validation)}
     with TemporaryDirectory() as folder:
-        write_files(fitted, info, Path(folder), shown[:7], own)
-        files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+        write_files(fitted, info, Path(folder), as_floats(test.images[:7]), own)
+        found = [path for path in Path(folder).rglob("*") if path.is_file()]
+        files = {str(path.relative_to(folder)): path.read_bytes() for path in found}
     files["neighbours.png"] = beside_neighbours(fitted, train, bench.spec.data.ink)
-    return files, encode(fitted.model, shown)[0]
+    return files, encode(fitted.model, as_floats(test.images[:PROJECTED]))[0]
 
 
 def neighbourhood(bench: Bench, fitted: FittedModel) -> dict[str, float]:

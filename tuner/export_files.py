@@ -1,6 +1,8 @@
-"""The files of an export: weights, prior and programs that work without this package, each checked by what it gives."""
+"""The files of an export: weights, prior and programs that work without this package, each checked by what it gives.
 
-import copy
+They lie as the Hugging Face Hub has a model's: config.json and model.safetensors, programs in a folder for each format.
+"""
+
 import io
 import json
 import logging
@@ -12,7 +14,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -20,13 +21,16 @@ from torch import Tensor, nn
 from tuner.own_model import told
 from tuner.run import write_atomic
 from tuner.vae import codec
-from tuner.vae.fitted import FittedModel, tempered
+from tuner.vae.data import Split, as_floats
+from tuner.vae.fitted import BATCH, FittedModel, tempered
 from tuner.vae.image_grid import fixed_noise, sheet
 from tuner.vae.model import Model, OwnModel
 from tuner.vae.prior import Sampler
 
 TOLERANCE, OWN_TOLERANCE = 1e-5, 1e-3  # the second, a quarter of a grey level, for operators that we did not choose
 SAMPLES = 100
+VALIDATED = 2_000  # validation images that a threshold is worked out from
+PERCENTILE = 99
 
 
 class Encoder(nn.Module):
@@ -60,27 +64,19 @@ class Part:
     inputs: dict[str, Tensor]
     outputs: list[str]
     cases: list[tuple[tuple[Tensor, ...], Tensor]]  # batches of different sizes, and the first output of each
-    theirs: bool  # a user's own network, which PyTorch may not be able to write, and may use weights without a gradient
+    theirs: bool  # a user's own network, which PyTorch may not be able to write
 
     @cached_property
     def program(self) -> torch.export.ExportedProgram:
-        """The batch size is free."""
+        """The batch size is free, and weights that have no part in the outputs take no room."""
         shapes = tuple({0: torch.export.Dim("batch", min=1)} for _ in self.inputs)
-        given = tuple(self.inputs.values())
-        return torch.export.export(self.module if self.theirs else self._trimmed(), given, dynamic_shapes=shapes)
-
-    def _trimmed(self) -> nn.Module:
-        """A copy in which weights that have no part in the output take no room."""
-        module = copy.deepcopy(self.module).eval().requires_grad_(True)
-        outputs = module(*self.inputs.values())
-        total = torch.stack([part.sum() for part in (outputs if isinstance(outputs, tuple) else (outputs,))]).sum()
-        weights = list(module.parameters())
-        if weights:
-            gradients = torch.autograd.grad(total, weights, allow_unused=True)
-            for weight, gradient in zip(weights, gradients, strict=True):
-                if gradient is None:
-                    weight.data = weight.data.new_empty(0)
-        return module.requires_grad_(False)
+        program = torch.export.export(self.module, tuple(self.inputs.values()), dynamic_shapes=shapes)
+        used = {node.name for node in program.graph.nodes if node.users}
+        for entry in program.graph_signature.input_specs:
+            weight = program.state_dict.get(entry.target or "")
+            if isinstance(weight, nn.Parameter) and entry.arg.name not in used:
+                program.state_dict[str(entry.target)] = nn.Parameter(weight.new_empty(0), requires_grad=False)
+        return program
 
     def compare(self, what: str, read: Callable[..., Any], exact: bool = False) -> None:
         """Raises RuntimeError where what was read gives something else."""
@@ -95,7 +91,7 @@ class Part:
 @torch.no_grad()
 def parts_of(fitted: FittedModel, images: Tensor) -> dict[str, Part]:
     """Encoder, decoder and prior by name; `images` (N, C, H, W) in [0, 1] are what they are compared on."""
-    model = fitted.model.eval()
+    model = fitted.model.eval().requires_grad_(False)
     own = fitted.parameters.model == "own"
     latents, uniform = torch.zeros(2, model.latent_dim), torch.zeros(2)
     cases: dict[str, list[tuple[tuple[Tensor, ...], Tensor]]] = {"encoder": [], "decoder": [], "prior": []}
@@ -117,6 +113,15 @@ def parts_of(fitted: FittedModel, images: Tensor) -> dict[str, Part]:
     }
 
 
+def anomalies(fitted: FittedModel, validation: Split) -> dict[str, Any]:
+    """What config.json says of anomalies: the negative ELBO that 1 % of validation images exceed, and the variance
+    that it is counted with, which is fitted there."""
+    variance = fitted.scores["mse"] if fitted.parameters.likelihood == "gaussian" else None
+    parts, known = as_floats(validation.images[:VALIDATED]).split(BATCH), (fitted.temperature, variance)
+    scores = torch.cat([codec.negative_elbo(fitted.model.encode, fitted.draw, part, *known) for part in parts])
+    return {"variance": variance, "percentile": PERCENTILE, "threshold": scores.quantile(PERCENTILE / 100).item()}
+
+
 def write_files(
     fitted: FittedModel, info: dict[str, Any], directory: Path, images: Tensor, own: OwnModel | None = None
 ) -> None:
@@ -125,17 +130,14 @@ def write_files(
     Of a user's own model, made by `own`, programs are left out that PyTorch can't write, or that give something else;
     config.json says why. Raises RuntimeError where any other file gives something else than the checkpoint.
     """
-    weights = fitted.model.eval().state_dict()  # in the file none shares memory with another
-    alone = {name: value.clone(memory_format=torch.contiguous_format) for name, value in weights.items()}
-    write_atomic(directory / "weights.safetensors", save(alone))
-    prior = io.BytesIO()
-    arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in fitted.prior.state_dict().items()}
-    np.savez(prior, **arrays)
-    write_atomic(directory / "prior.npz", prior.getvalue())
+    for name, weights in (("model", fitted.model.eval().state_dict()), ("prior", fitted.prior.state_dict())):
+        # in the file none shares memory with another
+        alone = {key: value.clone(memory_format=torch.contiguous_format) for key, value in weights.items()}
+        write_atomic(directory / f"{name}.safetensors", save(alone, {"format": "pt"}))
     left_out: dict[str, str] = {}
     for stem, part in parts_of(fitted, images).items():
         for kind, (to_bytes, reader) in PROGRAMS.items():
-            path = directory / f"{stem}.{kind}"
+            path = directory / kind / f"{stem}.{kind}"
             try:
                 write_atomic(path, _quietly(to_bytes, part))
                 if part.theirs:
@@ -162,7 +164,7 @@ def check_files(fitted: FittedModel, images: Tensor, directory: Path, own: OwnMo
     for stem, part in parts_of(fitted, images).items():
         part.compare(f"{stem} as safetensors", of_weights[stem], exact=True)
         for kind, (_, reader) in PROGRAMS.items():
-            path = directory / f"{stem}.{kind}"
+            path = directory / kind / f"{stem}.{kind}"
             if path.exists():
                 part.compare(f"{stem} as {kind}", reader(path))
 
@@ -190,21 +192,21 @@ def _to_onnx(part: Part) -> bytes:
     return content
 
 
-def _from_onnx(path: Path) -> Callable[..., Tensor]:
-    """The first output of an ONNX file as a function of its inputs."""
+def from_onnx(path: Path) -> Callable[..., tuple[Tensor, ...]]:
+    """An ONNX file as a function of its inputs."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     names = [entry.name for entry in session.get_inputs()]
 
-    def run(*given: Tensor) -> Tensor:
+    def run(*given: Tensor) -> tuple[Tensor, ...]:
         inputs = {name: tensor.numpy() for name, tensor in zip(names, given, strict=True)}
-        return torch.from_numpy(session.run(None, inputs)[0])
+        return tuple(map(torch.from_numpy, session.run(None, inputs)))
 
     return run
 
 
 PROGRAMS: dict[str, tuple[Callable[[Part], bytes], Callable[[Path], Callable[..., Any]]]] = {
     "pt2": (_to_pt2, lambda path: torch.export.load(path).module()),
-    "onnx": (_to_onnx, _from_onnx),
+    "onnx": (_to_onnx, from_onnx),
 }

@@ -194,12 +194,12 @@ def final_words(run: RunFiles, spec: Spec) -> list[Table | str]:
     summary = run.summary()
     assert summary.winner
     winner = summary.winner
-    programs = ", ".join(sorted(path.name for path in run.export.glob("*coder.*")))
+    programs = ", ".join(sorted(path.name for path in run.export.glob("*/*coder.*")))
     return [
         as_table(result_rows(summary), "Frechet distance, and how much of the gap to real images is closed"),
         f"winner   trial {winner.trial}: {searched_words(winner.parameters, spec)}",
         *(f"note     {note}" for note in edges(winner.parameters, spec)),
-        f"model    {run.name_of(run.export)}: samples.png, config.json, weights.safetensors, {programs}",
+        f"model    {run.name_of(run.export)}: README.md, samples.png, model.safetensors, {programs}",
         f"report   {run.name_of(run.report)}",
         f"trials   {run.name_of(run.trials)}",
         f"look     tensorboard --logdir {run.name_of(run.tensorboard)}",

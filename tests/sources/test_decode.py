@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tuner.sources.decode import decode
+from tuner.vae.shape import ImageShape
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of damaged images
 
@@ -30,14 +31,14 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
 
 
 def grey(content: bytes) -> np.ndarray:
-    found = decode(content, SIDE, 1)
+    found = decode(content, ImageShape(1, SIDE, SIDE))
     assert (found.shape, found.dtype) == ((1, SIDE, SIDE), np.uint8)
     return found[0].astype(int)
 
 
 def colour(content: bytes) -> np.ndarray:
     """(H, W, 3)."""
-    found = decode(content, SIDE, 3)
+    found = decode(content, ImageShape(3, SIDE, SIDE))
     assert (found.shape, found.dtype) == ((3, SIDE, SIDE), np.uint8)
     return found.transpose(1, 2, 0).astype(int)
 
@@ -182,6 +183,24 @@ def test_the_middle_square_is_kept(size, kind):
     found = colour(encoded(image, kind, **({"quality": 100, "subsampling": 0} if kind == "JPEG" else {})))
     inside = found if kind == "PNG" else found[1:-1, 1:-1]  # a JPEG's blocks run over the edge
     assert np.abs(inside - [255, 0, 0]).max() <= 2
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("size", [(900, 300), (300, 900), (48, 32), (12, 8), (1, 1), (4_000, 3_000)], ids=str)
+def test_of_an_image_that_is_no_square_the_middle_of_the_same_form_is_kept(size, turned):
+    """Two thirds as high as it is wide: it is red, and what lies beside it blue. JPEGs are decoded at a fraction."""
+    scale = min(size[0] / 48, size[1] / 32)
+    wide, high = max(1, round(48 * scale)), max(1, round(32 * scale))
+    left, top = (size[0] - wide) // 2, (size[1] - high) // 2
+    image = Image.new("RGB", size, "blue")
+    image.paste("red", (left, top, left + wide, top + high))
+    exif = Image.Exif()
+    if turned:
+        exif[0x0112] = 6
+        image = image.transpose(Image.Transpose.ROTATE_90)
+    found = decode(encoded(image, "JPEG", quality=100, subsampling=0, exif=exif), ImageShape(3, 32, 48))
+    assert found.shape == (3, 32, 48)
+    assert np.abs(found[:, 2:-2, 2:-2] - np.array([255, 0, 0])[:, None, None]).max() <= 4
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])

@@ -17,6 +17,7 @@ from tuner.data_spec import FolderSpec
 from tuner.sources import folder
 from tuner.sources.decode import decode
 from tuner.vae.data import Data, Split
+from tuner.vae.shape import ImageShape
 
 SHARED = Path(__file__).parents[2].parent / "shared/data"
 
@@ -396,7 +397,7 @@ def test_a_hundred_odd_files_give_what_was_painted_or_are_named(tmp_path, capfd,
     names = _odd_files(odd)
     assert len(names) > 100
     for name in names:
-        found = decode((odd / name).read_bytes(), SIDE, channels)
+        found = decode((odd / name).read_bytes(), ImageShape(channels, SIDE, SIDE))
         assert found.shape == (channels, SIDE, SIDE), name
         assert np.abs(found.astype(int) - (255 if " of 1." in name else SHADE)).max() <= 2, name
     shutil.copytree(odd, place / "train" / "odd")

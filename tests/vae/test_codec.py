@@ -1,6 +1,7 @@
 """A tiny export written by hand: it encodes, decodes and samples; a damaged one is refused by file name."""
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributions import Bernoulli, Normal, kl_divergence
 
-from tuner.vae.codec import load
+from tuner.vae.codec import load, negative_elbo
 from tuner.vae.data import as_floats
 from tuner.vae.fitted import FittedModel
 from tuner.vae.model import VAE, Builder
@@ -23,14 +25,14 @@ DIGITS = ImageShape(1, 28, 28)
 build = Builder(DIGITS)
 
 PARAMETERS, TEMPERATURE = Parameters(latent_dim=3, width=4), 0.5
-FILES = ("config.json", "weights.safetensors", "prior.npz")
+FILES = ("config.json", "model.safetensors", "prior.safetensors")
 IMAGES = torch.randint(0, 256, (5, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
 def _write(path: Path, parameters: Parameters = PARAMETERS, shape: ImageShape = DIGITS) -> VAE:
     model = Builder(shape)(parameters, seed=4)
-    save_file(model.state_dict(), path / "weights.safetensors")
-    np.savez(path / "prior.npz", **{name: part.numpy() for name, part in standard_normal(3).state_dict().items()})
+    save_file(model.state_dict(), path / "model.safetensors")
+    save_file(standard_normal(3).state_dict(), path / "prior.safetensors")
     (path / "config.json").write_text(
         json.dumps(
             {
@@ -123,7 +125,7 @@ def test_a_users_own_model_is_made_by_the_users_code(tmp_path):
     info = json.loads((tmp_path / "config.json").read_text())
     info["parameters"]["model"] = "own"
     (tmp_path / "config.json").write_text(json.dumps(info))
-    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"config\.json: not readable .* its code is wanted"):
         load(tmp_path)
     torch.testing.assert_close(load(tmp_path, Own).encode(IMAGES), model.encode(as_floats(IMAGES))[0].detach())
@@ -152,6 +154,41 @@ def test_it_is_frozen_and_tells_where_it_comes_from(tmp_path):
     assert not codec.fitted.model.training
     assert not any(weight.requires_grad for weight in codec.fitted.model.parameters())
     assert codec.info["test"] == {"mse": 0.5}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("variance", [0.02, None])
+def test_the_negative_elbo_is_that_of_the_decoder_without_the_temperature(variance, temperature):
+    """A linear model; both terms by torch.distributions."""
+    random = torch.Generator().manual_seed(0)
+    up, spread = torch.randn(3, 784, generator=random) / 3, torch.tensor([0.5, 1, 2])
+    images, means = as_floats(IMAGES), as_floats(IMAGES).flatten(1)[:, 300:303]
+
+    def decode(latents: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid((latents @ up).unflatten(1, (1, 28, 28)) / temperature)
+
+    found = negative_elbo(
+        lambda given: (given.flatten(1)[:, 300:303], 2 * spread.log().expand(5, 3)),
+        decode,
+        images,
+        temperature,
+        variance,
+    )
+    noise = torch.randn(3, generator=torch.Generator().manual_seed(0))
+    logits = ((means + spread * noise) @ up).unflatten(1, (1, 28, 28)).double()
+    likelihood = (
+        Bernoulli(logits=logits, validate_args=False) if variance is None else Normal(logits.sigmoid(), variance**0.5)
+    )
+    rate = kl_divergence(Normal(means.double(), spread.double()), Normal(torch.zeros(5, 3).double(), 1)).sum(1)
+    torch.testing.assert_close(found, rate - likelihood.log_prob(images.double()).sum((1, 2, 3)), rtol=1e-4, atol=0.01)
+
+
+def test_of_a_plain_autoencoder_the_negative_elbo_is_the_reconstructions_part():
+    images = as_floats(IMAGES)
+    found = negative_elbo(
+        lambda given: (given.flatten(1),), lambda latents: latents.unflatten(1, (1, 28, 28)), images, 1, 0.02
+    )
+    torch.testing.assert_close(found, torch.full((5,), -784 * math.log(1 / math.sqrt(2 * math.pi * 0.02))).double())
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -199,20 +236,20 @@ def test_a_config_without_good_parameters_or_temperature_is_named_in_one_line(tm
 
 def test_weights_of_another_width_are_refused_by_name(tmp_path):
     _write(tmp_path)
-    save_file(build(PARAMETERS.model_copy(update={"width": 3}), seed=0).state_dict(), tmp_path / "weights.safetensors")
-    with pytest.raises(ValueError, match=r"weights\.safetensors: not readable"):
+    save_file(build(PARAMETERS.model_copy(update={"width": 3}), seed=0).state_dict(), tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model\.safetensors: not readable"):
         load(tmp_path)
 
 
-def test_a_prior_with_pickled_objects_is_refused(tmp_path):
+def test_a_prior_of_pickled_objects_is_refused(tmp_path):
     _write(tmp_path)
-    np.savez(tmp_path / "prior.npz", weights=np.array([{}]), means=np.zeros((1, 3)), covariances=np.eye(3)[None])
-    with pytest.raises(ValueError, match=r"prior\.npz: not readable"):
+    torch.save(standard_normal(3).state_dict(), tmp_path / "prior.safetensors")
+    with pytest.raises(ValueError, match=r"prior\.safetensors: not readable"):
         load(tmp_path)
 
 
 def test_a_prior_of_another_latent_size_is_refused(tmp_path):
     _write(tmp_path)
-    np.savez(tmp_path / "prior.npz", **{name: part.numpy() for name, part in standard_normal(4).state_dict().items()})
-    with pytest.raises(ValueError, match=r"prior\.npz"):
+    save_file(standard_normal(4).state_dict(), tmp_path / "prior.safetensors")
+    with pytest.raises(ValueError, match=r"prior\.safetensors"):
         load(tmp_path)

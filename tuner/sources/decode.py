@@ -49,26 +49,29 @@ class Picture:
     label: int | str | None = None
 
 
-def decode(content: bytes, size: int, channels: int) -> Array:
-    """The middle square of an image as (C, size, size) uint8, antialiased; of several frames the first.
+def decode(content: bytes, shape: ImageShape) -> Array:
+    """The middle of an image, as much as fits, as (C, H, W) uint8, antialiased; of several frames the first.
 
     It is turned as EXIF says, and what is transparent is white. Raises ValueError where it can't be read, or has more
     pixels than Pillow takes for harmless.
     """
+    channels, height, width = shape
+    twice = 2 * max(height, width)
     try:
         image: Image.Image = Image.open(io.BytesIO(content), formats=FORMATS)
         if image.width * image.height > (Image.MAX_IMAGE_PIXELS or sys.maxsize):
             raise ValueError(f"{image.width:,} x {image.height:,} pixels are too many")
-        image.draft(None, (2 * size, 2 * size))  # a JPEG is decoded at an eighth of its size, if that is enough
+        image.draft(None, (twice, twice))  # a JPEG is decoded at an eighth of its size, if that is enough
         ImageOps.exif_transpose(image, in_place=True)
         image.load()
     except UnidentifiedImageError as error:
         raise ValueError("no image") from error
     except Exception as error:  # whatever Pillow stumbles over
         raise ValueError(one_line(error)) from error
-    side = min(image.size)
-    left, top = ((length - side) // 2 for length in image.size)
-    image = image.crop((left, top, left + side, top + side))
+    scale = min(image.width / width, image.height / height)
+    across, down = max(1, round(scale * width)), max(1, round(scale * height))
+    left, top = (image.width - across) // 2, (image.height - down) // 2
+    image = image.crop((left, top, left + across, top + down))
     if image.mode in WHITES:
         values = np.asarray(image) / WHITES[image.mode]
         if not (values.min() >= 0 and values.max() <= 1):
@@ -78,8 +81,26 @@ def decode(content: bytes, size: int, channels: int) -> Array:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("L" if channels == 1 else "RGB")
-    image = image.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=3)
-    return np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)
+    image = image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3)
+    return np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1)
+
+
+def decode_all(pictures: Sequence[Picture], shape: ImageShape, say: Say) -> tuple[Array, list[str]]:
+    """(N, C, H, W) uint8, and for each picture its name and what is wrong with it; nothing where it is whole."""
+    images = np.empty((len(pictures), *shape), np.uint8)
+
+    def put(index: int) -> str:
+        try:
+            content = pictures[index].read()
+        except Exception as error:  # an archive's members fail in as many ways as images do
+            return f"{pictures[index].name} ({one_line(error)})"
+        try:
+            images[index] = decode(content, shape)
+        except ValueError as error:
+            return f"{pictures[index].name} ({one_line(error)})"
+        return ""
+
+    return images, _in_threads(put, range(len(pictures)), lambda count: say(f"{count} images decoded"))
 
 
 def read(pictures: Sequence[Picture], spec: DecodedSpec, wanted: Sequence[str], kept: Path | None, say: Say) -> Splits:
@@ -97,25 +118,12 @@ def read(pictures: Sequence[Picture], spec: DecodedSpec, wanted: Sequence[str], 
     if kept and (found := _read_kept(kept, wanted, key)):
         return found
 
-    images = np.empty((len(pictures), *shape), np.uint8)
-
-    def put(index: int) -> str:
-        """Decode an image -> what is wrong with it."""
-        try:
-            content = pictures[index].read()
-        except Exception as error:  # an archive's members fail in as many ways as images do
-            return one_line(error)
-        try:
-            images[index] = decode(content, spec.size, spec.channels)
-        except ValueError as error:
-            return one_line(error)
-        return ""
-
-    faults = _in_threads(put, range(len(pictures)), lambda count: say(f"{count} images decoded"))
+    images, faults = decode_all(pictures, shape, say)
     whole = [index for index, fault in enumerate(faults) if not fault]
     if len(whole) < len(pictures):
-        damaged = [f"{picture.name} ({fault})" for picture, fault in zip(pictures, faults, strict=True) if fault]
-        _tell_damaged(damaged, len(pictures), spec)
+        if spec.on_damaged == "refuse":
+            raise ValueError(f"{damaged_words(faults, spec.place)}; data.on_damaged=skip leaves them out")
+        print(damaged_words(faults, spec.place, " and are left out"), file=sys.stderr)
         images = images[whole]
     if spec.invert:
         np.subtract(255, images, out=images)
@@ -148,13 +156,11 @@ def _in_threads(function: Callable[[Any], Result], items: Sequence[Any], say: Sa
     return results
 
 
-def _tell_damaged(damaged: Sequence[str], count: int, spec: DecodedSpec) -> None:
-    """Raises ValueError, or says that they are left out."""
-    words = f"{spec.place}: {len(damaged):,} of {count:,} images can't be read"
+def damaged_words(faults: Sequence[str], place: Path, verdict: str = "") -> str:
+    """One line of what `decode_all` found: how many images are damaged, and the first by name."""
+    damaged = [fault for fault in faults if fault]
     names = " ".join(", ".join([*damaged[:NAMED], "..."][: len(damaged)]).split())  # a name can hold a line break
-    if spec.on_damaged == "refuse":
-        raise ValueError(f"{words}: {names}; data.on_damaged=skip leaves them out")
-    print(f"{words} and are left out: {names}", file=sys.stderr)
+    return f"{place}: {len(damaged):,} of {len(faults):,} images can't be read{verdict}: {names}"
 
 
 def _signature(key: str, name: str, split: Split) -> dict[str, str]:

@@ -8,23 +8,24 @@ from zipfile import BadZipFile, ZipFile
 from tuner.data_spec import FolderSpec
 from tuner.sources.decode import ENDINGS, Picture
 from tuner.sources.splits import NAMES
+from tuner.vae.errors import Refused
 
 
 def pictures(spec: FolderSpec) -> list[Picture]:
     """Every image in it by name, whatever lies around all of them taken off: below a split's folder, or in no split,
     the next folder is the class, if every image has one and there are two.
 
-    Hidden files, `__MACOSX` and files whose ending is no image's are left out. Raises ValueError where nothing is left.
+    Hidden files, `__MACOSX` and files whose ending is no image's are left out. Raises Refused where nothing is left.
     """
     place = spec.directory
     try:
         found = dict(_below(place) if place.is_dir() else _members(place))
     except (OSError, BadZipFile) as error:
         where, why = getattr(error, "filename", None) or place, getattr(error, "strerror", None)
-        raise ValueError(f"{where}: {why or 'not a folder, and not a whole .zip'}") from error
+        raise Refused(f"{where}: {why or 'not a folder, and not a whole .zip'}") from error
     names = sorted(name for name in found if _is_image(name))
     if not names:
-        raise ValueError(f"{place}: no images in it")
+        raise Refused(f"{place}: no images in it")
     folders = [name.parts[:-1] for name in names]
     while all(folders) and len({first for first, *_ in folders}) == 1 and folders[0][0].lower() not in NAMES:
         folders = [inner[1:] for inner in folders]
