@@ -15,7 +15,7 @@ from benchmarks.setting import MNIST, models_at, parser, say
 from tuner import sources
 from tuner import spec as specs
 from tuner.scoring import Evaluator
-from tuner.search import DEFAULT_SPEC
+from tuner.spec import DEFAULT
 from tuner.study import distributions
 from tuner.vae.extractor import train_classifier
 from tuner.vae.process import settle
@@ -24,7 +24,7 @@ from tuner.vae.seeds import Stream, derive_seed
 
 def main() -> None:
     options = parser(__doc__, MNIST)
-    options.add_argument("spec", nargs="?", type=Path, default=DEFAULT_SPEC)
+    options.add_argument("spec", nargs="?", type=Path, default=DEFAULT)
     options.add_argument("--trials", type=int, default=30)
     arguments = options.parse_args()
     settle()

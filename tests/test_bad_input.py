@@ -20,12 +20,12 @@ import tuner.search
 from tuner import spec as specs
 from tuner import yaml_text
 from tuner.run import RunFiles
-from tuner.search import DEFAULT_SPEC
 from tuner.sources.idx import IDX_FILES
+from tuner.spec import DEFAULT
 from tuner.summary import Best, Compared, ExtractorInfo, Promoted, Scores
 from tuner.vae.parameters import CLASSIC
 
-MNIST = DEFAULT_SPEC.parent / "mnist.yaml"
+MNIST = DEFAULT.parent / "mnist.yaml"
 OFFLINE = ("--set", "data.download=false")
 
 Refused = Callable[..., str]
@@ -182,7 +182,7 @@ def test_several_faults_are_told_in_one_line(refused, tmp_path):
         (["--trials", "-3"], ["trials", "greater than or equal to 1", "-3"]),
         (["--max-epochs", "0"], ["max_epochs", "greater than 0"]),
         (["--max-epochs", "nan"], ["max_epochs", "finite"]),
-        (["--concurrency", "0"], ["--concurrency 0: expected 1 or more"]),
+        (["--concurrency", "0"], ["concurrency 0: expected 1 or more"]),
         (["--time-limit", "soon"], ["time_limit", "'soon' is not a time such as 90s, 30m or 1.5h"]),
         (["--time-limit", "0"], ["time_limit", "greater than 0"]),
         (["--seed", "-1"], ["seed", "greater than or equal to 0", "-1"]),

@@ -8,10 +8,11 @@ import ray
 
 from tuner.extractors import FeatureExtractors
 from tuner.fusion import fusion, train_fused
+from tuner.job import load_spec
 from tuner.pool import RayPool
 from tuner.run import RunFiles
 from tuner.scoring import Bench
-from tuner.search import load_spec, parse
+from tuner.search import parse, request
 from tuner.spec import Spec
 from tuner.trials import search_stage
 from tuner.vae.losses import Diverged
@@ -44,7 +45,7 @@ SPEC = Spec.model_validate(
 
 def rows_of(workspace, lend_extractors, folder: Path, execution: str) -> list[dict]:
     run = RunFiles(folder / execution)
-    spec = load_spec(run, parse([*SMALL, f"--set=execution={execution}"]))
+    spec = load_spec(run, request(parse([*SMALL, f"--set=execution={execution}"])))
     lend_extractors(run)
     pool = RayPool(spec, workspace.data, concurrency=2)
     extractors = FeatureExtractors(run, spec, workspace.data, pool(Bench(spec, workspace.data, {})))

@@ -10,10 +10,11 @@ from ray import cloudpickle
 from tuner.cluster import cluster
 from tuner.extractors import FeatureExtractors
 from tuner.fusion import GPU_LEFT, fusion
+from tuner.job import load_spec
 from tuner.pool import RayPool
 from tuner.run import RunFiles
 from tuner.scoring import Bench, Evaluator
-from tuner.search import load_spec, parse
+from tuner.search import parse, request
 from tuner.spec import Resources, Spec
 from tuner.trials import search_stage
 from tuner.vae.checkpoint import Checkpoint
@@ -43,7 +44,7 @@ def given_gpus(bench: Bench) -> list[object]:
 
 def test_arrays_train_and_score_on_the_gpu_and_then_let_go_of_it(workspace, lend_extractors, gpu_cluster, tmp_path):
     run = RunFiles(tmp_path)
-    spec = load_spec(run, parse(SMALL))
+    spec = load_spec(run, request(parse(SMALL)))
     pool = RayPool(spec, workspace.data, concurrency=2)
     workers = pool(Bench(spec, workspace.data, {}))
     lend_extractors(run)

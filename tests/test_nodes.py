@@ -29,10 +29,11 @@ import tuner
 from tuner import sources
 from tuner.cluster import cluster
 from tuner.extractors import FeatureExtractors
+from tuner.job import load_spec
 from tuner.pool import RayPool
 from tuner.run import RunFiles
 from tuner.scoring import Bench
-from tuner.search import load_spec, parse
+from tuner.search import parse, request
 from tuner.spec import load
 from tuner.study import evaluations, read_study, table
 from tuner.trials import search_stage
@@ -233,7 +234,7 @@ def ended(process: subprocess.Popen[bytes], seconds: float) -> int:
 def search_here(path: str) -> None:
     """The same extractors and trials on this machine alone, without the stages after them."""
     run = RunFiles(Path(path))
-    spec = load_spec(run, parse(["--run", path, *SMALL]))
+    spec = load_spec(run, request(parse(["--run", path, *SMALL])))
     data = sources.load(spec.data)
     with run.claimed(), cluster(None, None, spec.resources):
         pool = RayPool(spec, data, concurrency=2)

@@ -282,7 +282,7 @@ def test_a_run_goes_on_with_the_code_that_it_began_with_and_no_other(module, tmp
 def test_a_run_of_built_in_models_takes_no_other(module, tmp_path, capsys):
     name, run = module(), RunFiles(tmp_path / "run")
     run.path.mkdir()
-    run.spec.write_text(specs.load(tuner.search.DEFAULT_SPEC).to_yaml())
+    run.spec.write_text(specs.load(specs.DEFAULT).to_yaml())
     line = refused(tuner.report.main, "run", "--model", name, capsys=capsys)
     assert line == f"error: --model {name}: the run began without a model of a user's own"
 

@@ -28,11 +28,11 @@ import tuner.spec
 import tuner.use
 from tuner import sources
 from tuner.data_spec import DigitsSpec
+from tuner.job import load_spec
 from tuner.own_model import load as load_model
 from tuner.run import RunFiles
-from tuner.search import DEFAULT_SPEC
 from tuner.sources.idx import IDX_FILES
-from tuner.spec import Spec, load
+from tuner.spec import DEFAULT, Spec, load
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -101,7 +101,7 @@ def search(words: list[str], finished_run: RunFiles) -> None:
         assert tuner.search.main(words) == 0
     else:
         assert isinstance(
-            tuner.search.load_spec(RunFiles(Path("new")), arguments, load_model(arguments.model)[1]), Spec
+            load_spec(RunFiles(Path("new")), tuner.search.request(arguments), load_model(arguments.model)[1]), Spec
         )
 
 
@@ -243,7 +243,7 @@ def test_a_spec_loads_whole_or_as_a_part_of_the_shipped_one(block, tmp_path):
     parts = yaml.safe_load(block.text)
     path = tmp_path / "spec.yaml"
     path.write_text(block.text)
-    spec = load(path) if "space" in parts else load(DEFAULT_SPEC, list(parts.items()))
+    spec = load(path) if "space" in parts else load(DEFAULT, list(parts.items()))
     assert parts.keys() <= spec.model_dump().keys()
 
 

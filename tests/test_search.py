@@ -24,8 +24,9 @@ from PIL import Image
 from processes import processes_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tuner.job import load_spec
 from tuner.run import RunFiles, write_atomic
-from tuner.search import load_spec, main, parse
+from tuner.search import main, parse, request
 from tuner.study import BASELINE, RETRAIN, SEARCH, evaluations, read_study
 from tuner.vae import codec
 from tuner.vae.metrics import FINAL_METRICS, METRICS
@@ -315,7 +316,7 @@ def compare(run: RunFiles, other: RunFiles) -> None:
 def test_a_full_disk_ends_a_search_in_one_line_and_with_more_room_the_same_command_ends_well(finished_run, tmp_path):
     flags = ["--trials=1", "--max-epochs=1", "--set=budget.grace_epochs=1", "--no-retrain", "--concurrency=1"]
     begun = RunFiles(tmp_path / "begun")
-    write_atomic(begun.spec, load_spec(begun, parse(flags)).to_yaml())
+    write_atomic(begun.spec, load_spec(begun, request(parse(flags))).to_yaml())
     # With extractors, so that the disk is full when the first checkpoint comes.
     begun.update_summary(extractors=finished_run.summary().extractors)
     shutil.copytree(finished_run.extractors, begun.extractors)

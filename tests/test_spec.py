@@ -19,8 +19,7 @@ from spec_file import SEARCH, written
 
 from tuner import spec as specs
 from tuner import yaml_text
-from tuner.search import DEFAULT_SPEC
-from tuner.spec import EvenBudget, Objective, Spec
+from tuner.spec import DEFAULT, EvenBudget, Objective, Spec
 from tuner.study import distributions
 from tuner.vae.flow import Flow
 from tuner.vae.metrics import METRICS
@@ -30,7 +29,7 @@ from tuner.vae.shape import ImageShape
 
 build = Builder(ImageShape(1, 28, 28))
 
-SHIPPED = sorted(DEFAULT_SPEC.parent.glob("*.yaml"))
+SHIPPED = sorted(DEFAULT.parent.glob("*.yaml"))
 RAW = yaml.safe_load(SEARCH)
 
 
@@ -81,7 +80,7 @@ def test_shipped_specs_measure_against_the_classic_settings(path):
 
 
 def test_the_network_of_the_mnist_search_and_its_prior_are_never_larger_than_the_classic_network():
-    spec = specs.load(DEFAULT_SPEC.parent / "mnist.yaml")
+    spec = specs.load(DEFAULT.parent / "mnist.yaml")
     widest = spec.parameters({"latent_dim": spec.widest, "learning_rate": 1e-3, "kl_weight": 1.0})
     network, classic = (
         sum(weight.numel() for weight in build(parameters, 0).parameters()) for parameters in (widest, CLASSIC)
@@ -473,7 +472,7 @@ def test_the_schema_knows_and_describes_every_parameter(editor):
 def test_the_shipped_schema_is_what_the_command_prints():
     command = [sys.executable, "-m", "tuner.spec", "--schema"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout == (DEFAULT_SPEC.parent / "schema.json").read_text()
+    assert done.stdout == (DEFAULT.parent / "schema.json").read_text()
     assert done.stderr == ""
 
 

@@ -19,10 +19,11 @@ from ray import cloudpickle, tune
 
 from tuner.exits import Fatal, fatal
 from tuner.extractors import FeatureExtractors
+from tuner.job import load_spec
 from tuner.pool import RayPool
 from tuner.run import RunFiles
 from tuner.scoring import Bench
-from tuner.search import load_spec, parse
+from tuner.search import parse, request
 from tuner.searcher import WORKER_RETRIES
 from tuner.spec import Spec
 from tuner.study import Study, table
@@ -291,7 +292,7 @@ def tiny(workspace, lend_extractors, ray_cluster, tmp_path_factory) -> Callable[
 
     def search(concurrency: int) -> RunFiles:
         run = RunFiles(tmp_path_factory.mktemp("tiny"))
-        spec = load_spec(run, parse(TINY))
+        spec = load_spec(run, request(parse(TINY)))
         lend_extractors(run)
         pool = RayPool(spec, workspace.data, concurrency=concurrency)
         extractors = FeatureExtractors(run, spec, workspace.data, pool(Bench(spec, workspace.data, {})))

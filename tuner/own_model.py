@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tuner.spec import OwnModelSpec, Spec
 from tuner.vae.checkpoint import Checkpoint
-from tuner.vae.errors import Refused, one_line
+from tuner.vae.errors import Refused, one_line, refusing
 from tuner.vae.metrics import METRICS
 from tuner.vae.model import Builder, OwnModel, features
 from tuner.vae.parameters import Parameters
@@ -26,13 +26,20 @@ from tuner.vae.step import AutogradStep, Factors, State
 NOT_THEIRS = (str(Path(__file__).parent), str(Path(torch.__file__).parent), "<frozen ")  # where no user's code is
 
 
-def load(name: str | None) -> tuple[OwnModel | None, OwnModelSpec | None]:
-    """The function that `MODULE:FUNCTION` names and what tells its source apart; None for no name.
+def load(given: str | OwnModel | None) -> tuple[OwnModel | None, OwnModelSpec | None]:
+    """A function, or the one that `MODULE:FUNCTION` names, and what tells its source apart; None for none.
 
     What lies in the current directory can be imported. Raises Refused where there is no such function.
     """
-    if name is None:
+    if given is None:
         return None, None
+    if not isinstance(given, str):
+        name = f"{given.__module__}:{given.__qualname__}"
+        file = getattr(sys.modules[given.__module__], "__file__", None)  # a notebook has none
+        with refusing(f"model {name}", OSError, TypeError):
+            source = Path(file).read_bytes() if file else inspect.getsource(given).encode()
+        return given, OwnModelSpec(function=name, sha256=hashlib.sha256(source).hexdigest())
+    name = given
     module_name, _, function = name.partition(":")
     if not (module_name and function):
         raise Refused(f"--model {name}: expected MODULE:FUNCTION, such as my_package.my_module:build")

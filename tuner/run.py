@@ -50,6 +50,7 @@ class RunFiles:
         self.journal = path / "study.journal"
         self.trials = path / "trials.csv"
         self.images = path / ".images"  # decoded; hidden, so that they are no part of what goes to object storage
+        self.given = self.images / "given.npz"  # arrays that a call from Python was given
         self.tensorboard = path / "tensorboard"
         self.ray = path / "ray"
         self.extractors = path / "extractors"

@@ -1,12 +1,13 @@
 """A file -> checked, frozen Spec. It is checked once, here; inside the package it is trusted."""
 
 import argparse
+import copy
 import hashlib
 import json
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -302,24 +303,40 @@ class Spec(Frozen):
         ]
 
 
-def load(path: Path, overrides: list[tuple[str, Any]] | None = None) -> Spec:
-    """Read and check a spec; `overrides` are (dotted key, value) pairs laid over the file.
+def shipped() -> dict[str, Path]:
+    """The specs that come with this package, by name."""
+    inside = Path(__file__).parent / "search_spaces"  # of a wheel; else beside the package
+    folder = inside if inside.is_dir() else Path(__file__).parents[1] / "search_spaces"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
-    Raises ValueError, one line naming file, key and value, on anything that is wrong.
+
+DEFAULT = shipped()["digits"]
+
+
+def load(source: Path | Mapping[str, Any], overrides: Sequence[tuple[str, Any]] = ()) -> Spec:
+    """Read and check a spec: a file, the name of a shipped one, or what a file holds.
+
+    `overrides` are (dotted key, value) pairs laid over it. Raises ValueError, one line naming file, key and value, on
+    anything that is wrong.
     """
-    try:
-        with refusing(path, OSError, Refused):
-            raw = yaml_text.parse(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise Refused(f"{path}: not a text file") from error
+    named: object = "spec"
+    if isinstance(source, Path):
+        named = source = shipped().get(str(source), source) if not source.exists() else source
+        try:
+            with refusing(source, OSError, Refused):
+                raw = yaml_text.parse(source.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise Refused(f"{source}: not a text file") from error
+    else:
+        raw = copy.deepcopy(dict(source))
     if not isinstance(raw, dict):
-        raise ValueError(f"{path}: expected a mapping with space, budget, ..., found {type(raw).__name__}")
-    for key, value in overrides or []:
+        raise ValueError(f"{named}: expected a mapping with space, budget, ..., found {type(raw).__name__}")
+    for key, value in overrides:
         yaml_text.put(raw, key, value)
     try:
         return Spec.model_validate(raw)
     except ValidationError as error:
-        raise ValueError(f"{path}: {_one_line(error)}") from error
+        raise ValueError(f"{named}: {_one_line(error)}") from error
 
 
 def schema() -> str:

@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from tuner.vae.errors import refusing
+from tuner.vae.errors import Refused, refusing
 
 
 class _Loader(yaml.SafeLoader):
@@ -32,10 +32,10 @@ def parse(text: str) -> Any:
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """'budget.trials=8' -> ('budget.trials', 8), the value read as YAML. Raises ValueError without a key and '='."""
+    """'budget.trials=8' -> ('budget.trials', 8), the value read as YAML. Raises Refused without a key and '='."""
     key, equals, value = text.partition("=")
     if not (key.strip() and equals):
-        raise ValueError(f"--set {text}: expected path.to.key=value")
+        raise Refused(f"--set {text}: expected path.to.key=value")
     with refusing(f"--set {text}", ValueError):
         return key.strip(), parse(value)
 

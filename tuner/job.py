@@ -1,0 +1,125 @@
+"""The main job, read top to bottom: spec -> search and extractors -> promote -> retrain -> export -> report."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from tuner import spec as specs
+from tuner.run import RunFiles, write_atomic
+from tuner.spec import OwnModelSpec, Spec
+from tuner.study import BASELINE
+from tuner.vae.errors import Refused
+
+
+class NothingFound(RuntimeError):
+    """A search ended with nothing to go on with; the text is one line that says why."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a run: a spec, by default that of the run or of the digits, what is laid over it, and where."""
+
+    spec: Path | Mapping[str, Any] | None = None
+    overrides: Sequence[tuple[str, Any]] = ()  # (dotted key, value)
+    data_dir: Path | None = None
+    model: str | Callable[..., Any] | None = None  # MODULE:FUNCTION, or the function
+    concurrency: int | None = None
+    address: str | None = None
+    retrain: bool = True
+
+
+def new_run(spec: Path | None) -> str:
+    """A folder under `runs/`, named by the spec and the time."""
+    return f"runs/{(spec or specs.DEFAULT).stem}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def work(run: RunFiles, request: Request) -> Spec:
+    """All stages of a run, each skipped where it is done already -> its spec.
+
+    Raises Refused on bad input, and NothingFound.
+    """
+    # torch and Ray take seconds to import: what is refused does not wait for them.
+    from tuner import own_model
+    from tuner.extractors import load_extractors
+    from tuner.workspace import Workspace, keep_held_out, load_data, require_fit
+
+    try:
+        own, named = own_model.load(request.model)
+        spec = load_spec(run, request, named)
+        tested = run.summary().test
+        if run.report.exists() and run.export.exists() and tested and (tested.retrained or not request.retrain):
+            return spec
+        load_extractors(run)
+        data = load_data(run, spec)
+        require_fit(run, spec, data)
+        own_model.check(spec, data.shape, own)
+    except ValueError as error:
+        raise Refused(str(error)) from error
+
+    from tuner.cluster import cluster
+    from tuner.export import export_stage
+    from tuner.extractors import FeatureExtractors
+    from tuner.pool import RayPool
+    from tuner.promote import promote_stage
+    from tuner.report import report_stage
+    from tuner.retrain import retrain
+    from tuner.scoring import Bench
+    from tuner.trials import search_stage
+
+    with run.claimed():
+        if not run.spec.exists():
+            write_atomic(run.spec, spec.to_yaml())
+        if not run.held_out.exists():
+            keep_held_out(run, data)
+        with cluster(request.address, request.concurrency, spec.resources):
+            pool = RayPool(spec, data, own, request.concurrency)
+            rows: list[dict[str, Any]] = []
+            if not run.summary().best:
+                extractors = FeatureExtractors(run, spec, data, pool(Bench(spec, data, {})))
+                rows = search_stage(run, spec, pool, extractors)
+                require_found(rows)
+            workspace = Workspace(run, spec, data, load_extractors(run), own, pool)
+            if rows:
+                promote_stage(workspace, rows)
+            if request.retrain and not run.summary().retrain:
+                retrain(workspace, pool)
+            run.report.unlink(missing_ok=True)  # a report is the last thing a finished run gets
+            export_stage(workspace, pool)
+        report_stage(run, own)
+    return spec
+
+
+def require_found(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Raises NothingFound where a search has found nothing to go on with."""
+    if not rows:
+        raise NothingFound("no trial was started within budget.time_limit")
+    if rows[BASELINE]["state"] == "failed" or not rows[BASELINE]["epochs_trained"]:
+        everything = all(row["state"] == "failed" for row in rows)
+        reasons = Counter(row["reason"] for row in (rows if everything else rows[: BASELINE + 1]))
+        subject = "every trial failed" if everything else "the baseline was never scored"
+        raise NothingFound(f"{subject}: {reasons.most_common(1)[0][0]}")
+
+
+def load_spec(run: RunFiles, request: Request, own: OwnModelSpec | None = None) -> Spec:
+    """The spec to work by, `own` being the code of a model of the user's own.
+
+    Raises ValueError where it is no good or the run belongs to another.
+    """
+    if request.concurrency is not None and request.concurrency < 1:
+        raise ValueError(f"concurrency {request.concurrency}: expected 1 or more")
+    started = run.spec.exists()
+    overrides = [*request.overrides, *([("own_model", own.model_dump())] if own else [])]
+    spec = specs.load(request.spec or (run.spec if started else specs.DEFAULT), overrides)
+    spec = spec.with_data_at(request.data_dir)
+    begun = specs.load(run.spec) if started else spec
+    begun.require_model(own)
+    if started:
+        differences = spec.differences(begun)
+        if differences:
+            raise ValueError(f"{run.shown}: belongs to another spec: {'; '.join(differences)}")
+    elif run.is_foreign():
+        raise ValueError(f"{run.shown}: exists and is not a run directory")
+    return spec
