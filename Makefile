@@ -6,20 +6,35 @@
 # make bench-step, bench-search, bench-fused: the training step, the search and fused trials against plain references;
 #              QUICK=1 for the short form, DATA=DIR for the MNIST that lies there.
 # make chaos:  30 small runs, each killed at random moments and taken up again; about 40 minutes.
-PYTHON ?= python3
+# wheel:       dist/*.whl, which works alone.
+FITS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))
+PYTHON ?= $(shell for it in python3 python3.14 python3.13 python3.12 python3.11; do \
+	if $$it -c "$(FITS)" 2>/dev/null; then echo $$it; break; fi; done)
 BIN := .venv/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --root-user-action=ignore --constraint constraints.txt
 
-.PHONY: install search test check docs long chaos lint types contracts constraints clean bench-step bench-search bench-fused
+.PHONY: install search test check docs long chaos lint types contracts constraints wheel clean bench-step bench-search bench-fused
 
 install: .venv/installed
 
-.venv/installed: pyproject.toml constraints.txt
+.venv/python:
+	@test -n "$(PYTHON)" || { echo "error: this takes a Python from 3.11 to 3.14, and none is on the PATH; or name one: make PYTHON=..." >&2; exit 2; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[export,dev]"
 	touch $@
 
-search: install
+.venv/runtime: .venv/python pyproject.toml constraints.txt
+	$(PIP) --editable ".[export]"
+	touch $@
+
+.venv/installed: .venv/runtime
+	$(PIP) --editable ".[export,dev]"
+	touch $@
+
+search: .venv/runtime
 	$(BIN)/python -m tuner.search
+
+wheel: .venv/runtime
+	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 
 test: install
 	$(BIN)/python -m pytest
@@ -54,4 +69,4 @@ constraints: install
 	$(BIN)/pip freeze --all --exclude-editable --exclude pip | sed 's/+cpu//' > constraints.txt
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs dist build

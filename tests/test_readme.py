@@ -124,9 +124,7 @@ def use(words: list[str], finished_run: RunFiles) -> None:
 
 
 def check_spec(words: list[str], finished_run: RunFiles) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["tuner.spec", *words])
-        assert tuner.spec.main() == 0
+    assert tuner.spec.main(words) == 0
 
 
 def tensorboard(words: list[str], finished_run: RunFiles) -> None:

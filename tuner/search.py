@@ -12,6 +12,7 @@ from rich.table import Table
 from tuner import yaml_text
 from tuner.exits import command, refuse, resumable
 from tuner.job import NothingFound, Request, new_run, work
+from tuner.spec import shipped
 from tuner.storage import opened
 from tuner.terminal import console, final_words, status_words
 from tuner.vae.errors import Refused
@@ -22,6 +23,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse(given)
     if arguments.status:
         return status(arguments.status)
+    if arguments.specs:
+        firsts = {name: path.read_text().splitlines()[1] for name, path in shipped().items()}
+        return show([f"{name:<22} {line.removeprefix('# ').partition('.')[0]}" for name, line in firsts.items()])
     named: list[str] = []
     if arguments.run is None:
         arguments.run = new_run(arguments.spec)
@@ -39,7 +43,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         prog="python -m tuner.search",
         description="Search, promote, retrain and export a VAE; on a run that was cut off, go on with it.",
     )
-    parser.add_argument("spec", nargs="?", type=Path, help="what to search (default: the embedded digits)")
+    parser.add_argument("spec", nargs="?", type=Path, help="a file, or the name of a shipped spec (default: digits)")
     parser.add_argument("--run", metavar="DIR", help="run directory or URL (default: runs/SPEC-TIME)")
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="where images lie or are downloaded to")
     parser.add_argument("--model", metavar="MODULE:FUNCTION", help="what makes a model of your own; its code is run")
@@ -51,6 +55,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--address", metavar="ADDR", help="join this Ray cluster (default: RAY_ADDRESS, or start one)")
     parser.add_argument("--no-retrain", action="store_true", help="export the best trial as the search left it")
     parser.add_argument("--status", metavar="RUN", help="show how a run stands, and do nothing else")
+    parser.add_argument("--specs", action="store_true", help="list the shipped specs, and do nothing else")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key of the spec, dotted")
     return parser.parse_args(argv)
 

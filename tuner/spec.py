@@ -400,12 +400,12 @@ def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """`python -m tuner.spec --schema` prints the JSON schema; with files, checks them."""
     parser = argparse.ArgumentParser(prog="python -m tuner.spec", description="Check spec files or print their schema.")
     parser.add_argument("spec", nargs="*", type=Path, help="spec files to check")
     parser.add_argument("--schema", action="store_true", help="print the schema that editors complete the YAML with")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.schema:
         print(schema(), end="")
     for path in arguments.spec:
