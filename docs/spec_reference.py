@@ -140,6 +140,10 @@ def keys(node: Node, definitions: Node, prefix: str = "") -> Iterator[tuple[str,
         yield f"`{prefix}{name}`", of, "" if is_part else default, bounds(inner), escaped(meaning)
         if is_part:
             yield from keys(inner, definitions, f"{prefix}{name}.")
+        forms = entry.get("anyOf", ())
+        optional = next((resolved(part, definitions) for part in forms if "$ref" in part), {})
+        if {"type": "null"} in forms and "properties" in optional:
+            yield from keys(optional, definitions, f"{prefix}{name}.")
         item = next((resolved(part, definitions) for part in listed(inner)), {})
         if "properties" in item:
             yield from keys(item, definitions, f"{prefix}{name}[].")

@@ -53,6 +53,30 @@ def test_with_nothing_to_wait_for_or_little_time_the_baseline_is_first(tmp_path,
     assert StudySearcher(study_in(tmp_path, spec), spec).suggest("a")["trial"] == BASELINE
 
 
+@pytest.mark.parametrize(
+    ("values", "ends"),
+    [
+        ([10, 5, 4.9, 4.8, 4.6], True),  # 4.5 would have been better by a tenth
+        ([10, 5, 4.9, 4.8, 4.4], False),
+        ([5, 6, 7], False),  # none came before the last three
+        ([5, 6, 7, 8], True),
+    ],
+)
+def test_a_search_that_has_stopped_improving_ends_but_for_the_baseline(tmp_path, values, ends):
+    spec = spec_with(budget=ONE_RUNG | {"trials": 50, "plateau": {"trials": 3, "min_improvement": 0.1}})
+    searcher = StudySearcher(study_in(tmp_path, spec), spec)
+    for index, value in enumerate(values):
+        assert searcher.suggest(f"ray-{index}")["trial"] == index + 1
+        searcher.on_trial_complete(f"ray-{index}", evaluation(value))
+    again = StudySearcher(study_in(tmp_path, spec), spec)
+    assert (searcher.remaining, again.remaining) == ((1, 1) if ends else (50 - len(values),) * 2)
+    assert (searcher.suggest("next")["trial"] == BASELINE) == ends
+    if ends:
+        assert searcher.suggest("another") is None
+        searcher.on_trial_complete("next", evaluation(99))
+        assert searcher.suggest("last") == Searcher.FINISHED
+
+
 def test_the_points_to_try_first_come_first_and_in_order(tmp_path):
     first = [
         {"latent_dim": 5, "learning_rate": 0.002, "kl_weight": 0.5},

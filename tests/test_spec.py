@@ -612,3 +612,24 @@ def test_a_feature_extractor_that_can_not_be_read_is_refused_by_name(search, tmp
     path = tmp_path / name
     with pytest.raises(ValueError, match=rf"features: {re.escape(str(path))}: .+"):
         specs.load(search, [("features", str(path))])
+
+
+# Epochs laid over a spec
+
+
+@pytest.mark.parametrize(
+    ("overrides", "epochs", "grace"),
+    [
+        ([("budget.max_epochs", 2)], 2, 2),
+        ([("budget.max_epochs", 0.5)], 0.5, 0.5),
+        ([("budget.max_epochs", 40)], 40, 6),
+    ],
+)
+def test_fewer_epochs_than_the_first_rungs_lower_that_rung(overrides, epochs, grace):
+    budget = specs.load(DEFAULT, overrides).budget
+    assert (budget.max_epochs, budget.grace_epochs) == (epochs, grace)
+
+
+def test_a_grace_that_is_given_too_is_what_was_meant():
+    with pytest.raises(ValueError, match=r"budget\.grace_epochs: 3 is above max_epochs 2"):
+        specs.load(DEFAULT, [("budget.max_epochs", 2), ("budget.grace_epochs", 3)])

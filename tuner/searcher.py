@@ -15,7 +15,7 @@ from ray.tune.search import Searcher
 
 from tuner.exits import fatal
 from tuner.spec import Spec
-from tuner.study import BASELINE, Study, distributions
+from tuner.study import BASELINE, Study, distributions, evaluations
 from tuner.vae.metrics import METRICS
 from tuner.vae.parameters import Parameters
 from tuner.vae.seeds import Stream, derive_seed
@@ -54,9 +54,24 @@ class StudySearcher(Searcher):
 
     @property
     def remaining(self) -> int:
-        """Trials still to be started: those cut off or put back, and those never proposed."""
-        begun = sum(trial.state != TrialState.WAITING for trial in self.study.known())
-        return max(0, self.spec.budget.trials - begun) + len(self.unfinished)
+        """Trials still to be started: those cut off or put back, and those never proposed; on a plateau of these the
+        baseline alone."""
+        states = [trial.state for trial in self.study.known()] or [TrialState.WAITING]
+        begun = sum(state != TrialState.WAITING for state in states)
+        new = states.count(TrialState.WAITING) if self.on_plateau else self.spec.budget.trials - begun
+        return max(0, new) + len(self.unfinished)
+
+    @property
+    def on_plateau(self) -> bool:
+        """Whether the last trials to end have not improved on those before them as `budget.plateau` wants."""
+        plateau, objective = self.spec.budget.plateau, self.spec.trial_objective
+        ended = [trial for trial in self.study.known() if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)]
+        if plateau is None or len(ended) <= plateau.trials:
+            return False
+        ended.sort(key=lambda trial: (trial.datetime_complete, trial.number))
+        costs = [min((objective.cost(found) for found in evaluations(trial)), default=math.inf) for trial in ended]
+        before, last = min(costs[: -plateau.trials]), min(costs[-plateau.trials :])
+        return last > before - plateau.min_improvement * abs(before)
 
     @fatal
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
@@ -76,7 +91,7 @@ class StudySearcher(Searcher):
         known = self.study.known()
         others, number = len(known) - 1, len(known)
         if known[BASELINE].state == TrialState.WAITING and (
-            self.spec.budget.time_limit or 4 * others >= self.spec.budget.trials - 1
+            self.spec.budget.time_limit or self.on_plateau or 4 * others >= self.spec.budget.trials - 1
         ):
             number = self.study.ask().number  # Optuna gives out what waits
         else:

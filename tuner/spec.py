@@ -61,6 +61,14 @@ class Objective(Frozen):
 DRAWN_BEST = Objective.model_validate("frechet_distance")
 
 
+class Plateau(Frozen):
+    """When a search has stopped improving."""
+
+    trials: Whole = Field(ge=1, description="so many ended trials in a row")
+    min_improvement: Real = Field(0.01, ge=0, lt=1)
+    """that brought the best objective down, or up, by less than this share of it"""
+
+
 class Budget(Frozen):
     """How much is searched, and when weak trials are stopped."""
 
@@ -72,6 +80,7 @@ class Budget(Frozen):
     """one trial in this many goes on at each rung; each rung is this many times the one before"""
     time_limit: Seconds | None = None
     """ends the search after so long: a number of seconds, or 90s, 30m, 1.5h; without, never"""
+    plateau: Plateau | None = Field(None, description="ends the search where it has stopped improving; without, never")
 
     @property
     def rungs(self) -> tuple[float, ...]:
@@ -295,7 +304,8 @@ class Spec(Frozen):
         """Keys whose values differ, as 'key: ours, theirs'; places and the time limit don't count."""
         ours, theirs = _flatten(self.model_dump(mode="json")), _flatten(other.model_dump(mode="json"))
         free = {"data.directory", "data.file", "data.download", "features"}  # the program's hash says which it is
-        free |= {"budget.time_limit", "resources.cpu", "resources.gpu", "execution"}
+        free |= {"budget.time_limit", "budget.plateau", "budget.plateau.trials", "budget.plateau.min_improvement"}
+        free |= {"resources.cpu", "resources.gpu", "execution"}
         return [
             f"{key}: {ours.get(key, 'unset')} here, {theirs.get(key, 'unset')} there"
             for key in sorted(ours.keys() | theirs.keys())
@@ -333,10 +343,20 @@ def load(source: Path | Mapping[str, Any], overrides: Sequence[tuple[str, Any]] 
         raise ValueError(f"{named}: expected a mapping with space, budget, ..., found {type(raw).__name__}")
     for key, value in overrides:
         yaml_text.put(raw, key, value)
+    _lower_grace(raw, dict(overrides))
     try:
         return Spec.model_validate(raw)
     except ValidationError as error:
         raise ValueError(f"{named}: {_one_line(error)}") from error
+
+
+def _lower_grace(raw: dict[str, Any], laid_over: Mapping[str, Any]) -> None:
+    """Where max_epochs alone is laid over a spec, its grace_epochs are no more than that."""
+    most, budget = laid_over.get("budget.max_epochs"), raw.get("budget")
+    if isinstance(most, int | float) and isinstance(budget, dict) and "budget.grace_epochs" not in laid_over:
+        grace = budget.get("grace_epochs", Budget().grace_epochs)
+        if isinstance(grace, int | float) and grace > most:
+            budget["grace_epochs"] = most
 
 
 def schema() -> str:
