@@ -63,7 +63,8 @@ default.
 RULES = """\
 Besides these ranges:
 
-- A parameter is searched or fixed, not both. Both ends of a range and all choices must be allowed values of it.
+- A parameter is searched or fixed, not both; but one with `when` may be fixed for elsewhere. Both ends of a range and
+  all choices must be allowed values of it.
 - A point in `points_to_evaluate` names searched parameters only, with values that its range can propose.
 - `loss` is refused as the objective while `kl_weight`, `likelihood`, `model` or `kl_warmup_epochs` is searched.
 - `nll` needs `fixed.likelihood: bernoulli`. `model: autoencoder` has no `calibrated_nll`, `rate` and `nll`.

@@ -112,6 +112,33 @@ def test_a_space_without_the_classic_point_still_runs_it_and_still_searches_all_
     assert np.median(end) < 0.3 * np.median(start)  # it learns all the same
 
 
+CONDITIONAL = {
+    "prior_components": {"type": "int", "low": 2, "high": 9, "when": {"prior": "gaussian_mixture"}},
+    "prior": {"choices": ["standard_normal", "gaussian_mixture", "flow"]},
+    "latent_dim": {"type": "int", "low": 3, "high": 20},
+}
+
+
+def test_what_depends_on_another_parameter_is_searched_only_where_that_has_the_value(tmp_path):
+    first = {"prior": "gaussian_mixture", "prior_components": 7}
+    spec = spec_with(space=CONDITIONAL, budget=ONE_RUNG | {"trials": 40}, points_to_evaluate=[first])
+    searcher = StudySearcher(study_in(tmp_path, spec), spec)
+    for index in range(40):
+        parameters = searcher.suggest(f"ray-{index}")["parameters"]
+        searcher.on_trial_complete(f"ray-{index}", evaluation(parameters["latent_dim"]))
+    _, point, *proposed = searcher.study.known()
+    assert first.items() <= point.params.items()
+    components: dict[str, set[int]] = {name: set() for name in CONDITIONAL["prior"]["choices"]}
+    for trial in proposed:
+        prior, parameters = trial.params["prior"], trial.user_attrs["parameters"]
+        assert ("prior_components" in trial.params) == (prior == "gaussian_mixture")
+        assert trial.params.items() <= parameters.items()
+        components[prior].add(parameters["prior_components"])
+    assert components["flow"] == components["standard_normal"] == {CLASSIC.prior_components}
+    assert len(components["gaussian_mixture"]) > 2
+    assert min(trial.params["latent_dim"] for trial in proposed) == 3
+
+
 def test_bounds_are_inclusive_at_both_ends(tmp_path):
     space = {
         "latent_dim": {"type": "int", "low": 15, "high": 16},

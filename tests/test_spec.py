@@ -633,3 +633,50 @@ def test_fewer_epochs_than_the_first_rungs_lower_that_rung(overrides, epochs, gr
 def test_a_grace_that_is_given_too_is_what_was_meant():
     with pytest.raises(ValueError, match=r"budget\.grace_epochs: 3 is above max_epochs 2"):
         specs.load(DEFAULT, [("budget.max_epochs", 2), ("budget.grace_epochs", 3)])
+
+
+# Conditions
+
+
+@pytest.mark.parametrize(
+    ("when", "points", "said"),
+    [
+        ({"kl_weight": 1}, [], r"space\.latent_dim\.when\.kl_weight: not a searched parameter"),
+        (
+            {"prior": "matched_mixture"},
+            [],
+            r"space\.latent_dim\.when\.prior: 'matched_mixture' is outside of space\.prior",
+        ),
+        ({"width": 16}, [], r"space\.(latent_dim|width)\.when: circular: "),
+        (
+            {"prior": "flow"},
+            [{"latent_dim": 4}],
+            r"points_to_evaluate\.0\.latent_dim: searched only where {prior: flow} is",
+        ),
+    ],
+)
+def test_conditions_name_other_searched_parameters_and_values_of_theirs(when, points, said):
+    space = {
+        "latent_dim": {"choices": [4, 8], "when": when},
+        "width": {"choices": [16, 32], "when": {"latent_dim": 4}},
+        "prior": {"choices": ["flow", "gaussian_mixture"]},
+    }
+    with pytest.raises(ValueError, match=said):
+        specs.load({"space": space, "points_to_evaluate": points})
+
+
+def test_a_condition_holds_only_where_that_of_the_other_does():
+    space = {
+        "width": {"choices": [16, 32], "when": {"latent_dim": 4}},
+        "latent_dim": {"choices": [4, 8], "when": {"prior": "flow"}},
+        "prior": {"choices": ["flow", "gaussian_mixture"]},
+    }
+    spec = specs.load({"space": space})
+    assert spec.in_order() == ["prior", "latent_dim", "width"]
+    assert spec.searched({"prior": "flow", "latent_dim": 4, "width": 16}) == ["width", "latent_dim", "prior"]
+    assert spec.searched({"prior": "flow", "latent_dim": 8, "width": 16}) == ["latent_dim", "prior"]
+    assert spec.searched({"prior": "gaussian_mixture", "latent_dim": 4, "width": 16}) == ["prior"]
+    assert spec.baseline_point() is None
+    fixed = specs.load({"space": space, "fixed": {"width": 8}})
+    assert fixed.parameters({"latent_dim": 8}).width == 8
+    assert fixed.parameters({"latent_dim": 4, "width": 16}).width == 16

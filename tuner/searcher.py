@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 from ray.tune.experiment import Trial as RayTrial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
@@ -102,9 +103,10 @@ class StudySearcher(Searcher):
 
     def _add(self, state: TrialState, parameters: Parameters, params: dict[str, Any] | None) -> None:
         """In one write, so that a kill leaves a whole trial or none. Without `params` it is none of the space."""
-        known, attributes = self.distributions if params else {}, {"parameters": parameters.model_dump()}
+        params, attributes = params or {}, {"parameters": parameters.model_dump()}
+        known = {name: self.distributions[name] for name in params}
         self.study.add_trial(
-            optuna.trial.create_trial(state=state, params=params or {}, distributions=known, user_attrs=attributes)
+            optuna.trial.create_trial(state=state, params=params, distributions=known, user_attrs=attributes)
         )
 
     def _sample(self, known: list[FrozenTrial], number: int, fixed: dict[str, Any] | None) -> dict[str, Any]:
@@ -118,7 +120,11 @@ class StudySearcher(Searcher):
         scratch.add_trials([trial for trial in known if trial.state != TrialState.WAITING])
         if fixed:
             scratch.enqueue_trial(fixed)
-        return scratch.ask(fixed_distributions=self.distributions).params
+        trial = scratch.ask()
+        for name in self.spec.in_order():
+            if self.spec.is_searched(name, trial.params):
+                suggest(trial, name, self.distributions[name])
+        return trial.params
 
     @fatal
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
@@ -178,6 +184,16 @@ class StudySearcher(Searcher):
 
     def restore(self, checkpoint_path: str) -> None:
         """Nothing to restore: the journal holds all."""
+
+
+def suggest(trial: optuna.trial.Trial, name: str, distribution: BaseDistribution) -> None:
+    """Have a parameter proposed."""
+    if isinstance(distribution, CategoricalDistribution):
+        trial.suggest_categorical(name, distribution.choices)
+    elif isinstance(distribution, IntDistribution):
+        trial.suggest_int(name, distribution.low, distribution.high, step=distribution.step, log=distribution.log)
+    elif isinstance(distribution, FloatDistribution):
+        trial.suggest_float(name, distribution.low, distribution.high, step=distribution.step, log=distribution.log)
 
 
 class FinalistSearcher(StudySearcher):

@@ -12,7 +12,13 @@ Real = Annotated[float, Strict()]
 NEAR = 0.05  # of a range
 
 
-class _Range(Frozen):
+class _Entry(Frozen):
+    when: dict[str, Value] = Field({})
+    """searched only where other searched parameters have these values; elsewhere the parameter has its fixed or default
+    value"""
+
+
+class _Range(_Entry):
     """Numbers from low to high, both included, `step` apart where there is one."""
 
     log: bool = Field(False, description="sample evenly on a logarithmic scale; needs low above 0, excludes step")
@@ -74,7 +80,7 @@ class FloatRange(_Range):
     step: Real | None = Field(None, gt=0, description="the distance between two values; without, any value in between")
 
 
-class Choices(Frozen):
+class Choices(_Entry):
     """One of a list of values."""
 
     choices: tuple[Value, ...] = Field(min_length=1, description="the values")

@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import graphlib
 import hashlib
 import json
 import math
@@ -199,16 +200,30 @@ class Spec(Frozen):
                 raise ValueError(f"space.{name}: takes whole numbers, so type: int")
             for value in entry.ends():
                 _check_parameter(f"space.{name}", name, value)
-            if name in self.fixed:
+            if name in self.fixed and not entry.when:
                 raise ValueError(f"fixed.{name}: it is searched in space too")
+            for parent, value in entry.when.items():
+                if parent not in self.space:
+                    raise ValueError(f"space.{name}.when.{parent}: not a searched parameter")
+                if not self.space[parent].contains(value):
+                    raise ValueError(f"space.{name}.when.{parent}: {value!r} is outside of space.{parent}")
         for name, value in self.fixed.items():
             _check_parameter(f"fixed.{name}", name, value)
+        try:
+            self.in_order()
+        except graphlib.CycleError as error:
+            raise ValueError(f"space.{error.args[1][0]}.when: circular: {' -> '.join(error.args[1])}") from error
         for index, point in enumerate(self.points_to_evaluate):
             for name, value in point.items():
                 if name not in self.space:
                     raise ValueError(f"points_to_evaluate.{index}.{name}: not a searched parameter")
                 if not self.space[name].contains(value):
                     raise ValueError(f"points_to_evaluate.{index}.{name}: {value!r} is outside of space.{name}")
+                if not self.is_searched(name, point):
+                    when = ", ".join(f"{other}: {wanted}" for other, wanted in self.space[name].when.items())
+                    raise ValueError(
+                        f"points_to_evaluate.{index}.{name}: searched only where {{{when}}} is in the point"
+                    )
         metrics = [objective.metric for objective in self.objective]
         if len(set(metrics)) < len(metrics):
             raise ValueError("objective: a metric is named twice")
@@ -232,6 +247,21 @@ class Spec(Frozen):
                 f"budget.grace_epochs: {self.budget.grace_epochs:g} is above max_epochs {self.budget.max_epochs:g}"
             )
         return self
+
+    def in_order(self) -> list[str]:
+        """The searched parameters, each after those that it depends on, else as they stand."""
+        if not any(entry.when for entry in self.space.values()):
+            return list(self.space)
+        return list(graphlib.TopologicalSorter({name: entry.when for name, entry in self.space.items()}).static_order())
+
+    def is_searched(self, name: str, values: Mapping[str, Value]) -> bool:
+        """Whether a parameter of the space is searched where others have these values."""
+        conditions = self.space[name].when.items()
+        return all(values.get(other) == wanted and self.is_searched(other, values) for other, wanted in conditions)
+
+    def searched(self, values: Mapping[str, Value]) -> list[str]:
+        """The parameters of the space that are searched where they have these values; what is not there is left out."""
+        return [name for name in self.space if name in values and self.is_searched(name, values)]
 
     def values(self, name: str) -> list[Value]:
         """What a parameter can be: the ends of its range or its choices, or the one value that all trials share."""
@@ -259,7 +289,8 @@ class Spec(Frozen):
 
     def baseline_point(self) -> dict[str, Value] | None:
         """The baseline as a point of the space, or None where the space can't express it."""
-        point = {name: getattr(self.baseline, name, math.nan) for name in self.space}
+        full = {name: getattr(self.baseline, name, math.nan) for name in self.space}
+        point = {name: value for name, value in full.items() if self.is_searched(name, full)}
         inside = all(self.space[name].contains(value) for name, value in point.items())
         return point if inside and self.parameters(point) == self.baseline else None
 

@@ -80,7 +80,7 @@ class TensorBoard:
 
     def start_trial(self, number: int, parameters: Mapping[str, Any]) -> None:
         """Name the trial and its parameters, so that HParams lists it from its first second."""
-        searched = {name: parameters[name] for name in self.spec.space if name in parameters}
+        searched = {name: parameters[name] for name in self.spec.searched(parameters)}
         shown = [
             f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}" for name, value in searched.items()
         ]

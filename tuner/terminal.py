@@ -134,14 +134,15 @@ def chosen_words(promotion: Sequence[Promoted]) -> str:
 
 def searched_words(found: Mapping[str, Any], spec: Spec) -> str:
     """What a trial's searched parameters are; classic settings have no options of a user's own model."""
-    return ", ".join(f"{name} {text(found[name])}" for name in spec.space if name in found)
+    return ", ".join(f"{name} {text(found[name])}" for name in spec.searched(found))
 
 
 def edges(found: Mapping[str, Any], spec: Spec) -> list[str]:
     """Which parameters of a winner stand at an end of their range: better ones may lie beyond."""
     notes = []
-    for name, entry in spec.space.items():
-        if name not in found or isinstance(entry, Choices):
+    for name in spec.searched(found):
+        entry = spec.space[name]
+        if isinstance(entry, Choices):
             continue
         end = entry.end_near(found[name])
         if end:
