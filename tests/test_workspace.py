@@ -30,7 +30,7 @@ from tuner.vae.parameters import Parameters
 from tuner.vae.prior import fit_mixture, standard_normal
 from tuner.vae.shape import ImageShape
 from tuner.vae.step import State
-from tuner.workspace import Checkpoints, keep_held_out, open_workspace, read_held_out, require_fit
+from tuner.workspace import Checkpoints, held_out_bytes, open_workspace, read_held_out, require_fit
 
 build = Builder(ImageShape(1, 28, 28))
 
@@ -157,7 +157,7 @@ def test_an_extractor_comes_back_as_it_was_kept_and_another_file_in_its_place_is
 
 
 def test_held_out_images_come_back_and_what_is_damaged_or_of_another_shape_is_refused(run, workspace):
-    keep_held_out(run, workspace.data)
+    write_atomic(run.held_out, held_out_bytes(workspace.data))
     shape, whole = workspace.data.shape, run.held_out.read_bytes()
     expected = as_floats(evenly_spaced(workspace.data.validation.images))
     assert torch.equal(read_held_out(run, shape), expected)

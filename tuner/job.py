@@ -42,9 +42,9 @@ def work(run: RunFiles, request: Request) -> Spec:
     Raises Refused on bad input, and NothingFound.
     """
     # torch and Ray take seconds to import: what is refused does not wait for them.
-    from tuner import own_model
+    from tuner import own_model, warm_start
     from tuner.extractors import load_extractors
-    from tuner.workspace import Workspace, keep_held_out, load_data, require_fit
+    from tuner.workspace import Workspace, held_out_bytes, load_data, require_fit
 
     try:
         own, named = own_model.load(request.model)
@@ -56,6 +56,8 @@ def work(run: RunFiles, request: Request) -> Spec:
         data = load_data(run, spec)
         require_fit(run, spec, data)
         own_model.check(spec, data.shape, own)
+        held_out = held_out_bytes(data)
+        earlier = warm_start.gather(run, spec, held_out)
     except ValueError as error:
         raise Refused(str(error)) from error
 
@@ -73,7 +75,8 @@ def work(run: RunFiles, request: Request) -> Spec:
         if not run.spec.exists():
             write_atomic(run.spec, spec.to_yaml())
         if not run.held_out.exists():
-            keep_held_out(run, data)
+            write_atomic(run.held_out, held_out)
+        warm_start.take_over(run, spec, earlier)
         with cluster(request.address, request.concurrency, spec.resources):
             pool = RayPool(spec, data, own, request.concurrency)
             rows: list[dict[str, Any]] = []

@@ -45,7 +45,7 @@ class StudySearcher(Searcher):
     def __init__(self, study: Study, spec: Spec, capacity: Callable[[], float] = lambda: math.inf):
         super().__init__(metric=[o.metric for o in spec.objective], mode=[o.direction[:3] for o in spec.objective])
         self.study, self.spec, self.capacity = study, spec, capacity
-        self.distributions = distributions(spec)
+        self.distributions, self.foreign = distributions(spec), study.foreign()
         self.live: dict[str, optuna.trial.Trial] = {}  # by Ray's trial id
         self.unfinished = [trial for trial in study.known() if trial.state == TrialState.RUNNING]
 
@@ -117,6 +117,7 @@ class StudySearcher(Searcher):
             # group: a baseline outside of the space is a trial without parameters, which must not empty the space
             sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, constant_liar=True)
         scratch = optuna.create_study(sampler=sampler, directions=self.study.directions)
+        scratch.add_trials(self.foreign)
         scratch.add_trials([trial for trial in known if trial.state != TrialState.WAITING])
         if fixed:
             scratch.enqueue_trial(fixed)

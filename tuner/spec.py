@@ -168,6 +168,9 @@ class Spec(Frozen):
     """the SHA-256 of that file, in hex; by default that of the file as it is"""
     own_model: OwnModelSpec | None = None
     """which code model own is: noted from --model, so that a run goes on with no other; never imported from here"""
+    warm_start: tuple[Path, ...] = ()
+    """directories of earlier runs on the same images: the sampler knows their finished trials as far as they are points
+    of this space, and the run scores with their feature extractors"""
     seed: Whole = Field(0, ge=0, lt=2**32)
     """what all random numbers of a run are derived from; the splits of the data do not depend on it"""
 

@@ -23,7 +23,7 @@ from tuner.vae.metrics import METRICS, gap_closed
 from tuner.vae.parameters import Parameters
 
 BASELINE = 0  # the trial of the classic settings
-SEARCH, RETRAIN = "search", "retrain"  # the studies in a run's journal
+SEARCH, RETRAIN, WARM_START = "search", "retrain", "warm_start"  # the studies in a run's journal
 NEEDED = ("epoch", "seconds_train", "seconds_score", "frechet_distance", "frechet_distance_standard_normal")
 ENDED = ("complete", "pruned", "failed")
 STATES = {
@@ -56,6 +56,11 @@ class Study(optuna.Study):
     def known(self) -> list[FrozenTrial]:
         """All trials by number, not to be changed."""
         return self.get_trials(deepcopy=False)
+
+    def foreign(self) -> list[FrozenTrial]:
+        """Those of earlier runs that the sampler knows, too."""
+        names = optuna.get_all_study_names(self.storage)
+        return Study(self.storage, WARM_START).known() if WARM_START in names else []
 
     def trial(self, number: int) -> optuna.trial.Trial:
         """A trial to write to."""
@@ -98,14 +103,14 @@ def read_study(journal: Path, name: str = SEARCH) -> Study | None:
 
 
 def _load(journal: Path, spec: Spec | None, name: str) -> Study | None:
-    """None where there is no retrain yet and none is to be made."""
+    """None where there is no such study beside the search's yet and none is to be made."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
         storage = JournalStorage(JournalFileBackend(str(journal), lock_obj=RunLock()))  # type: ignore[arg-type]
         if spec:
             directions = [objective.direction for objective in spec.objective]
             optuna.create_study(storage=storage, study_name=name, directions=directions, load_if_exists=True)
-        elif name == RETRAIN and name not in optuna.get_all_study_names(storage):
+        elif name != SEARCH and name not in optuna.get_all_study_names(storage):
             return None
         study = Study(storage, name)
         study.known()

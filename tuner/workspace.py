@@ -11,7 +11,7 @@ from torch import Tensor
 from tuner import own_model, sources
 from tuner import spec as specs
 from tuner.extractors import load_extractors, read_program
-from tuner.run import RunFiles, write_atomic
+from tuner.run import RunFiles
 from tuner.scoring import Bench, Pool, Workers
 from tuner.spec import Spec
 from tuner.study import BASELINE
@@ -97,13 +97,13 @@ def load_data(run: RunFiles, spec: Spec) -> Data:
         return sources.load(spec.data, run.images, progress.show)
 
 
-def keep_held_out(run: RunFiles, data: Data) -> None:
-    """Write some validation images, for a report that is made from the run's files alone."""
-    write_atomic(run.held_out, save({"images": evenly_spaced(data.validation.images)}))
+def held_out_bytes(data: Data) -> bytes:
+    """Some validation images as a file of the run, whose report is made from the run's files alone."""
+    return save({"images": evenly_spaced(data.validation.images)})
 
 
 def read_held_out(run: RunFiles, shape: ImageShape) -> Tensor:
-    """What `keep_held_out` wrote: images (40, C, H, W) in [0, 1]. Raises Refused where it is damaged."""
+    """What is in `held_out`: images (40, C, H, W) in [0, 1]. Raises Refused where it is damaged."""
     with refusing(f"{run.name_of(run.held_out)}: not readable as images", OSError, SafetensorError, KeyError):
         images = load(run.held_out.read_bytes())["images"]
     if images.dtype != torch.uint8 or tuple(images.shape) != (HELD_OUT, *shape):
