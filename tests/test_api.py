@@ -127,9 +127,7 @@ def test_arrays_are_tuned_from_python_and_the_same_call_finds_them_done(tmp_path
     monkeypatch.chdir(tmp_path)
     small, labels = load_digits(return_X_y=True)
     images = np.kron(small.reshape(-1, 8, 8) / 16, np.ones((1, 2, 2))).clip(0, 1)
-    wanted = dict(
-        spec=SPEC, data=(images, labels), trials=2, max_epochs=1, no_retrain=True, **{"budget.grace_epochs": 1}
-    )
+    wanted = {"spec": SPEC, "data": (images, labels), "trials": 2, "max_epochs": 1, "budget.grace_epochs": 1}
     result = tuner.tune(**wanted, no_retrain=True)
     assert result.path.parent == Path("runs")
     assert result.spec.data.name == "arrays"
