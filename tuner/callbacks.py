@@ -4,6 +4,7 @@ Tune calls these from its loop. What goes wrong in them ends the command, not a 
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from ray import tune
@@ -11,12 +12,14 @@ from ray import tune
 from tuner.cluster import require_ray
 from tuner.exits import fatal
 from tuner.extractors import FeatureExtractors
+from tuner.loggers import Trackers
 from tuner.promote import contenders
 from tuner.run import RunFiles, write_atomic
 from tuner.spec import Spec
 from tuner.study import BASELINE, ENDED, SEARCH, Study, table
 from tuner.tensorboard import TensorBoard
 from tuner.terminal import Progress, finalists_line, search_line
+from tuner.vae.image_grid import png
 
 
 class SearchCallback(tune.Callback):
@@ -108,6 +111,50 @@ class KeepExtractors(SearchCallback):
         described = self.extractors.run.summary().extractors.get("search")
         if described and math.isnan(self.study.floor):
             self.study.set_user_attr("floor", described.floor)
+
+
+class AttachSheets(SearchCallback):
+    """Keeps the samples of each evaluation for optuna-dashboard; to come before what takes the pictures."""
+
+    def __init__(self, run: RunFiles, study: Study):
+        self.run, self.study = run, study
+
+    @fatal
+    def on_trial_result(self, result: dict[str, Any], **info: Any) -> None:
+        if result.get("pictures"):
+            name, content = f"samples-epoch-{result['epoch']:g}.png", png(result["pictures"]["samples/fitted_prior"])
+            self.study.attach(result["trial"], self.run.artifacts, name, content)
+
+
+class TellTrackers(SearchCallback):
+    """Tells experiment trackers what trials do; to come before what takes the pictures."""
+
+    def __init__(self, table: KeepTable, trackers: Trackers, stage: str):
+        self.table, self.trackers, self.stage = table, trackers, stage
+        self.begun: set[int] = set()
+
+    def name(self, number: int) -> str:
+        return f"{self.stage}-{number:04d}"
+
+    @fatal
+    def on_trial_start(self, trial: Any, **info: Any) -> None:
+        self.start(trial.config["trial"], trial.config["parameters"])
+
+    def start(self, number: int, parameters: Mapping[str, Any]) -> None:
+        self.begun.add(number)
+        self.trackers.start(self.name(number), parameters)
+
+    @fatal
+    def on_trial_result(self, result: dict[str, Any], **info: Any) -> None:
+        if result.get("pictures"):  # a repeated result has none
+            self.trackers.scores(self.name(result["trial"]), result, result["pictures"])
+
+    def on_trial_left(self, number: int) -> None:
+        row = self.table.rows[number]
+        if row["state"] in ENDED:
+            if number not in self.begun:  # the time limit came before its start
+                self.start(number, {})
+            self.trackers.end(self.name(number), row["state"], row["reason"])
 
 
 class ShowTrials(SearchCallback):

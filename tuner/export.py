@@ -19,6 +19,7 @@ from torch import Tensor
 from tuner import sources
 from tuner.alone import run_alone
 from tuner.export_files import anomalies, write_files
+from tuner.loggers import Trackers
 from tuner.model_card import model_card
 from tuner.pool import RayPool
 from tuner.run import sync_directory, write_atomic
@@ -101,6 +102,7 @@ def export(workspace: Workspace, show: Callable[[str], None]) -> Summary:
     shutil.rmtree(run.export, ignore_errors=True)
     temporary.rename(run.export)
     sync_directory(run.path)
+    Trackers(run, spec).export(run.export, tested.exported.model_dump())
     return run.update_summary(test=tested)
 
 

@@ -44,6 +44,7 @@ def work(run: RunFiles, request: Request) -> Spec:
     # torch and Ray take seconds to import: what is refused does not wait for them.
     from tuner import own_model, warm_start
     from tuner.extractors import load_extractors
+    from tuner.loggers import require_installed
     from tuner.workspace import Workspace, held_out_bytes, load_data, require_fit
 
     try:
@@ -52,6 +53,7 @@ def work(run: RunFiles, request: Request) -> Spec:
         tested = run.summary().test
         if run.report.exists() and run.export.exists() and tested and (tested.retrained or not request.retrain):
             return spec
+        require_installed(spec.loggers)
         load_extractors(run)
         data = load_data(run, spec)
         require_fit(run, spec, data)

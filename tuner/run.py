@@ -52,6 +52,7 @@ class RunFiles:
         self.images = path / ".images"  # decoded; hidden, so that they are no part of what goes to object storage
         self.given = self.images / "given.npz"  # arrays that a call from Python was given
         self.tensorboard = path / "tensorboard"
+        self.artifacts = path / "artifacts"  # samples of each evaluation, as optuna-dashboard shows them
         self.ray = path / "ray"
         self.extractors = path / "extractors"
         self.held_out = path / "held_out.safetensors"

@@ -53,6 +53,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, metavar="N", help="seed of the study")
     parser.add_argument("--concurrency", type=int, metavar="N", help="trials at once (default: one a CPU)")
     parser.add_argument("--address", metavar="ADDR", help="join this Ray cluster (default: RAY_ADDRESS, or start one)")
+    parser.add_argument("--logger", action="append", metavar="NAME", help="tell mlflow or wandb of trials and export")
     parser.add_argument("--no-retrain", action="store_true", help="export the best trial as the search left it")
     parser.add_argument("--status", metavar="RUN", help="show how a run stands, and do nothing else")
     parser.add_argument("--specs", action="store_true", help="list the shipped specs, and do nothing else")
@@ -63,7 +64,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def request(arguments: argparse.Namespace) -> Request:
     """What the command line asks for. Raises Refused where --set is no key and value."""
     flags = {f"budget.{key}": getattr(arguments, key) for key in ("trials", "max_epochs", "time_limit")}
-    flags["seed"] = arguments.seed
+    flags |= {"seed": arguments.seed, "loggers": arguments.logger}
     return Request(
         spec=arguments.spec,
         overrides=[

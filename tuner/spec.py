@@ -168,6 +168,8 @@ class Spec(Frozen):
     """the SHA-256 of that file, in hex; by default that of the file as it is"""
     own_model: OwnModelSpec | None = None
     """which code model own is: noted from --model, so that a run goes on with no other; never imported from here"""
+    loggers: tuple[Literal["mlflow", "wandb"], ...] = ()
+    """experiment trackers that are told of each trial and of the export"""
     warm_start: tuple[Path, ...] = ()
     """directories of earlier runs on the same images: the sampler knows their finished trials as far as they are points
     of this space, and the run scores with their feature extractors"""
@@ -339,7 +341,7 @@ class Spec(Frozen):
         ours, theirs = _flatten(self.model_dump(mode="json")), _flatten(other.model_dump(mode="json"))
         free = {"data.directory", "data.file", "data.download", "features"}  # the program's hash says which it is
         free |= {"budget.time_limit", "budget.plateau", "budget.plateau.trials", "budget.plateau.min_improvement"}
-        free |= {"resources.cpu", "resources.gpu", "execution"}
+        free |= {"resources.cpu", "resources.gpu", "execution", "loggers"}
         return [
             f"{key}: {ours.get(key, 'unset')} here, {theirs.get(key, 'unset')} there"
             for key in sorted(ours.keys() | theirs.keys())

@@ -8,9 +8,11 @@ import operator
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import optuna
+import optuna.artifacts
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
@@ -65,6 +67,17 @@ class Study(optuna.Study):
     def trial(self, number: int) -> optuna.trial.Trial:
         """A trial to write to."""
         return optuna.trial.Trial(self, self.storage.get_trial_id_from_study_id_trial_number(self.identity, number))
+
+    def attach(self, number: int, folder: Path, name: str, content: bytes) -> None:
+        """Keep a file in `folder` as an artifact of a trial that has not ended, as optuna-dashboard shows them."""
+        folder.mkdir(exist_ok=True)
+        with TemporaryDirectory() as temporary:
+            path = Path(temporary) / name
+            path.write_bytes(content)
+            store = optuna.artifacts.FileSystemArtifactStore(folder)
+            optuna.artifacts.upload_artifact(
+                artifact_store=store, file_path=str(path), study_or_trial=self.trial(number)
+            )
 
     @property
     def floor(self) -> float:

@@ -13,15 +13,24 @@ from ray import tune
 from ray.autoscaler import sdk as autoscaler
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from tuner.callbacks import KeepCheckpoints, KeepContenders, KeepExtractors, KeepTable, ShowTrials
+from tuner.callbacks import (
+    AttachSheets,
+    KeepCheckpoints,
+    KeepContenders,
+    KeepExtractors,
+    KeepTable,
+    ShowTrials,
+    TellTrackers,
+)
 from tuner.cluster import alive, dead_processes, slots
 from tuner.extractors import FeatureExtractors
 from tuner.fusion import Fusion, fusion
+from tuner.loggers import Trackers
 from tuner.pool import RayPool
 from tuner.run import RunFiles, write_atomic
 from tuner.searcher import FinalistSearcher, StudySearcher, SuccessiveHalving, ToTheEnd
 from tuner.spec import Resources, Spec
-from tuner.study import ENDED, RETRAIN, Study, open_study
+from tuner.study import ENDED, RETRAIN, SEARCH, Study, open_study
 from tuner.tensorboard import TensorBoard
 from tuner.terminal import stage
 from tuner.trainable import FileServer, Shared, TrialTrainable
@@ -43,8 +52,9 @@ def search_stage(run: RunFiles, spec: Spec, pool: RayPool, extractors: FeatureEx
     with stage(run, "search") as progress, closing(TensorBoard(run.tensorboard, spec)) as board:
         board.start_search()
         table = KeepTable(run, spec, study)
-        shown = ShowTrials(spec, table, board, progress)
-        callbacks = [table, KeepContenders(run, spec, table), KeepExtractors(spec, study, extractors), shown]
+        shown, told = ShowTrials(spec, table, board, progress), TellTrackers(table, Trackers(run, spec), SEARCH)
+        kept = [KeepContenders(run, spec, table), KeepExtractors(spec, study, extractors), AttachSheets(run, study)]
+        callbacks = [table, *kept, told, shown]
         train(run, spec, study, pool, callbacks, others=extractors.in_work)
         table.write()
         progress.done(shown.line())
@@ -77,7 +87,8 @@ def retrain_trials(workspace: Workspace, pool: RayPool, finalists: Sequence[Fitt
     with stage(run, "retrain") as progress, closing(TensorBoard(run.tensorboard, spec, RETRAIN)) as board:
         table = KeepTable(run, spec, study)
         shown = ShowTrials(spec, table, board, progress)
-        callbacks = [table, KeepCheckpoints(run), shown]
+        told = TellTrackers(table, Trackers(workspace.run, spec), RETRAIN)
+        callbacks = [table, KeepCheckpoints(run), told, shown]
         searcher = partial(FinalistSearcher, [start.parameters for start in finalists])
         train(run, spec, study, pool, callbacks, searcher=searcher, rule=ToTheEnd, kept=KEPT)
         progress.done(shown.line())

@@ -1,0 +1,177 @@
+"""What MLflow's file store, wandb's offline files and optuna-dashboard have of a search."""
+
+import json
+import os
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.request import urlopen
+
+import numpy as np
+import pytest
+import wandb
+from mlflow import MlflowClient
+from wandb.proto.wandb_internal_pb2 import Record
+
+from tuner.loggers import PROJECT, Trackers
+from tuner.run import RunFiles
+from tuner.search import main
+from tuner.spec import Spec
+from tuner.study import read_study, table
+
+PICTURE = np.arange(48, dtype=np.uint8).reshape(6, 8)
+BLOCK, FULL, LAST = 32768, 1, 4
+SPACE = {"latent_dim": {"choices": [4, 8]}}
+
+
+@pytest.fixture
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path}/mlruns")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    (tmp_path / "run").mkdir()
+    return tmp_path
+
+
+def told(folder: Path, *loggers: str) -> Trackers:
+    return Trackers(RunFiles(folder / "run"), Spec.model_validate({"space": SPACE, "loggers": loggers}))
+
+
+def tell(trackers: Trackers, export: Path) -> None:
+    trackers.start("search-0003", {"latent_dim": 8, "kl_weight": 0.1})
+    trackers.scores("search-0003", {"trial": 3, "epoch": 1.5, "mse": 0.25, "loss": float("nan")}, {"samples": PICTURE})
+    trackers.end("search-0003", "failed", "diverged: at epoch 2")
+    export.mkdir()
+    (export / "config.json").write_text("{}")
+    trackers.export(export, {"frechet_distance": 3.5, "gap_closed_error": None})
+
+
+def test_mlflow_has_parameters_scores_outcome_pictures_and_the_export(places, tmp_path):
+    tell(told(places, "mlflow"), tmp_path / "export")
+    client = MlflowClient()
+    runs = client.search_runs([client.get_experiment_by_name(PROJECT).experiment_id])
+    assert len(runs) == 2
+    by_name = {run.info.run_name: run for run in runs}
+    trial, export = by_name["search-0003"], by_name["export"]
+    assert trial.data.params == {"latent_dim": "8", "kl_weight": "0.1"}
+    assert trial.data.metrics == {"epoch": 1.5, "mse": 0.25}
+    assert trial.info.status == "FAILED"
+    assert trial.data.tags["outcome"] == "failed: diverged: at epoch 2"
+    assert [file.path for file in client.list_artifacts(trial.info.run_id, "samples")] == ["samples/epoch-1.5.png"]
+    assert export.data.metrics == {"frechet_distance": 3.5}
+    assert [file.path for file in client.list_artifacts(export.info.run_id, "export")] == ["export/config.json"]
+
+
+def test_a_trial_that_goes_on_is_the_same_run_again(places):
+    for epoch in (1.0, 2.0):
+        trackers = told(places, "mlflow")
+        trackers.start("search-0001", {"latent_dim": 4})
+        trackers.scores("search-0001", {"epoch": epoch, "mse": 1 / epoch}, {})
+    client = MlflowClient()
+    (run,) = client.search_runs([client.get_experiment_by_name(PROJECT).experiment_id])
+    history = client.get_metric_history(run.info.run_id, "mse")
+    assert [(metric.step, metric.value) for metric in history] == [(1000, 1.0), (2000, 0.5)]
+
+
+def records(path: Path) -> Iterator[Record]:
+    """Of wandb's offline file: a header of seven bytes, then LevelDB's log format."""
+    content, at, whole = path.read_bytes(), 7, b""
+    while at + 7 <= len(content):
+        if BLOCK - at % BLOCK < 7:  # no header fits
+            at += BLOCK - at % BLOCK
+        length, kind = struct.unpack_from("<HB", content, at + 4)
+        whole += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (FULL, LAST):
+            record = Record()
+            record.ParseFromString(whole)
+            yield record
+            whole = b""
+
+
+def test_wandb_has_them_in_its_offline_files_inside_the_run(places, tmp_path):
+    tell(told(places, "wandb"), tmp_path / "export")
+    wandb.teardown()  # waits for its service to have written all
+    found = [list(records(path)) for path in (places / "run" / "wandb").glob("offline-run-*/*.wandb")]
+    assert len(found) == 2
+    trial, export = sorted(found, key=lambda run: -sum(record.HasField("history") for record in run))
+    (begun,) = (record.run for record in trial if record.HasField("run"))
+    assert (begun.project, begun.run_group, begun.display_name) == (PROJECT, "run", "search-0003")
+    assert {item.key: json.loads(item.value_json) for item in begun.config.update}["latent_dim"] == 8
+    (scores,) = (record.history for record in trial if record.HasField("history"))
+    numbers = {(item.key or item.nested_key[0]): json.loads(item.value_json) for item in scores.item}
+    assert (numbers["epoch"], numbers["mse"]) == (1.5, 0.25)
+    assert "loss" not in numbers
+    assert "samples" in numbers
+    (ended,) = (record.exit for record in trial if record.HasField("exit"))
+    assert ended.exit_code == 1
+    (artifact,) = (record.artifact for record in export if record.HasField("artifact"))
+    assert (artifact.name, artifact.type) == ("run-export", "model")
+    assert [entry.path for entry in artifact.manifest.contents] == ["config.json"]
+
+
+def test_one_that_fails_is_told_of_once_and_left_out(places, monkeypatch, capsys):
+    (places / "file").write_text("")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{places}/file/mlruns")
+    trackers = told(places, "mlflow")
+    trackers.start("search-0000", {})
+    trackers.end("search-0000", "complete", "")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: mlflow is told no more: ")
+
+
+def test_one_that_is_not_installed_is_refused_before_anything_starts(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])  # nothing that was not imported yet is found
+    monkeypatch.delitem(sys.modules, "wandb")
+    with pytest.raises(SystemExit) as ended:
+        main(["--run", str(tmp_path / "run"), "--logger", "wandb"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == 'error: loggers: wandb is not installed: pip install "vae-tuner[wandb]"\n'
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_search_tells_mlflow_and_optuna_dashboard_shows_it_with_pictures(places):
+    run = RunFiles(places / "run" / "search")
+    small = ["--trials=2", "--max-epochs=1", "--set=budget.grace_epochs=1", "--set=fixed.width=4", "--no-retrain"]
+    assert main(["--run", str(run.path), "--logger", "mlflow", *small]) == 0
+    rows = table(read_study(run.journal), Spec.model_validate({"space": SPACE}))
+    client = MlflowClient()
+    runs = client.search_runs([client.get_experiment_by_name(PROJECT).experiment_id])
+    found = {known.info.run_name: known.data for known in runs}
+    assert set(found) == {"search-0000", "search-0001", "export"}
+    for row in rows:
+        trial = found[f"search-{row['trial']:04d}"]
+        assert trial.metrics["frechet_distance"] == pytest.approx(row["frechet_distance"])
+        assert trial.params["latent_dim"] == str(row["latent_dim"])
+        assert trial.tags["outcome"] == row["state"]
+
+    port = 20_000 + os.getpid() % 20_000
+    program = Path(sys.executable).with_name("optuna-dashboard")
+    shown = [program, run.journal, "--artifact-dir", run.artifacts, "--host", "127.0.0.1", "--port", str(port)]
+    process = subprocess.Popen(shown, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def get(path: str) -> bytes:
+        with urlopen(f"http://127.0.0.1:{port}/{path}") as answer:
+            return answer.read()
+
+    try:
+        for _ in range(100):
+            try:
+                (study,) = json.loads(get("api/studies"))["study_summaries"]
+                break
+            except OSError:
+                time.sleep(0.2)
+        trials = json.loads(get(f"api/studies/{study['study_id']}"))["trials"]
+        assert [trial["state"] for trial in trials] == ["Complete"] * 2
+        for trial in trials:
+            (artifact,) = trial["artifacts"]
+            assert artifact["filename"] == "samples-epoch-1.png"
+            place = f"artifacts/{study['study_id']}/{trial['trial_id']}/{artifact['artifact_id']}"
+            assert get(place).startswith(b"\x89PNG")
+    finally:
+        process.terminate()
+        process.wait()
