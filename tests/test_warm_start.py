@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from optuna.trial import FrozenTrial, TrialState
 
 from tuner.extractors import load_extractors
 from tuner.run import RunFiles
@@ -27,18 +28,26 @@ def started(run: RunFiles, earlier: RunFiles, **parts: Any) -> Spec:
     return spec
 
 
+def finished(run: RunFiles) -> list[FrozenTrial]:
+    """Its trials that came to an end with scores; the first, the baseline, is no point of the space."""
+    return [
+        trial for trial in read_study(run.journal).known() if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
+    ]
+
+
 @pytest.fixture
 def run(tmp_path) -> RunFiles:
+    (tmp_path / "run").mkdir()
     return RunFiles(tmp_path / "run")
 
 
 def test_finished_trials_are_known_to_the_sampler_and_are_none_of_the_runs(run, finished_run):
     spec = started(run, finished_run)
     study = open_study(run.journal, spec)
-    theirs = read_study(finished_run.journal).known()
+    theirs = finished(finished_run)[1:]
     assert study.known() == table(study, spec) == []
     assert [trial.user_attrs["trial"] for trial in study.foreign()] == [
-        f"{finished_run.path}/{number}" for number in range(len(theirs))
+        f"{finished_run.path}/{trial.number}" for trial in theirs
     ]
     for foreign, trial in zip(study.foreign(), theirs, strict=True):
         assert (foreign.state, foreign.values) == (trial.state, trial.values)
@@ -50,9 +59,10 @@ def test_finished_trials_are_known_to_the_sampler_and_are_none_of_the_runs(run, 
 
 
 def test_what_is_proposed_depends_on_what_is_known(tmp_path, finished_run):
-    """Seven runs of five trials: more than the ten with which TPE begins to learn."""
+    """Seven times a run's: more than the ten with which TPE begins to learn."""
     proposed = {}
     for name, earlier in (("cold", []), ("warm", [str(finished_run.path)] * 7)):
+        (tmp_path / name).mkdir()
         run = RunFiles(tmp_path / name)
         spec = started(run, finished_run, warm_start=earlier)
         proposed[name] = StudySearcher(open_study(run.journal, spec), spec).suggest("a")["parameters"]
@@ -69,21 +79,22 @@ def test_the_run_scores_with_the_extractors_of_the_earlier_one(run, finished_run
 
 
 def test_trials_that_are_no_points_of_the_space_are_told_by_what_stands_in_the_way(run, finished_run):
-    theirs = [trial.user_attrs["parameters"] for trial in read_study(finished_run.journal).known()]
+    everything = finished(finished_run)
+    theirs = [trial.user_attrs["parameters"] for trial in everything[1:]]
     spec = load(finished_run.spec)
     low = sorted(had["kl_weight"] for had in theirs)[1]
     space = spec.model_dump(mode="json")["space"]
     space["kl_weight"] |= {"low": low}
     (earlier,) = gather(run, like(finished_run, space=space), finished_run.held_out.read_bytes())
     assert len(earlier.trials) == len(theirs) - 1
-    assert earlier.unfit == {"kl_weight": 1}
+    assert earlier.unfit == {"kl_weight": 1, "temperature": 1}
     fixed = spec.fixed | {"width": 8}
     (none,) = gather(run, like(finished_run, fixed=fixed), finished_run.held_out.read_bytes())
-    assert (none.trials, none.unfit["width"]) == ([], len(theirs))
-    assert f"{finished_run.path}: 0 trials are known; others don't fit: width ({len(theirs)})" in none.words
+    assert (none.trials, none.unfit["width"]) == ([], len(everything))
+    assert f"{finished_run.path}: 0 trials are known; others don't fit: width ({len(everything)})" in none.words
     longer = spec.budget.model_dump() | {"max_epochs": 40}
     (other,) = gather(run, like(finished_run, budget=longer), finished_run.held_out.read_bytes())
-    assert other.unfit == {"the rungs of its budget": len(theirs)}
+    assert other.unfit == {"the rungs of its budget": len(everything), "temperature": 1}
 
 
 def test_a_warm_start_that_was_cut_off_goes_on_and_one_that_is_done_needs_the_earlier_run_no_more(

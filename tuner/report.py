@@ -24,6 +24,7 @@ from plotly.offline import get_plotlyjs
 
 from tuner import own_model, terminal
 from tuner import spec as specs
+from tuner.advice import advice
 from tuner.exits import command, refuse, resumable
 from tuner.run import RunFiles, write_atomic
 from tuner.spec import Objective, Spec
@@ -125,8 +126,6 @@ def headline(material: Material) -> Iterator[str]:
         f"{with_error(final.frechet_distance, final.frechet_distance_error)} on the {split} split. "
         f"Trials: {counted}.</p>"
     )
-    for note in terminal.edges(winner.parameters, material.spec):
-        yield f"<p>{html.escape(note)}.</p>"
     yield section(
         "Who won, and by how much",
         "Lower distance is better; a gap closed of 1 is as good as real images, and more is the luck of the draw. "
@@ -134,6 +133,13 @@ def headline(material: Material) -> Iterator[str]:
         "trial and the row below it, the epochs between that and the last.",
         _table(terminal.result_rows(summary)),
     )
+
+
+def next_steps(material: Material) -> Iterator[str]:
+    found = advice(material.study, material.rows, material.summary, material.spec)
+    if found:
+        body = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in found)
+        yield section("What to do next", "Each with what it is concluded from.", f"<ul>{body}</ul>")
 
 
 def pictures(material: Material) -> Iterator[str]:
@@ -340,7 +346,8 @@ def lineage(material: Material) -> Iterator[str]:
 
 
 SECTIONS: tuple[Callable[[Material], Iterable[str]], ...] = (
-    headline, pictures, failures, gap, curves, importances, plane, units, timeline, promotion, test_split, lineage,
+    headline, next_steps, pictures, failures, gap, curves, importances, plane, units, timeline, promotion, test_split,
+    lineage,
 )  # fmt: skip
 
 

@@ -1,0 +1,80 @@
+"""What a run suggests to do next, concluded from numbers that are made up here."""
+
+from pathlib import Path
+
+import pytest
+
+from tuner.advice import advice, failed_alike, ignored, more_epochs, more_trials
+from tuner.run import RunFiles
+from tuner.spec import Spec
+from tuner.study import distributions, open_study, read_study, table
+from tuner.summary import Compared, Retrained, Scores
+from tuner.vae.parameters import CLASSIC
+
+SPEC = Spec.model_validate(
+    {
+        "space": {
+            "latent_dim": {"type": "int", "low": 4, "high": 32},
+            "learning_rate": {"type": "float", "low": 0.001, "high": 0.01},
+        }
+    }
+)
+
+
+def rows(*gaps: float) -> list[dict]:
+    return [{"trial": trial, "state": "complete", "gap_closed": gap} for trial, gap in enumerate(gaps)]
+
+
+@pytest.mark.parametrize(
+    ("last", "said"), [(0.95, "brought 0.050 of the gap, more than"), (0.91, "brought 0.010 of the gap, no more than")]
+)
+def test_more_trials_pay_where_the_last_third_still_gained(last, said):
+    (found,) = more_trials(rows(0, 0.5, 0.9, 0.7, 0.8, 0.85, 0.6, 0.3, 0.2, 0.1, last, 0.4), error=0.02)
+    assert found.startswith(f"The last 4 of 12 trials {said} the winner's standard error of 0.020")
+
+
+def test_of_a_few_trials_nothing_is_said():
+    assert not list(more_trials(rows(0, 0.5, 0.9), error=0.02))
+
+
+@pytest.mark.parametrize(
+    ("kept", "gap", "said"),
+    [
+        (50, 0.98, "brought 0.080 ± 0.014 of the gap, and the last is the best: more (retrain.epochs) will likely pay"),
+        (50, 0.91, "brought 0.010 ± 0.014 of the gap: more epochs are unlikely to pay"),
+        (30, 0.98, "of the gap, and what is kept is of epoch 30: more epochs are unlikely to pay"),
+    ],
+)
+def test_more_epochs_pay_where_they_brought_more_than_chance_does_to_the_end(kept, gap, said):
+    scores = {
+        name: Scores(frechet_distance=1, gap_closed=closed, gap_closed_error=0.01)
+        for name, closed in (("real", 1), ("baseline", 0), ("best", 0.85), ("refitted", 0.9), ("retrained", gap))
+    }
+    retrained = Retrained(epochs=50, trial=1, kept_epoch=kept, parameters=CLASSIC.model_dump())
+    (found,) = more_epochs(retrained, Compared(**scores))
+    assert said in found
+
+
+def test_failures_of_one_kind_are_counted_and_answered():
+    failed = [{"state": "failed", "reason": f"diverged: at epoch {epoch}"} for epoch in (1, 2)]
+    assert list(failed_alike([*rows(*[0.5] * 8), *failed])) == [
+        "2 of 10 trials failed alike (diverged): search lower learning rates."
+    ]
+    assert not list(failed_alike([*rows(*[0.5] * 18), *failed[:1]]))
+
+
+def test_a_parameter_that_explains_nothing_is_named(tmp_path: Path):
+    study = open_study(tmp_path / "journal", SPEC)
+    for _number in range(12):
+        trial = study.ask(fixed_distributions=distributions(SPEC))
+        study.tell(trial, float(trial.params["latent_dim"] ** 2))
+    (found,) = ignored(study, SPEC)
+    assert found.startswith("learning_rate hardly mattered (0.")
+
+
+def test_a_finished_run_gets_it_and_an_unfinished_none(finished_run: RunFiles):
+    summary, study = finished_run.summary(), read_study(finished_run.journal)
+    spec = Spec.model_validate({"space": SPEC.space})
+    given = table(study, spec)
+    assert any("epochs after the search" in said for said in advice(study, given, summary, spec))
+    assert not advice(study, given, summary.model_copy(update={"best": None, "retrain": None}), spec)

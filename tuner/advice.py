@@ -1,0 +1,90 @@
+"""What a finished run suggests to do next, in sentences; each says what it was concluded from."""
+
+import math
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import optuna
+from optuna.trial import TrialState
+
+from tuner.spec import Spec
+from tuner.study import ENDED, Study
+from tuner.summary import Compared, Retrained, Summary
+from tuner.terminal import edges
+
+Rows = Sequence[Mapping[str, Any]]
+
+ENOUGH = 10  # complete trials, below which nothing is said about them all
+LITTLE = 0.02  # of the differences in the objective
+OFTEN = 0.1  # of all trials
+REMEDIES = {
+    "diverged": "search lower learning rates",
+    "collapsed": "search lower KL weights",
+    "out of memory": "search smaller networks or batches, or run fewer trials at once",
+}
+
+
+def advice(study: Study, rows: Rows, summary: Summary, spec: Spec) -> list[str]:
+    """Nothing before the promotion."""
+    winner = summary.winner
+    if winner is None:
+        return []
+    error = summary.promotion[0].error if len(spec.objective) == 1 else None
+    found = [f"{note}." for note in edges(winner.parameters, spec)]
+    found += ignored(study, spec)
+    found += more_trials(rows, error) if error else []
+    found += more_epochs(summary.retrain, summary.validation) if summary.retrain and summary.validation else []
+    return [*found, *failed_alike(rows)]
+
+
+def ignored(study: Study, spec: Spec) -> Iterator[str]:
+    """Parameters that made next to no difference, by Optuna's importance."""
+    finished = [trial for trial in study.known() if trial.state == TrialState.COMPLETE and trial.params]
+    if len(finished) < ENOUGH or len(spec.objective) > 1 or len(spec.space) < 2:
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the method, that it is experimental
+        shares = optuna.importance.get_param_importances(study)
+    for name, share in shares.items():
+        if share < LITTLE:
+            yield f"{name} hardly mattered ({share:.1%} of the differences): fix it, and fewer trials will do."
+
+
+def more_trials(rows: Rows, error: float) -> Iterator[str]:
+    """Whether the last third of the trials still brought more of the gap than the winner's standard `error`."""
+    ended = [row["gap_closed"] for row in rows if row["state"] in ENDED and "gap_closed" in row]
+    first = len(ended) - len(ended) // 3
+    if len(ended) < ENOUGH:
+        return
+    gain = max(ended) - max(ended[:first])
+    what = f"The last {len(ended) - first} of {len(ended)} trials brought {gain:.3f} of the gap"
+    if gain > error:
+        yield f"{what}, more than the winner's standard error of {error:.3f}: more trials will likely pay."
+    else:
+        yield f"{what}, no more than the winner's standard error of {error:.3f}: more trials are unlikely to pay."
+
+
+def more_epochs(retrained: Retrained, validation: Compared) -> Iterator[str]:
+    """Whether the epochs after the search brought more of the gap than chance does, up to the last of them."""
+    before, after = validation.refitted, validation.retrained
+    if not (before and after and before.gap_closed_error is not None and after.gap_closed_error is not None):
+        return
+    gain, error = after.gap_closed - before.gap_closed, math.hypot(before.gap_closed_error, after.gap_closed_error)
+    what = f"The {retrained.epochs} epochs after the search brought {gain:.3f} ± {error:.3f} of the gap"
+    if retrained.kept_epoch < retrained.epochs:
+        yield f"{what}, and what is kept is of epoch {retrained.kept_epoch:g}: more epochs are unlikely to pay."
+    elif gain > error:
+        yield f"{what}, and the last is the best: more (retrain.epochs) will likely pay."
+    else:
+        yield f"{what}: more epochs are unlikely to pay."
+
+
+def failed_alike(rows: Rows) -> Iterator[str]:
+    """Kinds of failures that took a good part of the trials."""
+    kinds = Counter(row["reason"].partition(":")[0] for row in rows if row["state"] == "failed")
+    for kind, count in kinds.items():
+        if count > 1 and count >= OFTEN * len(rows):
+            remedy = REMEDIES.get(kind, "see the reasons below")
+            yield f"{count} of {len(rows)} trials failed alike ({kind}): {remedy}."
