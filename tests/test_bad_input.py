@@ -220,7 +220,9 @@ def test_the_flags_of_a_search_are_these(capsys):
         "--seed",
         "--concurrency",
         "--address",
+        "--logger",
         "--no-retrain",
+        "--specs",
         "--status",
         "--set",
     }
