@@ -367,7 +367,7 @@ def load(source: Path | Mapping[str, Any], overrides: Sequence[tuple[str, Any]] 
     """
     named: object = "spec"
     if isinstance(source, Path):
-        named = source = shipped().get(str(source), source) if not source.exists() else source
+        named = source = source if source.is_file() else shipped().get(str(source), source)
         try:
             with refusing(source, OSError, Refused):
                 raw = yaml_text.parse(source.read_text(encoding="utf-8"))
