@@ -88,9 +88,7 @@ class Array:
         self.mse = torch.zeros(slots, device=device)  # running means
         self.dtype = PRECISIONS[shape.precision]
         self.gradients = torch.zeros_like(self.flat[0], dtype=self.dtype)
-        self.multiplied = self.flat[0].to(
-            self.dtype
-        )  # the weights as they are multiplied; in float32 they are the same
+        self.multiplied = self.flat[0].to(self.dtype)  # the weights in that precision; in float32 the same tensor
         weights, gradients = (iter(rows.split(sizes, 1)) for rows in (self.multiplied, self.gradients))
         layers = {
             name: Layer(*(next(parts).view(slots, *shape) for parts in (weights, gradients) for shape in pair))
