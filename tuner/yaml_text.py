@@ -52,4 +52,4 @@ def put(raw: dict[str, Any], key: str, value: Any) -> None:
 
 
 def dump(raw: dict[str, Any]) -> str:
-    return yaml.safe_dump(raw, sort_keys=False)
+    return yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
