@@ -95,8 +95,14 @@ def test_a_missing_spec_file(refused):
 
 
 def test_a_spec_that_is_a_folder(refused, tmp_path):
-    (tmp_path / "folder").mkdir()
-    assert "folder: Is a directory" in refused("folder")
+    (tmp_path / "photos").mkdir()
+    assert "photos: Is a directory" in refused("photos")
+
+
+def test_a_folder_of_a_shipped_specs_name_does_not_hide_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mnist").mkdir()
+    assert specs.load(Path("mnist")) == specs.load(MNIST)
 
 
 @pytest.mark.parametrize(
