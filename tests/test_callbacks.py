@@ -15,10 +15,11 @@ from ray import cloudpickle, tune
 from tuner.callbacks import KeepCheckpoints, KeepContenders, KeepExtractors, KeepTable, ShowTrials
 from tuner.exits import Fatal
 from tuner.extractors import FeatureExtractors
+from tuner.loggers import Trackers
 from tuner.promote import CONTENDERS
 from tuner.run import RunFiles, write_atomic
 from tuner.spec import Spec
-from tuner.study import RETRAIN, Study, open_study
+from tuner.study import RETRAIN, SEARCH, Study, open_study
 from tuner.summary import Summary
 from tuner.tensorboard import TensorBoard
 from tuner.terminal import Progress
@@ -162,7 +163,7 @@ def test_a_trial_whose_worker_was_lost_is_shown_as_running_until_it_ends(run, st
     board = TensorBoard(tmp_path / "tensorboard", SPEC)
     table = KeepTable(run, SPEC, study)
     with Progress("search") as progress:
-        shown = ShowTrials(SPEC, table, board, progress)
+        shown = ShowTrials(SPEC, table, board, Trackers(run, SPEC, SEARCH), progress)
         shown.on_trial_start(**told(3))
         scores = {"trial": 3, "epoch": 1.0, "frechet_distance": 5.0}
         result = scores | {"pictures": {"samples": np.zeros((28, 28), np.uint8)}}
@@ -182,7 +183,9 @@ def test_a_trial_that_the_time_limit_ended_before_its_start_is_shown_all_the_sam
     board = TensorBoard(tmp_path / "tensorboard", SPEC)
     study.tell(study.trial(3), state=TrialState.PRUNED)
     with Progress("search") as progress:
-        ShowTrials(SPEC, KeepTable(run, SPEC, study), board, progress).on_trial_complete(**told(3))
+        ShowTrials(SPEC, KeepTable(run, SPEC, study), board, Trackers(run, SPEC, SEARCH), progress).on_trial_complete(
+            **told(3)
+        )
     assert len(list((tmp_path / "tensorboard").glob("0003,*/events*"))) == 1
 
 
@@ -199,7 +202,7 @@ def test_finalists_are_shown_by_how_far_they_have_come_and_keep_their_checkpoint
     kept = KeepCheckpoints(ours)
     kept.on_trial_result(**told(0), result={"trial": 0, "checkpoint": b"further on"})
     with Progress("retrain") as progress:
-        shown = ShowTrials(spec, table, board, progress)
+        shown = ShowTrials(spec, table, board, Trackers(run, spec, RETRAIN), progress)
         for number in range(2):
             shown.on_trial_start(**told(number))
         score(study, 0, 6.0)

@@ -37,13 +37,13 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def told(folder: Path, *loggers: str) -> Trackers:
-    return Trackers(RunFiles(folder / "run"), Spec.model_validate({"space": SPACE, "loggers": loggers}))
+    return Trackers(RunFiles(folder / "run"), Spec.model_validate({"space": SPACE, "loggers": loggers}), "search")
 
 
 def tell(trackers: Trackers, export: Path) -> None:
-    trackers.start("search-0003", {"latent_dim": 8, "kl_weight": 0.1})
-    trackers.scores("search-0003", {"trial": 3, "epoch": 1.5, "mse": 0.25, "loss": float("nan")}, {"samples": PICTURE})
-    trackers.end("search-0003", "failed", "diverged: at epoch 2")
+    trackers.start_trial(3, {"latent_dim": 8, "kl_weight": 0.1})
+    trackers.add_trial(3, {"trial": 3, "epoch": 1.5, "mse": 0.25, "loss": float("nan")}, {"samples": PICTURE})
+    trackers.end_trial(3, "failed", "diverged: at epoch 2")
     export.mkdir()
     (export / "config.json").write_text("{}")
     trackers.export(export, {"frechet_distance": 3.5, "gap_closed_error": None})
@@ -68,8 +68,8 @@ def test_mlflow_has_parameters_scores_outcome_pictures_and_the_export(places, tm
 def test_a_trial_that_goes_on_is_the_same_run_again(places):
     for epoch in (1.0, 2.0):
         trackers = told(places, "mlflow")
-        trackers.start("search-0001", {"latent_dim": 4})
-        trackers.scores("search-0001", {"epoch": epoch, "mse": 1 / epoch}, {})
+        trackers.start_trial(1, {"latent_dim": 4})
+        trackers.add_trial(1, {"epoch": epoch, "mse": 1 / epoch}, {})
     client = MlflowClient()
     (run,) = client.search_runs([client.get_experiment_by_name(PROJECT).experiment_id])
     history = client.get_metric_history(run.info.run_id, "mse")
@@ -117,8 +117,8 @@ def test_one_that_fails_is_told_of_once_and_left_out(places, monkeypatch, capsys
     (places / "file").write_text("")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{places}/file/mlruns")
     trackers = told(places, "mlflow")
-    trackers.start("search-0000", {})
-    trackers.end("search-0000", "complete", "")
+    trackers.start_trial(0, {})
+    trackers.end_trial(0, "complete", "")
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: mlflow is told no more: ")
 

@@ -12,7 +12,7 @@ import optuna
 
 from tuner import spec as specs
 from tuner.exits import Fatal
-from tuner.job import Request, new_run, work
+from tuner.job import SHORT, Request, new_run, work
 from tuner.run import RunFiles
 from tuner.spec import Spec
 from tuner.study import read_study, table
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from tuner.vae.codec import Codec
-
-SHORT = {name: f"budget.{name}" for name in ("trials", "max_epochs", "time_limit")}
 
 
 def tune(

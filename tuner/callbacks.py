@@ -126,61 +126,36 @@ class AttachSheets(SearchCallback):
             self.study.attach(result["trial"], self.run.artifacts, name, content)
 
 
-class TellTrackers(SearchCallback):
-    """Tells experiment trackers what trials do; to come before what takes the pictures."""
+class ShowTrials(SearchCallback):
+    """TensorBoard's files, experiment trackers, the line on the terminal; and where Ray has died, the end."""
 
-    def __init__(self, table: KeepTable, trackers: Trackers, stage: str):
-        self.table, self.trackers, self.stage = table, trackers, stage
-        self.begun: set[int] = set()
-
-    def name(self, number: int) -> str:
-        return f"{self.stage}-{number:04d}"
+    def __init__(self, spec: Spec, table: KeepTable, board: TensorBoard, trackers: Trackers, progress: Progress):
+        self.spec, self.table, self.board, self.trackers, self.progress = spec, table, board, trackers, progress
+        self.searches = board.stage == SEARCH
+        self.before = sum(row["state"] in ENDED for row in table.rows)
 
     @fatal
     def on_trial_start(self, trial: Any, **info: Any) -> None:
         self.start(trial.config["trial"], trial.config["parameters"])
 
     def start(self, number: int, parameters: Mapping[str, Any]) -> None:
-        self.begun.add(number)
-        self.trackers.start(self.name(number), parameters)
-
-    @fatal
-    def on_trial_result(self, result: dict[str, Any], **info: Any) -> None:
-        if result.get("pictures"):  # a repeated result has none
-            self.trackers.scores(self.name(result["trial"]), result, result["pictures"])
-
-    def on_trial_left(self, number: int) -> None:
-        row = self.table.rows[number]
-        if row["state"] in ENDED:
-            if number not in self.begun:  # the time limit came before its start
-                self.start(number, {})
-            self.trackers.end(self.name(number), row["state"], row["reason"])
-
-
-class ShowTrials(SearchCallback):
-    """TensorBoard's files, the line on the terminal; and where Ray has died, the end."""
-
-    def __init__(self, spec: Spec, table: KeepTable, board: TensorBoard, progress: Progress):
-        self.spec, self.table, self.board, self.progress = spec, table, board, progress
-        self.searches = board.stage == SEARCH
-        self.before = sum(row["state"] in ENDED for row in table.rows)
-
-    @fatal
-    def on_trial_start(self, trial: Any, **info: Any) -> None:
-        self.board.start_trial(trial.config["trial"], trial.config["parameters"])
+        self.board.start_trial(number, parameters)
+        self.trackers.start_trial(number, parameters)
 
     @fatal
     def on_trial_result(self, result: dict[str, Any], **info: Any) -> None:
         pictures = result.pop("pictures", {})
         if pictures:  # a repeated result has none
             self.board.add_trial(result["trial"], result, pictures)
+            self.trackers.add_trial(result["trial"], result, pictures)
 
     def on_trial_left(self, number: int) -> None:
         row = self.table.rows[number]
         if row["state"] in ENDED:  # else its worker was lost, and it is put back
             if number not in self.board.names:  # the time limit came before its start
-                self.board.start_trial(number, row)
+                self.start(number, {name: row[name] for name in self.spec.searched(row)})
             self.board.end_trial(number, row["state"], row["reason"])
+            self.trackers.end_trial(number, row["state"], row["reason"])
 
     @fatal
     def on_step_end(self, **info: Any) -> None:

@@ -102,7 +102,7 @@ def export(workspace: Workspace, show: Callable[[str], None]) -> Summary:
     shutil.rmtree(run.export, ignore_errors=True)
     temporary.rename(run.export)
     sync_directory(run.path)
-    Trackers(run, spec).export(run.export, tested.exported.model_dump())
+    Trackers(run, spec, "export").export(run.export, tested.exported.model_dump())
     return run.update_summary(test=tested)
 
 

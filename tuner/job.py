@@ -13,6 +13,8 @@ from tuner.spec import OwnModelSpec, Spec
 from tuner.study import BASELINE
 from tuner.vae.errors import Refused
 
+SHORT = {name: f"budget.{name}" for name in ("trials", "max_epochs", "time_limit")}  # as flags and calls say it
+
 
 class NothingFound(RuntimeError):
     """A search ended with nothing to go on with; the text is one line that says why."""

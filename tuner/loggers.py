@@ -126,26 +126,33 @@ TRACKERS: dict[str, Callable[[RunFiles], Tracker]] = {"mlflow": MLflowTracker, "
 
 
 class Trackers:
-    """All trackers of a run. One that fails is told of once and left out: it must not stop a search."""
+    """All trackers of a run, told of the trials of one of its stages as TensorBoard is.
 
-    def __init__(self, run: RunFiles, spec: Spec):
+    One that fails is told of once and left out: it must not stop a search.
+    """
+
+    def __init__(self, run: RunFiles, spec: Spec, stage: str):
+        self.stage = stage
         self.left: dict[str, Tracker] = {}
         for name in spec.loggers:
             with self._guarded(name):
                 self.left[name] = TRACKERS[name](run)
 
-    def start(self, name: str, parameters: Mapping[str, Any]) -> None:
-        self._tell(lambda tracker: tracker.start(name, parameters))
+    def start_trial(self, number: int, parameters: Mapping[str, Any]) -> None:
+        self._tell(lambda tracker: tracker.start(self._name(number), parameters))
 
-    def scores(self, name: str, evaluation: Mapping[str, Any], pictures: Pictures) -> None:
+    def add_trial(self, number: int, evaluation: Mapping[str, Any], pictures: Pictures) -> None:
         found = numbers(evaluation)
-        self._tell(lambda tracker: tracker.scores(name, found, pictures))
+        self._tell(lambda tracker: tracker.scores(self._name(number), found, pictures))
 
-    def end(self, name: str, state: str, reason: str) -> None:
-        self._tell(lambda tracker: tracker.end(name, state, reason))
+    def end_trial(self, number: int, state: str, reason: str) -> None:
+        self._tell(lambda tracker: tracker.end(self._name(number), state, reason))
 
     def export(self, folder: Path, scores: Mapping[str, Any]) -> None:
         self._tell(lambda tracker: tracker.export(folder, numbers(scores)))
+
+    def _name(self, number: int) -> str:
+        return f"{self.stage}-{number:04d}"
 
     def _tell(self, told: Callable[[Tracker], None]) -> None:
         for name, tracker in list(self.left.items()):

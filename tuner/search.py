@@ -11,7 +11,7 @@ from rich.table import Table
 
 from tuner import yaml_text
 from tuner.exits import command, refuse, resumable
-from tuner.job import NothingFound, Request, new_run, work
+from tuner.job import SHORT, NothingFound, Request, new_run, work
 from tuner.spec import shipped
 from tuner.storage import opened
 from tuner.terminal import console, final_words, status_words
@@ -63,7 +63,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def request(arguments: argparse.Namespace) -> Request:
     """What the command line asks for. Raises Refused where --set is no key and value."""
-    flags = {f"budget.{key}": getattr(arguments, key) for key in ("trials", "max_epochs", "time_limit")}
+    flags = {key: getattr(arguments, name) for name, key in SHORT.items()}
     flags |= {"seed": arguments.seed, "loggers": arguments.logger}
     return Request(
         spec=arguments.spec,

@@ -79,19 +79,14 @@ class TrialTrainable(tune.Trainable):
 
     @cached_property
     def evaluator(self) -> Evaluator:
-        return Evaluator(self.spec, self.data, self._extractor)
+        return Evaluator(self.spec, self.data, lambda: ray.get(self.extractor))
 
     @cached_property
     def extractor(self) -> ObjectRef:
-        """What arrays score with."""
-        return ray.put(self._extractor())
-
-    def _extractor(self) -> FeatureExtractor:
-        extractor: FeatureExtractor | None = None
-        while extractor is None:
-            time.sleep(0.1)  # it may still be in training
-            extractor = ray.get(self.shared.files.extractor.remote())
-        return extractor
+        """To the one that the search scores with, waited for: at the first rung it may still be in training."""
+        while ray.get(found := self.shared.files.extractor.remote()) is None:
+            time.sleep(0.1)
+        return found
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self.number = new_config["trial"]
@@ -170,7 +165,7 @@ class TrialTrainable(tune.Trainable):
             "outcome": "complete" if last else "running",
             "done": last,
         }
-        shown = evenly_spaced(as_floats(self.data.validation.images[:SEARCH_SAMPLES])).cpu()
+        shown = as_floats(evenly_spaced(self.data.validation.images[:SEARCH_SAMPLES])).cpu()
         pictures = image_grids(fitted, shown, self.spec.data.ink)
         past_grace = last or record.epoch > self.spec.budget.grace_epochs  # till then latents that sleep often wake up
         if past_grace and not fitted.scores["active_units"] and self.number != BASELINE:

@@ -20,7 +20,6 @@ from tuner.callbacks import (
     KeepExtractors,
     KeepTable,
     ShowTrials,
-    TellTrackers,
 )
 from tuner.cluster import alive, dead_processes, slots
 from tuner.extractors import FeatureExtractors
@@ -52,9 +51,9 @@ def search_stage(run: RunFiles, spec: Spec, pool: RayPool, extractors: FeatureEx
     with stage(run, "search") as progress, closing(TensorBoard(run.tensorboard, spec)) as board:
         board.start_search()
         table = KeepTable(run, spec, study)
-        shown, told = ShowTrials(spec, table, board, progress), TellTrackers(table, Trackers(run, spec), SEARCH)
+        shown = ShowTrials(spec, table, board, Trackers(run, spec, SEARCH), progress)
         kept = [KeepContenders(run, spec, table), KeepExtractors(spec, study, extractors), AttachSheets(run, study)]
-        callbacks = [table, *kept, told, shown]
+        callbacks = [table, *kept, shown]
         train(run, spec, study, pool, callbacks, others=extractors.in_work)
         table.write()
         progress.done(shown.line())
@@ -86,9 +85,8 @@ def retrain_trials(workspace: Workspace, pool: RayPool, finalists: Sequence[Fitt
             write_atomic(run.checkpoint(number), Checkpoint(start.parameters, state).to_bytes())
     with stage(run, "retrain") as progress, closing(TensorBoard(run.tensorboard, spec, RETRAIN)) as board:
         table = KeepTable(run, spec, study)
-        shown = ShowTrials(spec, table, board, progress)
-        told = TellTrackers(table, Trackers(workspace.run, spec), RETRAIN)
-        callbacks = [table, KeepCheckpoints(run), told, shown]
+        shown = ShowTrials(spec, table, board, Trackers(workspace.run, spec, RETRAIN), progress)
+        callbacks = [table, KeepCheckpoints(run), shown]
         searcher = partial(FinalistSearcher, [start.parameters for start in finalists])
         train(run, spec, study, pool, callbacks, searcher=searcher, rule=ToTheEnd, kept=KEPT)
         progress.done(shown.line())
