@@ -1,5 +1,6 @@
 # make search: install into .venv and run the main job on the embedded digits.
 # make test:   install into .venv and run the quick tests, among them one run through all stages; under four minutes.
+# make test-3.12, test-3.13, test-3.14: the same under another Python, in an environment of its own.
 # make check:  the whole gate, exactly as CI runs it: lint, types, import contracts and all tests but the long; ten minutes.
 # make docs:   docs/spec.md and the schema, anew from the code.
 # make long:   the tests that take the gate beyond ten minutes.
@@ -10,34 +11,38 @@
 FITS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))
 PYTHON ?= $(shell for it in python3 python3.14 python3.13 python3.12 python3.11; do \
 	if $$it -c "$(FITS)" 2>/dev/null; then echo $$it; break; fi; done)
-BIN := .venv/bin
+VENV := .venv
+BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --root-user-action=ignore --constraint constraints.txt
 
-.PHONY: install search test check docs long chaos lint types contracts constraints wheel clean bench-step bench-search bench-fused
+.PHONY: install search test test-3.12 test-3.13 test-3.14 check docs long chaos lint types contracts constraints wheel clean bench-step bench-search bench-fused
 
-install: .venv/installed
+install: $(VENV)/installed
 
-.venv/python:
+$(VENV)/python:
 	@test -n "$(PYTHON)" || { echo "error: this takes a Python from 3.11 to 3.14, and none is on the PATH; or name one: make PYTHON=..." >&2; exit 2; }
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(VENV)
 	touch $@
 
-.venv/runtime: .venv/python pyproject.toml constraints.txt
+$(VENV)/runtime: $(VENV)/python pyproject.toml constraints.txt
 	$(PIP) --editable ".[export]"
 	touch $@
 
-.venv/installed: .venv/runtime
+$(VENV)/installed: $(VENV)/runtime
 	$(PIP) --editable ".[export,dev]"
 	touch $@
 
-search: .venv/runtime
+search: $(VENV)/runtime
 	$(BIN)/python -m tuner.search
 
-wheel: .venv/runtime
+wheel: $(VENV)/runtime
 	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 
 test: install
 	$(BIN)/python -m pytest
+
+test-3.12 test-3.13 test-3.14: test-%:
+	$(MAKE) test VENV=.venv-$* PYTHON=python$*
 
 check: lint types contracts
 	$(BIN)/python -m pytest -m "not long"
@@ -69,4 +74,4 @@ constraints: install
 	$(BIN)/pip freeze --all --exclude-editable --exclude pip | sed 's/+cpu//' > constraints.txt
 
 clean:
-	rm -rf .venv runs dist build
+	rm -rf .venv .venv-3.* runs dist build

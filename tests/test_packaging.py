@@ -70,9 +70,10 @@ def _modules(node: ast.AST) -> list[str]:
 
 def _kept_files() -> Iterator[tuple[Path, str]]:
     """Text files of the repository, without what is built, cached or run there."""
-    ignored = {".git", ".venv", "runs", "data", "__pycache__", ".hypothesis", ".import_linter_cache"}
+    ignored = {".git", "runs", "data", "__pycache__", ".hypothesis", ".import_linter_cache"}
     for folder, folders, names in os.walk(ROOT):
-        folders[:] = [name for name in folders if name not in ignored and not name.endswith(("_cache", ".egg-info"))]
+        kept = [name for name in folders if not name.startswith(".venv") and not name.endswith(("_cache", ".egg-info"))]
+        folders[:] = [name for name in kept if name not in ignored]
         for name in names:
             path = Path(folder, name)
             if path.name != "LICENSE" and path != Path(__file__):

@@ -98,6 +98,7 @@ def promoted(trial: int, search: float, second: float = 0.5, error: float | None
         ([promoted(3, 0.5, error=0.5)], "Trial 7 was chosen, not clearly before 3"),
         ([promoted(3, 0.8, error=None)], "Trial 7 was chosen"),
         ([promoted(3, 0.8), promoted(5, 0.5), promoted(2, 0.8)], "Trial 7 was chosen, not clearly before 3 and 2"),
+        ([promoted(trial, 0.8) for trial in (3, 5, 2)], "Trial 7 was chosen, not clearly before 3, 5 and 2"),
     ],
 )
 def test_trials_whose_intervals_overlap_are_not_called_better_and_worse(others, words):

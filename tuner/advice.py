@@ -53,29 +53,32 @@ def ignored(study: Study, spec: Spec) -> Iterator[str]:
 
 
 def more_trials(rows: Rows, error: float) -> Iterator[str]:
-    """Whether the last third of the trials still brought more of the gap than the winner's standard `error`."""
+    """Whether the last third of the trials still brought so much of the gap that the errors don't overlap.
+
+    `error` is the winner's standard error, taken for that of the best before as well.
+    """
     ended = [row["gap_closed"] for row in rows if row["state"] in ENDED and "gap_closed" in row]
     first = len(ended) - len(ended) // 3
     if len(ended) < ENOUGH:
         return
     gain = max(ended) - max(ended[:first])
     what = f"The last {len(ended) - first} of {len(ended)} trials brought {gain:.3f} of the gap"
-    if gain > error:
-        yield f"{what}, more than the winner's standard error of {error:.3f}: more trials will likely pay."
+    if gain > 2 * error:
+        yield f"{what}, more than twice the winner's standard error of {error:.3f}: more trials will likely pay."
     else:
-        yield f"{what}, no more than the winner's standard error of {error:.3f}: more trials are unlikely to pay."
+        yield f"{what}, the winner's standard error is {error:.3f}: more trials are unlikely to pay."
 
 
 def more_epochs(retrained: Retrained, validation: Compared) -> Iterator[str]:
-    """Whether the epochs after the search brought more of the gap than chance does, up to the last of them."""
+    """Whether the epochs after the search, up to the last of them, brought so much that the errors don't overlap."""
     before, after = validation.refitted, validation.retrained
     if not (before and after and before.gap_closed_error is not None and after.gap_closed_error is not None):
         return
-    gain, error = after.gap_closed - before.gap_closed, math.hypot(before.gap_closed_error, after.gap_closed_error)
-    what = f"The {retrained.epochs} epochs after the search brought {gain:.3f} ± {error:.3f} of the gap"
+    gain, errors = after.gap_closed - before.gap_closed, (before.gap_closed_error, after.gap_closed_error)
+    what = f"The {retrained.epochs} epochs after the search brought {gain:.3f} ± {math.hypot(*errors):.3f} of the gap"
     if retrained.kept_epoch < retrained.epochs:
         yield f"{what}, and what is kept is of epoch {retrained.kept_epoch:g}: more epochs are unlikely to pay."
-    elif gain > error:
+    elif gain > sum(errors):
         yield f"{what}, and the last is the best: more (retrain.epochs) will likely pay."
     else:
         yield f"{what}: more epochs are unlikely to pay."

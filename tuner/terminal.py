@@ -128,7 +128,8 @@ def chosen_words(promotion: Sequence[Promoted]) -> str:
         for other in others
         if first.gap_closed["search"] - other.gap_closed["search"] <= (first.error or 0) + (other.error or 0)
     ]
-    beside = f", not clearly before {' and '.join(level)}" if level else ""
+    listed = " and ".join([", ".join(level[:-1]), level[-1]] if level[1:] else level)
+    beside = f", not clearly before {listed}" if level else ""
     return f"Trial {first.trial} was chosen{beside}"
 
 
