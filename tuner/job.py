@@ -110,6 +110,16 @@ def require_found(rows: Sequence[Mapping[str, Any]]) -> None:
         raise NothingFound(f"{subject}: {reasons.most_common(1)[0][0]}")
 
 
+def fastest_precision(spec: Spec) -> str:
+    """What trials of a spec are trained in fastest: bfloat16 where they have no GPU and this machine, which stands for
+    those they run on, has instructions for it. A GPU multiplies in TF32, and networks this small gain no more there."""
+    import torch
+
+    known = torch.cpu.get_capabilities()
+    low = (known.get("avx512_bf16") or known.get("amx_bf16")) and not (spec.resources.gpu or torch.cuda.is_available())
+    return "bfloat16" if low else "float32"
+
+
 def load_spec(run: RunFiles, request: Request, own: OwnModelSpec | None = None) -> Spec:
     """The spec to work by, `own` being the code of a model of the user's own.
 
@@ -123,6 +133,9 @@ def load_spec(run: RunFiles, request: Request, own: OwnModelSpec | None = None) 
     spec = spec.with_data_at(request.data_dir)
     begun = specs.load(run.spec) if started else spec
     begun.require_model(own)
+    if spec.fixed.get("precision") == "auto":
+        decided = begun.values("precision")[0] if started else fastest_precision(spec)
+        spec = spec.with_fixed("precision", decided)
     if started:
         differences = spec.differences(begun)
         if differences:

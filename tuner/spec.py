@@ -214,6 +214,8 @@ class Spec(Frozen):
                     raise ValueError(f"space.{name}.when.{parent}: {value!r} is outside of space.{parent}")
         for name, value in self.fixed.items():
             _check_parameter(f"fixed.{name}", name, value)
+        if "precision" in self.space and "auto" in self.values("precision"):
+            raise ValueError("space.precision: auto is decided once a run, so it is for fixed alone")
         try:
             self.in_order()
         except graphlib.CycleError as error:
@@ -302,6 +304,10 @@ class Spec(Frozen):
     def with_data_at(self, place: Path | None) -> "Spec":
         """The same spec with its images at another place; None leaves them where they are."""
         return self.model_copy(update={"data": self.data.at(place)})
+
+    def with_fixed(self, name: str, value: Value) -> "Spec":
+        """The same spec with a parameter that all trials share."""
+        return self.model_copy(update={"fixed": self.fixed | {name: value}})
 
     def to_yaml(self) -> str:
         return yaml_text.dump(self.model_dump(mode="json"))

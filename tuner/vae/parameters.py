@@ -60,8 +60,9 @@ class TrainingParameters(_Strict):
     """of the learning rate; cosine: from learning_rate to zero over budget.max_epochs"""
     warmup_steps: int = Field(0, ge=0)
     """steps over which the learning rate rises linearly to its full value"""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """of what the built-in networks multiply in training; weights, losses and scores are float32 either way"""
+    precision: Literal["float32", "bfloat16", "auto"] = "float32"
+    """of what the networks multiply in training; weights, losses and scores are float32 either way; auto: bfloat16
+    where trials have no GPU and the machine that starts the run has instructions for it, and so for the whole run"""
     batch_size: int = Field(128, ge=1, description="images a step")
     kl_weight: float = Field(1.0, ge=0)
     """factor on the KL term against the summed reconstruction error of an image; 1 in the classic loss"""
