@@ -43,7 +43,7 @@ def _installed(name: str) -> str:
 def _required() -> dict[str, str]:
     """Every installed distribution that the project requires, at any depth, extras included: name -> by whom.
 
-    One that another package pins itself, such as a library of a CUDA build, needs no constraint of ours.
+    One that another package pins itself needs no constraint of ours, nor do the libraries of a CUDA build.
     """
     found: dict[str, str] = {}
     seen: set[tuple[str, str]] = set()
@@ -52,6 +52,8 @@ def _required() -> dict[str, str]:
         parent, extra, requirement = waiting.pop()
         name = canonicalize_name(requirement.name)
         if requirement.marker and not requirement.marker.evaluate({"extra": extra}):
+            continue
+        if name.startswith(("cuda-", "nvidia-")):
             continue
         if parent == "vae-tuner" or all(part.operator != "==" for part in requirement.specifier):
             found.setdefault(name, parent)

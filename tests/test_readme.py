@@ -137,7 +137,9 @@ def tensorboard(words: list[str], finished_run: RunFiles) -> None:
 
 def make(words: list[str], finished_run: RunFiles) -> None:
     """The target is there, and what it would start is there too."""
-    planned = subprocess.run(["make", "-C", str(ROOT), "--dry-run", *words], capture_output=True, text=True, check=True)
+    command = ["make", "-C", str(ROOT), "--dry-run", *words]
+    plain = {name: value for name, value in os.environ.items() if "MAKE" not in name}  # make itself may run this
+    planned = subprocess.run(command, capture_output=True, text=True, check=True, env=plain)
     started = re.findall(r"^\.venv/bin/(\w[\w-]*)(?: -m (\S+))?", planned.stdout, re.MULTILINE)
     assert started, planned.stdout
     for program, module in started:
