@@ -72,6 +72,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--rounds", type=int, default=6, help="trials a worker")
     arguments = parser.parse_args()
+    if arguments.rounds < 2:
+        parser.error("--rounds: a worker's rate takes two trials at least")
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     for workers in arguments.workers:
         result = measure(workers, arguments.seconds, arguments.rounds)

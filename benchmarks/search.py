@@ -14,7 +14,7 @@ scored afterwards with noise and an extractor that nobody searched with. Baselin
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -209,20 +209,28 @@ def main() -> None:
                 found = watch(command, folder, place / f"kept-{peer}-{loop}", seconds)
                 results[f"{peer}, {loop}"] = reached(found, scorer, baseline)
                 say({"search": f"{peer}, training of {loop}", **results[f"{peer}, {loop}"]})
+    print("\n".join(verdict(results, peers, loops, seconds)))
+
+
+def verdict(
+    results: Mapping[str, Mapping[str, Any]], peers: Sequence[str], loops: Sequence[str], seconds: float
+) -> Iterator[str]:
+    """Lines that compare ours with the peers, the last with the ratio: how many times as long the best peer with the
+    tutorial's loop takes, to the highest goal that ours reached. Where nothing can be compared it says so."""
     goal = next((str(goal) for goal in (0.9, 0.8, 0.5) if results[OURS[0]][str(goal)]), None)
     if goal is None:
-        print("ours came nowhere\nratio 0.00")
+        yield f"no ratio: ours did not close half of the gap within {seconds:g} s, so there is nothing to compare"
         return
-    for told in results.keys() & set(OURS):
-        mine = results[told][goal]
+    for told in (name for name in OURS if name in results):
         for loop in loops:
-            times = {peer: results[f"{peer}, {loop}"][goal] for peer in peers}
-            said = ", ".join(f"{peer} {time or f'not within {seconds:g}'} s" for peer, time in times.items())
-            print(f"to {goal} with the training of {loop}: {told} {mine or f'not within {seconds:g}'} s, {said}")
-    best = min(results[f"{peer}, tutorial"][goal] or seconds for peer in peers)
-    if results.get(OURS[-1], {}).get(goal):
-        print(f"told nothing {best / results[OURS[-1]][goal]:.2f}")
-    print(f"ratio {best / results[OURS[0]][goal]:.2f}")
+            times = {name: results[name][goal] for name in (told, *(f"{peer}, {loop}" for peer in peers))}
+            said = ", ".join(f"{name} {time or f'not within {seconds:g}'} s" for name, time in times.items())
+            yield f"to {goal}: {said}"
+    best = min((time for peer in peers if (time := results[f"{peer}, tutorial"][goal])), default=None)
+    bound = "" if best else f", at the least: no peer got there within {seconds:g} s"
+    for told, name in ((OURS[1], "told nothing"), (OURS[0], "ratio")):
+        if results.get(told, {}).get(goal):
+            yield f"{name} {(best or seconds) / results[told][goal]:.2f}{bound}"
 
 
 if __name__ == "__main__":

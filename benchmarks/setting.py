@@ -234,5 +234,5 @@ def reached(found: list[tuple[float, Path]], scorer: Scorer, baseline: float) ->
     return result | {
         "checkpoints": len(found),
         "first_checkpoint": round(found[0][0], 1) if found else None,
-        "best": round(best, 4),
+        "best": round(best, 4) if found else None,
     }

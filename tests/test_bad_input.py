@@ -316,12 +316,12 @@ def test_a_feature_extractor_that_is_none_or_for_other_images(refused, tmp_path)
 
 
 def test_a_run_directory_that_belongs_to_another_spec(refused, tmp_path):
-    run = _run_of(tmp_path / "run", ("budget.trials", 8), ("fixed.width", 16))
+    run = _run_of(tmp_path / "run", ("budget.trials", 32), ("fixed.width", 16))
     (run.path / "trials.csv").write_text("kept\n")
     (tmp_path / "search.yaml").write_text(SEARCH)
     line = refused("search.yaml", "--run", "run")
     assert line.startswith("error: run: belongs to another spec: ")
-    assert "budget.trials: 24 here, 8 there" in line
+    assert "budget.trials: 24 here, 32 there" in line
     assert "fixed.width: unset here, 16 there" in line
     assert "data.name: mnist here, digits there" in refused(MNIST, "--run", "run")
     assert "seed: 3 here, 0 there" in refused("--seed", "3", "--run", "run")

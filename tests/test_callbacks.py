@@ -98,6 +98,22 @@ def test_checkpoints_of_the_baseline_of_contenders_and_of_what_still_runs_are_ke
     assert run.checkpoint(5).read_bytes() == b"5"
 
 
+def test_what_a_limit_cut_off_keeps_its_checkpoint_and_takes_no_contenders_place(run, study):
+    run.checkpoints.mkdir()
+    for number in range(8):
+        score(study, number, float(8 - number))
+        run.checkpoint(number).write_bytes(b"%d" % number)
+    for number in range(6):
+        end(study, number, float(8 - number))
+    study.trial(6).set_user_attr("reason", "time limit")
+    study.trial(7).set_user_attr("reason", "time limit")
+    KeepContenders(run, SPEC, KeepTable(run, SPEC, study))
+    assert {path.name for path in run.checkpoints.iterdir()} == {f"{number:04d}.pt" for number in range(8)}
+    end(study, 6, 2.0)
+    KeepContenders(run, SPEC, KeepTable(run, SPEC, study))
+    assert not run.checkpoint(1).exists()
+
+
 def test_what_a_killed_driver_left_of_trials_that_are_out_is_removed_at_the_next_start(run, study):
     end(study, 1, 0.0, TrialState.FAIL)
     run.checkpoints.mkdir()
@@ -179,9 +195,9 @@ def test_a_trial_whose_worker_was_lost_is_shown_as_running_until_it_ends(run, st
         assert shown.line().startswith("1/8 trials | 7 running, 1 pruned | best frechet_distance 5 (trial 3)")
 
 
-def test_a_trial_that_the_time_limit_ended_before_its_start_is_shown_all_the_same(run, study, tmp_path):
+def test_a_trial_that_ended_before_its_start_is_shown_all_the_same(run, study, tmp_path):
     board = TensorBoard(tmp_path / "tensorboard", SPEC)
-    study.tell(study.trial(3), state=TrialState.PRUNED)
+    study.tell(study.trial(3), state=TrialState.FAIL)
     with Progress("search") as progress:
         ShowTrials(SPEC, KeepTable(run, SPEC, study), board, Trackers(run, SPEC, SEARCH), progress).on_trial_complete(
             **told(3)

@@ -25,7 +25,7 @@ from tuner.data_spec import IdxSpec
 from tuner.run import RunFiles
 from tuner.sources.idx import IDX_FILES
 from tuner.spec import Spec
-from tuner.study import RETRAIN, STATES, Study, open_study, read_study, table
+from tuner.study import RETRAIN, STATES, UNFINISHED, Study, open_study, read_study, table
 from tuner.summary import Summary
 from tuner.terminal import as_table, promotion_rows, result_rows, search_line, trials_rows
 from tuner.vae import codec
@@ -159,7 +159,7 @@ def is_shown(summary: Summary, spec: Spec) -> None:
 def makes_a_table(study: Study | None, spec: Spec) -> None:
     rows = table(study, spec) if study else []
     assert [row["trial"] for row in rows] == list(range(len(rows)))
-    assert {row["state"] for row in rows} <= set(STATES.values())
+    assert {row["state"] for row in rows} <= {*STATES.values(), UNFINISHED}
     assert search_line(rows, spec)
     assert as_table(trials_rows(rows, spec)).row_count == len(rows)
 

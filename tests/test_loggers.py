@@ -76,6 +76,15 @@ def test_a_trial_that_goes_on_is_the_same_run_again(places):
     assert [(metric.step, metric.value) for metric in history] == [(1000, 1.0), (2000, 0.5)]
 
 
+def test_another_trial_of_the_same_number_is_another_run(places, capsys):
+    for latents in (4, 8, 4):
+        told(places, "mlflow").start_trial(1, {"latent_dim": latents})
+    client = MlflowClient()
+    runs = client.search_runs([client.get_experiment_by_name(PROJECT).experiment_id])
+    assert sorted(run.data.params["latent_dim"] for run in runs) == ["4", "8"]
+    assert capsys.readouterr().err == ""
+
+
 def records(path: Path) -> Iterator[Record]:
     """Of wandb's offline file: a header of seven bytes, then LevelDB's log format."""
     content, at, whole = path.read_bytes(), 7, b""

@@ -112,6 +112,16 @@ def test_without_held_out_images_samples_are_shown_alone(run_copy: RunFiles):
     assert len(pictures(report(run_copy).read_text())) == 4
 
 
+@pytest.mark.parametrize("left", ["", "trial,state\n", "trial,sta"], ids=["nothing", "a header", "half of one"])
+def test_it_is_made_of_the_journal_whatever_has_become_of_the_table(run_copy: RunFiles, finished_run: RunFiles, left):
+    run_copy.trials.write_text(left)
+    counts = [
+        re.findall(r"Trials: [^<]*", page) for page in (report(run_copy).read_text(), finished_run.report.read_text())
+    ]
+    assert counts[0] == counts[1] != []
+    assert run_copy.trials.read_text() == left, "a look writes nothing but the report"
+
+
 def test_it_names_the_failed_trials_and_why(run_copy: RunFiles):
     spec = load(run_copy.spec)
     study = open_study(run_copy.journal, spec)

@@ -233,9 +233,10 @@ def without_retrain(run: RunFiles) -> RunFiles:
 def cut_off(run: RunFiles, workspace: Workspace) -> None:
     """The retrain of a run, its first finalist begun and its checkpoint damaged."""
     spec = workspace.spec.of_retrain(2, derive_seed(workspace.spec.seed, Stream.RETRAIN) % 2**32)
-    other = read_study(workspace.run.journal, RETRAIN)
+    other, study = read_study(workspace.run.journal, RETRAIN), open_study(run.journal, spec, RETRAIN)
+    study.set_user_attr("made_of", other.user_attrs["made_of"])
     parameters = [Parameters.model_validate(trial.user_attrs["parameters"]) for trial in other.known()]
-    FinalistSearcher(parameters, open_study(run.journal, spec, RETRAIN), spec, lambda: 9).suggest("a")
+    FinalistSearcher(parameters, study, spec, lambda: 9).suggest("a")
     path = run.of_retrain().checkpoint(0)
     write_atomic(path, (workspace.run.path / path.relative_to(run.path)).read_bytes()[:-100])
 

@@ -92,7 +92,7 @@ def test_every_trial_is_counted_once(summary, finished_run):
     rows = rows_of(finished_run)
     assert [int(row["trial"]) for row in rows] == [0, 1, 2, 3, 4]
     counts = Counter(row["state"] for row in rows)
-    assert summary.trials == {state: counts[state] for state in ("complete", "pruned", "failed")}
+    assert summary.trials == {state: counts[state] for state in ("complete", "pruned", "failed", "unfinished")}
     assert sum(summary.trials.values()) == 5
 
 
@@ -309,6 +309,61 @@ def compare(run: RunFiles, other: RunFiles) -> None:
         assert getattr(summary, part) == getattr(expected, part), part
     for name in ("model.safetensors", "prior.safetensors", "samples.png"):
         assert (run.export / name).read_bytes() == (other.export / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_a_finished_run_grows_by_more_trials_and_another_retrain_whatever_befell_its_journal_and_table(
+    finished_run, run_copy, small_flags, tmp_path
+):
+    run = run_copy
+    lines, damage = run.journal.read_bytes().splitlines(keepends=True), bytes(50) + b"\n"
+    run.journal.write_bytes(b"".join([*lines[:-3], damage, *lines[-3:]]))  # near the end of the retrain
+    run.trials.write_text("")
+    flags = [*small_flags, "--trials=6", "--set=retrain.epochs=2"]
+    done = subprocess.run(command(run.path, *flags), cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert f"{run.journal}: line {len(lines) - 2} of {len(lines) + 1} is damaged" in done.stderr
+    assert f"{run.path}: goes on with its search, and the stages after it are done anew" in done.stderr
+    assert b"\0" in run.journal.with_name("study.journal.damaged").read_bytes()
+
+    before, after = trials_of(finished_run), trials_of(run)
+    assert after[:5] == before
+    assert len(after) == len(rows_of(run)) == sum(run.summary().trials.values()) == 6
+    summary, finalists = run.summary(), trials_of(run, RETRAIN)
+    assert (summary.retrain.epochs, [evaluations(trial)[-1]["epoch"] for trial in finalists]) == (2, [2, 2])
+    assert summary.test.retrained
+    config = json.loads((run.export / "config.json").read_text())
+    assert config["lineage"]["trial"] == summary.retrain.trial
+    assert main(["--run", str(run.path), *flags]) == 0, "it is finished by the spec that it has grown to"
+
+    flags.append("--set=retrain.priors=[{prior: gaussian_mixture, prior_components: 3}]")
+    done = subprocess.run(command(run.path, *flags), cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert f"{run.path}: goes on with its retrain, and the stages after it are done anew" in done.stderr
+    assert trials_of(run, RETRAIN) == finalists, "with other priors none is trained again"
+    assert (trials_of(run), run.summary().promotion) == (after, summary.promotion)
+    assert run.summary().validation.refitted != summary.validation.refitted
+    assert {len(list(run.tensorboard.glob(f"retrain-{number},*"))) for number in range(2)} == {1}
+
+
+@pytest.mark.slow
+def test_what_a_time_limit_cut_off_the_same_command_goes_on_with(tmp_path, capsys):
+    run = RunFiles(tmp_path / "run")
+    flags = ["digits", "--trials=2", "--max-epochs=1", "--set=budget.grace_epochs=1", "--no-retrain", "--concurrency=1"]
+    again = command(run.path, *flags)
+    done = subprocess.run([*again, "--time-limit=0.1s"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "error: budget.time_limit came before the baseline was scored; the run goes on with a longer one, or with null"
+    )
+    assert [(row["state"], row["reason"]) for row in rows_of(run)] == [("unfinished", "time limit")]
+    assert main(["--status", str(run.path)]) == 0
+    assert "0/2 trials | 1 unfinished" in capsys.readouterr().out
+    done = subprocess.run(again, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert [(row["state"], row["reason"]) for row in rows_of(run)] == [("complete", "")] * 2
+    assert run.summary().trials == {"complete": 2, "pruned": 0, "failed": 0, "unfinished": 0}
+    assert run.report.exists()
 
 
 @pytest.mark.slow

@@ -407,14 +407,41 @@ def test_a_trial_is_put_back_up_to_three_times_and_preempted_nodes_are_not_count
     assert (again == number) == (state == TrialState.RUNNING)
 
 
-def test_the_time_limit_ends_a_trial_that_was_put_back(tmp_path):
-    spec = spec_with(budget=ONE_RUNG | {"time_limit": 60})
+def test_what_the_time_limit_cut_off_is_unfinished_until_it_is_taken_up_again(tmp_path):
+    spec = spec_with(budget=THREE_RUNGS | {"time_limit": 60})
     study = study_in(tmp_path, spec)
     searcher = StudySearcher(study, spec)
-    searcher.suggest("a")
-    searcher.on_trial_complete("a", error=True)
+    first = [searcher.suggest(name) for name in "abc"]
+    searcher.on_trial_complete("a", evaluation(5.0))
+    searcher.on_trial_result("b", evaluation(4.0, last=False))
+    searcher.on_trial_complete("c", error=True)  # put back
     searcher.close()
-    assert [(trial.state, trial.user_attrs["reason"]) for trial in study.trials] == [(TrialState.PRUNED, "time limit")]
+    rows = table(study, spec)
+    assert [(row["state"], row["reason"]) for row in rows] == [("complete", ""), *[("unfinished", "time limit")] * 2]
+    assert rows[1]["frechet_distance"] == 4
+    again = StudySearcher(study_in(tmp_path, spec), spec)
+    assert again.remaining == 7
+    assert [again.suggest(name) for name in "de"] == first[1:]
+    assert [row["state"] for row in table(again.study, spec)] == ["complete", "running", "running"]
+    again.on_trial_complete("d", evaluation(3.0, rung=3))
+    assert [(row["state"], row["reason"]) for row in table(again.study, spec)][1] == ("complete", "")
+
+
+def test_what_the_time_limit_cut_off_has_no_say_in_whether_the_search_still_improves(tmp_path):
+    spec = spec_with(budget=THREE_RUNGS | {"trials": 50, "plateau": {"trials": 2}, "time_limit": 60})
+    searcher = StudySearcher(study_in(tmp_path, spec), spec)
+    for name, value in zip("abcd", (5.0, 4.0, 9.0, 9.0), strict=True):
+        searcher.suggest(name)
+        searcher.on_trial_result(name, evaluation(value, last=False))
+    for name in "ab":
+        searcher.on_trial_complete(name, evaluation(3.0, rung=3))
+    searcher.close()
+    again = StudySearcher(study_in(tmp_path, spec), spec)
+    assert (again.on_plateau, again.remaining) == (False, 48)
+    for name in "ef":
+        again.suggest(name)
+        again.on_trial_complete(name, evaluation(9.0, rung=3))
+    assert (again.on_plateau, again.remaining) == (True, 0)
 
 
 @pytest.mark.parametrize(

@@ -333,9 +333,9 @@ def test_a_spec_written_and_read_again_is_the_same(search, tmp_path, overrides):
 
 def test_differences_name_the_key_and_both_values(search):
     ours = specs.load(search)
-    theirs = specs.load(search, [("budget.trials", 8), ("space.latent_dim.high", 64), ("fixed.width", 16)])
+    theirs = specs.load(search, [("budget.trials", 32), ("space.latent_dim.high", 64), ("fixed.width", 16)])
     assert ours.differences(theirs) == [
-        "budget.trials: 24 here, 8 there",
+        "budget.trials: 24 here, 32 there",
         "fixed.width: unset here, 16 there",
         "space.latent_dim.high: 32 here, 64 there",
     ]
@@ -345,6 +345,21 @@ def test_differences_name_the_key_and_both_values(search):
 def test_where_the_data_lie_and_the_time_limit_make_no_other_spec(search):
     free = [("data.directory", "/elsewhere"), ("data.download", False), ("budget.time_limit", 60)]
     assert specs.load(search).differences(specs.load(search, free)) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("budget.trials", 25),
+        ("budget.plateau", {"trials": 3}),
+        ("retrain.epochs", 60),
+        ("retrain.epochs", 1),
+        ("retrain.finalists", 1),
+        ("retrain.priors", []),
+    ],
+)
+def test_a_run_grows_by_more_trials_and_another_retrain(search, key, value):
+    assert specs.load(search, [(key, value)]).differences(specs.load(search)) == []
 
 
 # Baseline

@@ -311,6 +311,28 @@ def test_the_lists_are_written_last_and_the_spec_first(bucket, tmp_path):
     assert set(order[-2:]) == {"summary.json", "trials.csv"}
 
 
+def test_a_copy_of_a_run_that_grows_never_has_the_results_of_before_under_the_spec_of_after(bucket, tmp_path):
+    seen: list[dict[str, bytes]] = []
+
+    def between(moment: str) -> None:
+        if moment == "before a.txt":  # after the lists were read
+            write_atomic(mirror.run.summary_file, "nothing")
+            write_atomic(mirror.run.spec, "after")
+        seen.append(contents(bucket + "/mine"))
+
+    mirror = Watched(bucket + "/mine", tmp_path / "run", lambda moment: None)
+    mirror.pull()
+    for name, content in {"spec.yaml": "before", "summary.json": "results", "a.txt": "1"}.items():
+        write_atomic(mirror.run.path / name, content)
+    mirror.push()
+    mirror.between = between
+    write_atomic(mirror.run.path / "a.txt", "2")
+    for _ in range(2):
+        mirror.push()
+    assert [(found["spec.yaml"], found["summary.json"]) for found in seen if found["spec.yaml"] == b"after"]
+    assert not any((found["spec.yaml"], found["summary.json"]) == (b"after", b"results") for found in seen)
+
+
 # What can't be opened
 
 

@@ -11,7 +11,7 @@ from optuna.trial import TrialState
 from pydantic import TypeAdapter
 
 from tuner.spec import Entry, Objective, Spec
-from tuner.study import Study, distributions, front, open_study, ranked, read_study, table
+from tuner.study import UNFINISHED, Study, distributions, front, open_study, ranked, read_study, table
 from tuner.vae.errors import Refused
 from tuner.vae.parameters import CLASSIC
 
@@ -194,6 +194,74 @@ def test_a_last_line_that_a_kill_cut_off_is_no_damage_and_is_removed(study, jour
     assert len(open_study(journal, SPEC).known()) == 3
     assert journal.read_bytes().startswith(whole)
     assert journal.read_bytes().endswith(b"}\n")
+
+
+DAMAGE = {
+    "a blank line": b"\n",
+    "NUL bytes": bytes(40) + b"\n",
+    "NUL bytes before a record": bytes(40) + b'{"op_code":8,"worker_id":"a"}\n',
+    "two lines in one": b'{"op_code":8,"worker_id":"a"}{"op_code":8,"worker_id":"a"}\n',
+    "other bytes": b"\xff\xfe\n",
+    "a number": b"7\n",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_all_up_to_the_damage_is_taken_and_the_damaged_file_is_kept_aside(study, journal, damage, capsys):
+    evaluate(study, 0, 1, 50.0)
+    sound = journal.read_bytes()
+    evaluate(study, 1, 1, 27.0)
+    rest = journal.read_bytes().removeprefix(sound)
+    journal.write_bytes(sound + damage + rest)
+    count = len(sound.splitlines())
+    opened = open_study(journal, SPEC)
+    assert [row.get(METRIC) for row in table(opened, SPEC)] == [50.0, None, None]
+    assert journal.read_bytes().startswith(sound)
+    assert b"27.0" not in journal.read_bytes()
+    kept = journal.with_name("study.journal.damaged")
+    assert kept.read_bytes() == sound + damage + rest
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{journal}: line {count + 1} of {count + 2} is damaged" in line
+    assert kept.name in line
+    evaluate(opened, 1, 1, 26.0)
+    assert [row.get(METRIC) for row in table(open_study(journal, SPEC), SPEC)] == [50.0, 26.0, None]
+    assert capsys.readouterr().err == ""
+
+
+def test_a_look_at_a_damaged_journal_shows_what_comes_before_and_writes_nothing(study, journal, capsys):
+    evaluate(study, 0, 1, 50.0)
+    sound = journal.read_bytes()
+    evaluate(study, 1, 1, 27.0)
+    content = sound + b"\n" + journal.read_bytes().removeprefix(sound)
+    journal.write_bytes(content)
+    assert [row.get(METRIC) for row in table(read_study(journal), SPEC)] == [50.0, None, None]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {journal}: damaged, read up to there: ")
+    assert (journal.read_bytes(), [path.name for path in journal.parent.iterdir()]) == (content, [journal.name])
+
+
+def test_a_file_that_was_never_a_journal_is_refused_and_left_alone(journal):
+    for content in (b"hello\n", b"\0" * 9 + b"\n" + b'{"op_code":0}\n'):
+        journal.write_bytes(content)
+        with pytest.raises(Refused, match=f"{journal}: not readable as an Optuna journal: "):
+            open_study(journal, SPEC)
+        assert (journal.read_bytes(), [path.name for path in journal.parent.iterdir()]) == (content, [journal.name])
+
+
+def test_a_study_that_is_deleted_begins_anew(study, journal):
+    study.set_user_attr("floor", 2.5)
+    study.delete()
+    anew = open_study(journal, SPEC)
+    assert (anew.known(), math.isnan(anew.floor)) == ([], True)
+    anew.add_trial(optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs={"parameters": CLASSIC.model_dump()}))
+    assert [row["trial"] for row in table(read_study(journal), SPEC)] == [0]
+
+
+def test_what_runs_and_has_a_reason_why_it_does_not_is_unfinished(study):
+    study.trial(1).set_user_attr("reason", "time limit")
+    assert [row["state"] for row in table(study, SPEC)] == ["running", UNFINISHED, "running"]
+    study.trial(1).set_user_attr("reason", "")
+    assert [row["state"] for row in table(study, SPEC)] == ["running"] * 3
 
 
 def test_what_is_written_meanwhile_is_read(study, journal):

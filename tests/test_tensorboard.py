@@ -1,6 +1,7 @@
 """TensorBoard's own backend reads what the driver wrote, while trials run and after."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +51,15 @@ class Board:
         request = api_pb2.GetExperimentRequest(hparams_limit=0)
         return get_experiment.Handler(context.RequestContext(), self.hparams, "1", request).run()
 
+    def groups(self) -> Sequence[api_pb2.SessionGroup]:
+        """The rows of HParams' table."""
+        request = api_pb2.ListSessionGroupsRequest(start_index=0, slice_size=1000, allowed_statuses=[0, 1, 2, 3])
+        return list_session_groups.Handler(context.RequestContext(), self.hparams, "1", request).run().session_groups
+
     def outcomes(self) -> dict[int, str]:
         """The outcome of each trial that HParams lists, by the outcome metric; its own status agrees."""
-        request = api_pb2.ListSessionGroupsRequest(start_index=0, slice_size=1000, allowed_statuses=[0, 1, 2, 3])
-        groups = list_session_groups.Handler(context.RequestContext(), self.hparams, "1", request).run().session_groups
         found = {}
-        for group in groups:
+        for group in self.groups():
             values = {metric.name.tag: metric.value for metric in group.metric_values}
             outcome = OUTCOMES[round(values[OUTCOME_TAG])] if OUTCOME_TAG in values else "running"
             found[round(group.hparams["trial"].number_value)] = outcome
@@ -110,6 +114,28 @@ def test_a_trial_is_listed_from_its_first_second(tmp_path):
     board.start_trial(0, {"latent_dim": 4, "learning_rate": 1e-3, "kl_weight": 0.5})
     assert Board(tmp_path).outcomes() == {0: "running"}
     board.close()
+
+
+def test_trials_of_the_same_number_of_two_runs_under_one_folder_are_two(tmp_path):
+    for run in ("a/mnist", "b/mnist", "c"):
+        board = TensorBoard(tmp_path / run / "tensorboard", spec_of())
+        board.start_search()
+        for number in range(2):
+            board.start_trial(number, {"latent_dim": 4, "learning_rate": 1e-3, "kl_weight": 0.5})
+        board.close()
+    groups = Board(tmp_path).groups()
+    names = [f"{run}/tensorboard/{number:04d}" for run in ("a/mnist", "b/mnist", "c") for number in range(2)]
+    assert sorted(group.name.partition(",")[0] for group in groups) == names
+    assert all(len(group.sessions) == 1 for group in groups)
+
+
+def test_a_search_that_goes_on_with_more_trials_declares_them(tmp_path):
+    for trials in (4, 9):
+        board = TensorBoard(tmp_path, spec_of(trials=trials))
+        board.start_search()
+        board.close()
+    (info,) = (info for info in Board(tmp_path).experiment().hparam_infos if info.name == "trial")
+    assert info.domain_interval.max_value == 8
 
 
 def test_a_finalist_has_its_curves_and_its_end_but_is_no_session_of_hparams(tmp_path):

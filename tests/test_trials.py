@@ -26,7 +26,7 @@ from tuner.scoring import Bench
 from tuner.search import parse, request
 from tuner.searcher import WORKER_RETRIES
 from tuner.spec import Spec
-from tuner.study import Study, table
+from tuner.study import UNFINISHED, Study, table
 from tuner.trials import run_trials, search_stage
 from tuner.vae.metrics import METRICS
 from tuner.vae.parameters import CLASSIC
@@ -207,14 +207,21 @@ def test_two_objectives_give_a_pareto_front_and_stop_nothing_early(ray_cluster, 
 
 
 @pytest.mark.parametrize("objective", ["frechet_distance", ["frechet_distance", "rate"]], ids=["one", "two"])
-def test_a_time_limit_ends_the_search_and_leaves_no_trial_running(ray_cluster, tmp_path, objective):
+def test_a_time_limit_ends_the_search_and_without_it_the_search_goes_on(ray_cluster, tmp_path, objective):
     spec = spec_with(objective=objective, budget=ONE_RUNG | {"trials": 1_000, "time_limit": 4})
     study = study_in(tmp_path, spec)
     run_trials(study, spec, tune.with_parameters(Bowl, pause=0.3), tmp_path / "ray", 2, [])
-    trials = study_in(tmp_path, spec).trials
-    assert 0 < len(trials) < 1_000
-    assert {trial.state for trial in trials} <= {TrialState.COMPLETE, TrialState.PRUNED}
-    assert {trial.user_attrs["reason"] for trial in trials if trial.state == TrialState.PRUNED} == {"time limit"}
+    rows = table(study_in(tmp_path, spec), spec)
+    assert 0 < len(rows) < 1_000
+    assert {row["state"] for row in rows} <= {"complete", UNFINISHED}
+    assert {row["reason"] for row in rows if row["state"] == UNFINISHED} == {"time limit"}
+    longer = spec_with(objective=objective, budget=ONE_RUNG | {"trials": len(rows)})
+    run_trials(study_in(tmp_path, longer), longer, tune.with_parameters(Bowl), tmp_path / "ray", 2, [])
+    ended = table(study_in(tmp_path, longer), longer)
+    assert [(row["state"], row["reason"]) for row in ended] == [("complete", "")] * len(rows)
+    assert [row for row in rows if row["state"] == "complete"] == [
+        now for was, now in zip(rows, ended, strict=True) if was["state"] == "complete"
+    ]
 
 
 def test_while_others_want_the_cores_trials_run_one_at_a_time(ray_cluster, tmp_path):
@@ -329,4 +336,4 @@ def test_a_diverging_trial_fails_with_its_reason_and_parameters_and_the_search_g
     for row in (baseline, named):
         assert row["state"] == "complete"
         assert {name for name in METRICS if row.get(name)} == METRICS.keys() - {"nll"}  # with a Gaussian decoder
-    assert alone.summary().trials == {"complete": 2, "pruned": 0, "failed": 1}
+    assert alone.summary().trials == {"complete": 2, "pruned": 0, "failed": 1, "unfinished": 0}

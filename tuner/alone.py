@@ -10,6 +10,7 @@ from tuner.cluster import cluster
 from tuner.exits import command, refuse, resumable
 from tuner.pool import RayPool
 from tuner.storage import opened
+from tuner.study import open_study, table
 from tuner.vae.errors import Refused
 from tuner.workspace import Workspace, open_workspace
 
@@ -37,7 +38,9 @@ def run_alone(
                 raise Refused(f"{run.shown}: its search has not ended; go on with {again}")
         except ValueError as error:
             refuse(error)
-        with run.claimed(), cluster(arguments.address, None, workspace.spec.resources):
-            pool = RayPool(workspace.spec, workspace.data, workspace.own)
-            work(replace(workspace, pool=pool), pool)
+        with run.claimed():
+            run.write_trials(table(open_study(run.journal, workspace.spec), workspace.spec))
+            with cluster(arguments.address, None, workspace.spec.resources):
+                pool = RayPool(workspace.spec, workspace.data, workspace.own)
+                work(replace(workspace, pool=pool), pool)
     return 0

@@ -152,7 +152,7 @@ class ShowTrials(SearchCallback):
     def on_trial_left(self, number: int) -> None:
         row = self.table.rows[number]
         if row["state"] in ENDED:  # else its worker was lost, and it is put back
-            if number not in self.board.names:  # the time limit came before its start
+            if number not in self.board.names:  # its worker never came to start it
                 self.start(number, {name: row[name] for name in self.spec.searched(row)})
             self.board.end_trial(number, row["state"], row["reason"])
             self.trackers.end_trial(number, row["state"], row["reason"])

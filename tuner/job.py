@@ -10,7 +10,7 @@ from typing import Any
 from tuner import spec as specs
 from tuner.run import RunFiles, write_atomic
 from tuner.spec import OwnModelSpec, Spec
-from tuner.study import BASELINE
+from tuner.study import BASELINE, UNFINISHED, open_study, read_study, table
 from tuner.vae.errors import Refused
 
 SHORT = {name: f"budget.{name}" for name in ("trials", "max_epochs", "time_limit")}  # as flags and calls say it
@@ -52,8 +52,9 @@ def work(run: RunFiles, request: Request) -> Spec:
     try:
         own, named = own_model.load(request.model)
         spec = load_spec(run, request, named)
-        tested = run.summary().test
-        if run.report.exists() and run.export.exists() and tested and (tested.retrained or not request.retrain):
+        outgrown, tested = outgrown_by(spec, run), run.summary().test
+        done = tested and (tested.retrained or not request.retrain) and run.report.exists() and run.export.exists()
+        if done and not outgrown:
             return spec
         require_installed(spec.loggers)
         load_extractors(run)
@@ -73,11 +74,19 @@ def work(run: RunFiles, request: Request) -> Spec:
     from tuner.report import report_stage
     from tuner.retrain import retrain
     from tuner.scoring import Bench
+    from tuner.terminal import console
     from tuner.trials import search_stage
 
     with run.claimed():
-        if not run.spec.exists():
+        if outgrown:  # before the spec: cut off between the two, the run is unfinished by either
+            run.update_summary(**outgrown)
+            begins = "search" if "best" in outgrown else "retrain"
+            console().print(
+                f"{run.shown}: goes on with its {begins}, and the stages after it are done anew", markup=False
+            )
+        if not run.spec.exists() or specs.load(run.spec) != spec:
             write_atomic(run.spec, spec.to_yaml())
+        run.write_trials(table(open_study(run.journal, spec), spec))
         if not run.held_out.exists():
             write_atomic(run.held_out, held_out)
         warm_start.take_over(run, spec, earlier)
@@ -101,8 +110,10 @@ def work(run: RunFiles, request: Request) -> Spec:
 
 def require_found(rows: Sequence[Mapping[str, Any]]) -> None:
     """Raises NothingFound where a search has found nothing to go on with."""
-    if not rows:
-        raise NothingFound("no trial was started within budget.time_limit")
+    if not rows or (rows[BASELINE]["state"] in ("waiting", UNFINISHED) and not rows[BASELINE]["epochs_trained"]):
+        raise NothingFound(
+            "budget.time_limit came before the baseline was scored; the run goes on with a longer one, or with null"
+        )
     if rows[BASELINE]["state"] == "failed" or not rows[BASELINE]["epochs_trained"]:
         everything = all(row["state"] == "failed" for row in rows)
         reasons = Counter(row["reason"] for row in (rows if everything else rows[: BASELINE + 1]))
@@ -118,6 +129,27 @@ def fastest_precision(spec: Spec) -> str:
     known = torch.cpu.get_capabilities()
     low = (known.get("avx512_bf16") or known.get("amx_bf16")) and not (spec.resources.gpu or torch.cuda.is_available())
     return "bfloat16" if low else "float32"
+
+
+def outgrown_by(spec: Spec, run: RunFiles) -> dict[str, Any]:
+    """What of a run's summary does not hold once its spec is this one, as parts to lay over it.
+
+    Trials that are left, whether by a budget that has grown or a limit that was lifted, have all later stages done
+    anew; another retrain those from there on.
+    """
+    if not run.spec.exists():
+        return {}
+    begun, found = specs.load(run.spec), run.summary()
+    anew: dict[str, Any] = {"retrain": None, "test": None}
+    if spec.budget != begun.budget and found.best:
+        from tuner.searcher import StudySearcher
+
+        study = read_study(run.journal)
+        if study and StudySearcher(study, spec).remaining:
+            return anew | {"promotion": (), "best": None, "validation": None}
+    if spec.retrain != begun.retrain and found.retrain and found.validation:
+        return anew | {"validation": found.validation.model_copy(update={"refitted": None, "retrained": None})}
+    return {}
 
 
 def load_spec(run: RunFiles, request: Request, own: OwnModelSpec | None = None) -> Spec:

@@ -52,7 +52,9 @@ class MLflowTracker:
 
     def start(self, name: str, parameters: Mapping[str, Any]) -> None:
         ours = f"tags.run = '{self.run}' and tags.trial = '{name}'"
-        found = self.client.search_runs([self.experiment], ours, max_results=1)
+        known = {key: str(value) for key, value in parameters.items()}
+        runs = self.client.search_runs([self.experiment], ours)
+        found = [run for run in runs if run.data.params.items() <= known.items()]  # another retrain has other finalists
         tags = {"run": self.run, "trial": name}
         run = found[0] if found else self.client.create_run(self.experiment, run_name=name, tags=tags)
         self.ids[name] = run.info.run_id

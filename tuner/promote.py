@@ -5,7 +5,7 @@ from typing import Any
 
 from tuner.scoring import Bench, compared
 from tuner.spec import Spec
-from tuner.study import ranked
+from tuner.study import UNFINISHED, ranked
 from tuner.summary import EXTRACTORS, Best, Compared, Promoted, Summary
 from tuner.terminal import as_table, chosen_words, console, promotion_rows, stage
 from tuner.vae.metrics import gap_closed
@@ -23,11 +23,13 @@ def promote(workspace: Workspace, rows: Sequence[Mapping[str, Any]], show: Calla
     """Choose the winner among a study's rows and write it to the summary.
 
     A contender's rank is the mean cost over all extractors, each extractor's scale set by the baseline; ties go to the
-    earlier trial. The baseline must have been scored. Raises Refused where a checkpoint is damaged.
+    earlier trial. What a limit cut off takes part as far as it came. The baseline must have been scored. Raises Refused
+    where a checkpoint is damaged.
     """
     run, spec = workspace.run, workspace.spec
     objective, searched = spec.selection_objective, spec.trial_objective.metric
-    chosen = contenders(rows, spec)
+    cut_off = [row for row in rows if row["state"] == UNFINISHED]
+    chosen = ranked([*contenders(rows, spec), *cut_off], spec)[:CONTENDERS]
     models = [workspace.checkpoints.best(run.checkpoint(row["trial"])) for row in chosen]
     scored = (None, workspace.checkpoints.baseline(), *models)
     units = [(fitted, name) for name in EXTRACTORS for fitted in scored]

@@ -39,7 +39,10 @@ from tuner.vae.model import OwnModel
 from tuner.vae.prior import standard_normal
 from tuner.workspace import Checkpoints, read_held_out
 
-COLOURS = {"complete": "#1f77b4", "pruned": "#b8b8b8", "failed": "#d62728", "running": "#ff9f1c"}
+COLOURS = {
+    **{"complete": "#1f77b4", "pruned": "#b8b8b8", "failed": "#d62728"},
+    **{"running": "#ff9f1c", "unfinished": "#ffcf8f"},
+}
 BY_STATE = {"color": "state", "color_discrete_map": COLOURS}  # how plots tell trials apart
 DOTS = {"marker": {"size": 10}}
 RATE_AND_DISTORTION = tuple(Objective.model_validate(metric) for metric in ("rate", "distortion"))

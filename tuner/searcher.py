@@ -82,7 +82,9 @@ class StudySearcher(Searcher):
         if len(self.live) >= self.capacity():
             return None
         frozen = self.unfinished.pop(0) if self.unfinished else self._propose()
-        self.live[trial_id] = self.study.trial(frozen.number)
+        self.live[trial_id] = trial = self.study.trial(frozen.number)
+        if "reason" in frozen.user_attrs:  # for which it was cut off
+            trial.set_user_attr("reason", "")
         return {"trial": frozen.number, "parameters": frozen.user_attrs["parameters"]}
 
     def _propose(self) -> FrozenTrial:
@@ -161,18 +163,13 @@ class StudySearcher(Searcher):
             self._end(trial, TrialState.FAIL, result["reason"])
         elif result.get("outcome") == "complete":
             self._end(trial, TrialState.COMPLETE, "", [result[o.metric] for o in self.spec.objective])
-        elif result.get("done"):
-            self._end(trial, TrialState.PRUNED, f"among the weaker at epoch {result['epoch']:g}")
         else:
-            self._end(trial, TrialState.PRUNED, "time limit")
+            self._end(trial, TrialState.PRUNED, f"among the weaker at epoch {result['epoch']:g}")
 
     def close(self) -> None:
-        """End what the time limit cut off between two evaluations, or before it went on."""
-        back = [self.study.trial(frozen.number) for frozen in self.unfinished]
-        for trial in (*self.live.values(), *back):
-            self._end(trial, TrialState.PRUNED, "time limit")
-        self.live.clear()
-        self.unfinished.clear()
+        """Note of what the time limit cut off why it is unfinished; the same run goes on with it."""
+        for trial in (*self.live.values(), *self.unfinished):
+            self.study.trial(trial.number).set_user_attr("reason", "time limit")
 
     def _end(
         self, trial: optuna.trial.Trial, state: TrialState, reason: str, values: list[float] | None = None

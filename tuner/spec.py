@@ -343,11 +343,14 @@ class Spec(Frozen):
             raise ValueError(f"--model {given.function}: the run began {there}")
 
     def differences(self, other: "Spec") -> list[str]:
-        """Keys whose values differ, as 'key: ours, theirs'; places and the time limit don't count."""
+        """Keys that a run which began with `other` can't go on with, as 'key: ours, theirs': they would change its
+        trials. Places and limits don't, nor do more trials and another retrain."""
         ours, theirs = _flatten(self.model_dump(mode="json")), _flatten(other.model_dump(mode="json"))
         free = {"data.directory", "data.file", "data.download", "features"}  # the program's hash says which it is
         free |= {"budget.time_limit", "budget.plateau", "budget.plateau.trials", "budget.plateau.min_improvement"}
         free |= {"resources.cpu", "resources.gpu", "execution", "loggers"}
+        free |= {"retrain.epochs", "retrain.finalists", "retrain.priors"}
+        free |= {"budget.trials"} if self.budget.trials > other.budget.trials else set()
         return [
             f"{key}: {ours.get(key, 'unset')} here, {theirs.get(key, 'unset')} there"
             for key in sorted(ours.keys() | theirs.keys())

@@ -51,8 +51,8 @@ def opened(place: str) -> Iterator[RunFiles]:
 class Mirror:
     """Copies a run to storage so that at every moment the copy is one to go on from.
 
-    What tells of other files is read before and written after them: summary.json of trials.csv, that of the
-    journal, that of checkpoints.
+    What tells of other files is read before and written after them: spec.yaml, of a run that has begun, of
+    summary.json, that of trials.csv, that of the journal, that of checkpoints.
     """
 
     def __init__(self, url: str, local: Path):
@@ -87,7 +87,9 @@ class Mirror:
 
     def push(self) -> None:
         """Write what has changed since the last push, remove what is gone. Raises OSError or ValueError."""
-        listing = (self.run.summary_file, self.run.trials, self.run.journal)
+        listing = [self.run.summary_file, self.run.trials, self.run.journal]
+        if self.run.spec in self.known:  # else it comes first: without it there is no run
+            listing.insert(0, self.run.spec)
         lists = {path: (_signature(path), path.read_bytes()) for path in listing if path.exists()}
         present = {path for path in self.run.path.rglob("*") if self._belongs(path)}
         for path in sorted(present - set(listing), key=lambda path: (path != self.run.spec, path)):

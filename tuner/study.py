@@ -3,10 +3,13 @@
 The only module that knows how Optuna keeps things. Knows nothing of Ray, and imports no torch.
 """
 
+import json
 import math
 import operator
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Generator, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,6 +21,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
+from tuner.run import write_atomic
 from tuner.space import Choices, IntRange
 from tuner.spec import Objective, Spec
 from tuner.vae.errors import Refused, one_line, refusing
@@ -28,6 +32,7 @@ BASELINE = 0  # the trial of the classic settings
 SEARCH, RETRAIN, WARM_START = "search", "retrain", "warm_start"  # the studies in a run's journal
 NEEDED = ("epoch", "seconds_train", "seconds_score", "frechet_distance", "frechet_distance_standard_normal")
 ENDED = ("complete", "pruned", "failed")
+UNFINISHED = "unfinished"  # what a limit cut off: running to Optuna, with the reason
 STATES = {
     TrialState.WAITING: "waiting",
     TrialState.RUNNING: "running",
@@ -35,6 +40,18 @@ STATES = {
     TrialState.PRUNED: "pruned",
     TrialState.FAIL: "failed",
 }
+
+
+class ReadJournal(JournalFileBackend):
+    """A journal to look at: what comes before a line that is none."""
+
+    damage = ""
+
+    def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
+        try:
+            yield from super().read_logs(log_number_from)
+        except ValueError as error:
+            self.damage = one_line(error)
 
 
 class RunLock:
@@ -54,6 +71,9 @@ class Study(optuna.Study):
         super().__init__(name, storage, sampler=optuna.samplers.RandomSampler())  # never asked: see the searcher
         self.storage = storage
         self.identity = storage.get_study_id_from_name(name)
+
+    def delete(self) -> None:
+        optuna.delete_study(study_name=self.study_name, storage=self.storage)
 
     def known(self) -> list[FrozenTrial]:
         """All trials by number, not to be changed."""
@@ -98,28 +118,61 @@ class Study(optuna.Study):
 def open_study(journal: Path, spec: Spec, name: str = SEARCH) -> Study:
     """A study of a run, made on first use. To be opened by the process that claimed the run.
 
-    A last line that a kill left unfinished is cut off: what it was to say is said again. Raises Refused where
-    the journal is damaged.
+    Raises Refused where the journal is damaged, and not by lines that `_mend` can cut off.
     """
-    if journal.exists() and not journal.read_bytes().endswith(b"\n"):
-        os.truncate(journal, journal.read_bytes().rfind(b"\n") + 1)
+    if journal.is_file():
+        _mend(journal)
     study = _load(journal, spec, name)
     assert study
     return study
 
 
 def read_study(journal: Path, name: str = SEARCH) -> Study | None:
-    """A study of a run to look at, also while it is being written; None before it began. Raises Refused."""
+    """A study of a run to look at, also while it is being written; None before it began. Raises Refused.
+
+    Of a damaged journal it is what comes before the damage, with a warning: a look mends nothing.
+    """
     if not journal.exists() or (journal.is_file() and not journal.stat().st_size):
         return None
     return _load(journal, None, name)
 
 
+def _mend(journal: Path) -> None:
+    """Cut a journal off where it is damaged; a copy of the damaged file is kept beside it.
+
+    A last line that a kill left unfinished is no damage: what it was to say is said again.
+    """
+    content = journal.read_bytes()
+    *lines, unfinished = content.split(b"\n")
+    sound = list(takewhile(_is_record, lines))
+    lost = len(lines) - len(sound)
+    if lost and not sound:
+        raise Refused(f"{journal}: not readable as an Optuna journal: its first line is none of one")
+    if lost:
+        damaged = journal.with_name(f"{journal.name}.damaged")
+        write_atomic(damaged, content)
+        print(
+            f"warning: {journal}: line {len(sound) + 1} of {len(lines)} is damaged: what was written from there on is "
+            f"lost; the damaged file is kept as {damaged.name}",
+            file=sys.stderr,
+        )
+    if lost or unfinished:
+        os.truncate(journal, sum(len(line) + 1 for line in sound))
+
+
+def _is_record(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
 def _load(journal: Path, spec: Spec | None, name: str) -> Study | None:
     """None where there is no such study beside the search's yet and none is to be made."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    backend = (JournalFileBackend if spec else ReadJournal)(str(journal), RunLock())  # type: ignore[arg-type]
     try:
-        storage = JournalStorage(JournalFileBackend(str(journal), lock_obj=RunLock()))  # type: ignore[arg-type]
+        storage = JournalStorage(backend)
         if spec:
             directions = [objective.direction for objective in spec.objective]
             optuna.create_study(storage=storage, study_name=name, directions=directions, load_if_exists=True)
@@ -130,7 +183,10 @@ def _load(journal: Path, spec: Spec | None, name: str) -> Study | None:
     except Exception as error:  # Optuna raises whatever the damage provokes; a full disk is another matter
         if isinstance(error, OSError) and not isinstance(error, IsADirectoryError):
             raise
-        raise Refused(f"{journal}: not readable as an Optuna journal: {one_line(error)}") from error
+        said = getattr(backend, "damage", "") or one_line(error)
+        raise Refused(f"{journal}: not readable as an Optuna journal: {said}") from error
+    if isinstance(backend, ReadJournal) and backend.damage:
+        print(f"warning: {journal}: damaged, read up to there: {backend.damage}", file=sys.stderr)
     with refusing(f"{journal}: not the journal of a search", KeyError, TypeError, ValueError, OverflowError):
         _check(study)
     return study
@@ -207,8 +263,9 @@ def table(study: Study, spec: Spec) -> list[dict[str, Any]]:
     for trial in study.known():
         scored = evaluations(trial)
         best = min(scored, key=spec.trial_objective.cost, default={})
-        row: dict[str, Any] = {"trial": trial.number, "state": STATES[trial.state]}
-        row["reason"] = trial.user_attrs.get("reason", "")
+        state, reason = STATES[trial.state], trial.user_attrs.get("reason", "")
+        state = UNFINISHED if reason and trial.state == TrialState.RUNNING else state
+        row: dict[str, Any] = {"trial": trial.number, "state": state, "reason": reason}
         row |= {"epoch": best["epoch"]} if best else {}
         row["epochs_trained"] = scored[-1]["epoch"] if scored else 0
         row |= trial.user_attrs["parameters"]

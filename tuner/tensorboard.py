@@ -57,7 +57,12 @@ class TensorBoard:
         )
 
     def start_search(self) -> None:
-        """Declare the searched parameters with their domains and the metrics, before any trial ends."""
+        """Declare the searched parameters with their domains and the metrics, before any trial ends.
+
+        In place of what an earlier command declared, when there may have been fewer trials.
+        """
+        for earlier in self.directory.glob("events.out.tfevents.*"):
+            earlier.unlink()
         parameters = [hp.HParam("trial", hp.IntInterval(0, max(1, self.spec.budget.trials - 1)))]
         for name, entry in self.spec.space.items():
             domain: Any
@@ -88,7 +93,8 @@ class TensorBoard:
         self.names[number] = ",".join([f"{number:04d}" if listed else f"{self.stage}-{number}", *shown])
         writer = self._writer(self.names[number])
         if listed:
-            self._add(writer, hp.hparams_pb({"trial": number} | searched, trial_id=f"trial {number:04d}"))
+            # Without an id of its own HParams takes the folder's name, which tells trials of several runs apart.
+            self._add(writer, hp.hparams_pb({"trial": number} | searched, trial_id=""))
         writer.add_scalar(OUTCOME_TAG, NUMBERS["running"], 0)
         writer.flush()
 

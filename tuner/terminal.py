@@ -16,7 +16,7 @@ from tuner import spec as specs
 from tuner.run import RunFiles
 from tuner.space import Choices
 from tuner.spec import Spec
-from tuner.study import ENDED, read_study, table
+from tuner.study import ENDED, UNFINISHED, read_study, table
 from tuner.summary import Promoted, Summary
 
 LOG_COLUMNS = 160
@@ -97,7 +97,8 @@ def search_line(rows: Sequence[Mapping[str, Any]], spec: Spec, seconds: float | 
     scored = [row for row in rows if metric in row and row["state"] != "failed"]
     best = min(scored, key=spec.trial_objective.cost, default=None)
     parts = [f"{ended}/{trials} trials"]
-    parts.append(", ".join(f"{states[state]} {state}" for state in ("running", *ENDED) if states[state]))
+    shown = ("running", UNFINISHED, *ENDED)
+    parts.append(", ".join(f"{states[state]} {state}" for state in shown if states[state]))
     if best is not None:
         gap = f", gap closed {best['gap_closed']:.3f}" if "gap_closed" in best else ""
         parts.append(f"best {metric} {best[metric]:.4g} (trial {best['trial']}{gap})")

@@ -1,6 +1,7 @@
 """The part of the job that runs on Ray: the trials."""
 
 import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -29,7 +30,7 @@ from tuner.pool import RayPool
 from tuner.run import RunFiles, write_atomic
 from tuner.searcher import FinalistSearcher, StudySearcher, SuccessiveHalving, ToTheEnd
 from tuner.spec import Resources, Spec
-from tuner.study import ENDED, RETRAIN, SEARCH, Study, open_study
+from tuner.study import ENDED, RETRAIN, SEARCH, UNFINISHED, Study, open_study, read_study
 from tuner.tensorboard import TensorBoard
 from tuner.terminal import stage
 from tuner.trainable import FileServer, Shared, TrialTrainable
@@ -63,7 +64,7 @@ def search_stage(run: RunFiles, spec: Spec, pool: RayPool, extractors: FeatureEx
         described = (f"{name} extractor: {info.words}" for name, info in run.summary().extractors.items())
         progress.done("; ".join(described))
     states = Counter(row["state"] for row in table.rows)
-    run.update_summary(trials={state: states[state] for state in ENDED})
+    run.update_summary(trials={state: states[state] for state in (*ENDED, UNFINISHED)})
     return table.rows
 
 
@@ -71,9 +72,18 @@ def retrain_trials(workspace: Workspace, pool: RayPool, finalists: Sequence[Fitt
     """Train finalists on, each from where it stands -> the checkpoints that they end with, in their order."""
     run = workspace.run.of_retrain()
     spec = workspace.spec.of_retrain(len(finalists), derive_seed(workspace.spec.seed, Stream.RETRAIN) % 2**32)
-    study, search = open_study(run.journal, spec, RETRAIN), open_study(run.journal, workspace.spec)
-    for name in ("floor", "baseline"):
-        study.set_user_attr(name, getattr(search, name))
+    search = open_study(run.journal, workspace.spec)
+    promotion = workspace.run.summary().promotion[: len(finalists)]
+    made_of = {"epochs": spec.budget.max_epochs, "finalists": [[entry.trial, entry.epoch] for entry in promotion]}
+    begun = read_study(run.journal, RETRAIN)
+    if begun is None or begun.user_attrs.get("made_of") != made_of:
+        if begun:  # of what the run has grown beyond
+            begun.delete()
+        for left in (run.retrain, *run.tensorboard.glob(f"{RETRAIN}-*")):
+            shutil.rmtree(left, ignore_errors=True)
+    study = open_study(run.journal, spec, RETRAIN)
+    for name, value in (("made_of", made_of), ("floor", search.floor), ("baseline", search.baseline)):
+        study.set_user_attr(name, value)
     ended = {trial.number for trial in study.known() if trial.state.is_finished()}
     for number, start in enumerate(finalists):
         try:
