@@ -637,7 +637,7 @@ def test_a_feature_extractor_that_can_not_be_read_is_refused_by_name(search, tmp
     [
         ([("budget.max_epochs", 2)], 2, 2),
         ([("budget.max_epochs", 0.5)], 0.5, 0.5),
-        ([("budget.max_epochs", 40)], 40, 6),
+        ([("budget.max_epochs", 40)], 40, 4),
     ],
 )
 def test_fewer_epochs_than_the_first_rungs_lower_that_rung(overrides, epochs, grace):
