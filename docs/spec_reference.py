@@ -65,7 +65,10 @@ Besides these ranges:
 
 - A parameter is searched or fixed, not both; but one with `when` may be fixed for elsewhere. Both ends of a range and
   all choices must be allowed values of it.
-- A point in `points_to_evaluate` names searched parameters only, with values that its range can propose.
+- A point in `points_to_evaluate` names searched parameters only, with values that its range can propose. Of more points
+  than `budget.trials` leaves beside the baseline the first are run, and a new run says so.
+- `~` at the beginning of a path is your home directory. A spec is a file in UTF-8; `1:30` and `010`, which YAML takes
+  for 90 and 8, are refused.
 - `loss` is refused as the objective while `kl_weight`, `likelihood`, `model` or `kl_warmup_epochs` is searched.
 - `nll` needs `fixed.likelihood: bernoulli`. `model: autoencoder` has no `calibrated_nll`, `rate` and `nll`.
 - A trial is scored at its rungs: `grace_epochs`, then each time `reduction_factor` times as many epochs while that is

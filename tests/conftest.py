@@ -70,6 +70,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, small_flags: list[str
             command = [sys.executable, "-m", "tuner.search", "--run", str(run.path), *small_flags]
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
+            (folder / "finished" / "stderr.txt").write_text(done.stderr)
     return run
 
 

@@ -83,6 +83,19 @@ def test_a_run_that_has_only_begun_has_what_is_there(tmp_path):
     assert begun.spec == tuner.Spec.model_validate(SPEC)
 
 
+def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run").mkdir()
+    RunFiles(tmp_path / "run").spec.write_text(tuner.Spec.model_validate(SPEC).to_yaml())
+    assert tuner.open("~/run").path == tmp_path / "run"
+    with pytest.raises(ValueError, match=f"^no MNIST in {tmp_path}/data/MNIST/raw"):
+        tuner.tune("mnist", run="~/run/deeper", data_dir="~/data", **{"data.download": False})
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=f"^{tmp_path}/file: exists and is not a run directory"):
+        tuner.tune(SPEC, run="~/file")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "run", "spec.yaml"]
+
+
 def test_arrays_are_kept_in_the_run_and_no_others_taken_later(tmp_path):
     run, images = RunFiles(tmp_path), np.arange(40 * 20 * 20, dtype=np.uint8).reshape(40, 20, 20)
     place = keep(run, (images, list(range(40))))

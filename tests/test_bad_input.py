@@ -1,6 +1,8 @@
 """Bad input: status 2, one line on stderr that names what and where, and nothing made or lost."""
 
+import codecs
 import math
+import os
 import re
 import subprocess
 import sys
@@ -17,6 +19,7 @@ import tuner.export
 import tuner.report
 import tuner.retrain
 import tuner.search
+import tuner.use
 from tuner import spec as specs
 from tuner import yaml_text
 from tuner.run import RunFiles
@@ -135,7 +138,7 @@ def test_a_file_that_is_no_mapping(refused, tmp_path, text, words):
         ("space.kl_weight.low", 0, "space.kl_weight: log needs low above 0, not 0"),
         ("space.learning_rate.low", -1, "space.learning_rate: log needs low above 0, not -1"),
         ("space.latent", {"choices": [4]}, "space.latent: unknown parameter; known are model, latent_dim"),
-        ("space.latent_dim", {"choices": [4, "x"]}, "space.latent_dim: 'x': Input should be a valid integer"),
+        ("space.latent_dim", {"choices": ["x"]}, "space.latent_dim: 'x': Input should be a valid integer"),
         ("fixed.latnet", 3, "fixed.latnet: unknown parameter; known are model, latent_dim"),
         (
             "fixed.prior",
@@ -176,6 +179,70 @@ def test_several_faults_are_told_in_one_line(refused, tmp_path):
     line = refused("some.yaml")
     assert "colour: unknown key" in line
     assert "seed: Input should be a valid integer" in line
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (SEARCH.encode("utf-16"), "looks like UTF-16: save it as UTF-8"),
+        (SEARCH.encode("utf-16-le"), "looks like UTF-16: save it as UTF-8"),
+        (f"{SEARCH}# größe".encode("latin-1"), "looks like Latin-1: save it as UTF-8"),
+        (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "not a text file"),
+        (codecs.BOM_UTF16_BE + b"\xd8", "not a text file"),
+    ],
+)
+def test_a_spec_in_another_encoding(refused, tmp_path, content, words):
+    (tmp_path / "some.yaml").write_bytes(content)
+    assert refused("some.yaml", "--run", "run") == f"error: some.yaml: {words}\n"
+
+
+# Paths
+
+
+PATHS = pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        (tuner.search.main, ["{}"]),
+        (tuner.search.main, ["--run={}"]),
+        (tuner.search.main, ["--status={}"]),
+        (tuner.search.main, [MNIST, *OFFLINE, "--data-dir={}"]),
+        (tuner.search.main, [MNIST, *OFFLINE, "--set=data.directory={}"]),
+        (tuner.search.main, ["--set=data={{name: arrays, file: {}}}"]),
+        (tuner.search.main, ["--set=features={}"]),
+        (tuner.search.main, ["--set=warm_start=[{}]"]),
+        (tuner.retrain.main, ["{}"]),
+        (tuner.export.main, ["{}"]),
+        (tuner.report.main, ["{}"]),
+        (tuner.use.main, ["{}", "sample", "3"]),
+        (tuner.use.main, [".", "sample", "3", "--out={}"]),
+        (tuner.use.main, [".", "encode", "{}", "--out", "x.npz"]),
+    ],
+    ids=lambda part: part.__module__ if callable(part) else " ".join(map(str, part[-2:])),
+)
+
+
+@PATHS
+@pytest.mark.parametrize(
+    "path", ["x" * 300, "~nobody-of-that-name/there", os.fsdecode(b"\xff")], ids=["long", "~", "bytes"]
+)
+def test_a_path_that_none_can_have(refused, command, arguments, path):
+    """Nothing is made: neither here nor, by whoever expands `~`, in a home directory."""
+    words = {"x": "File name too long", "~": "Could not determine home directory"}
+    if path == os.fsdecode(b"\xff") and str(arguments[-1]).startswith("--set"):
+        path = r'"\ud800"'  # which is how YAML may hold such a thing
+    line = refused(*(str(argument).format(path) for argument in arguments), command=command)
+    assert words.get(path[0], "not in UTF-8" if "not in UTF-8" in line else "as a unicode string") in line
+
+
+@PATHS
+def test_a_tilde_is_the_home_directory_and_nothing_is_made_there(refused, tmp_path, monkeypatch, command, arguments):
+    home = tmp_path / "home"
+    (home / "there").mkdir(parents=True)
+    (home / "there" / "mine").write_text("kept")
+    monkeypatch.setenv("HOME", str(home))
+    line = refused(*(str(argument).format("~/there") for argument in arguments), command=command)
+    assert "~" not in line
+    assert f"{home}/there" in line or "config.json: not readable" in line
 
 
 # Flags

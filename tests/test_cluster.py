@@ -82,6 +82,20 @@ send()
     assert (done.returncode, done.stdout.split()) == (0, ["SIGINT", "SIGTERM"] * 2), done.stderr
 
 
+@pytest.mark.parametrize("name", ["TMPDIR", "RAY_TMPDIR"])
+def test_a_temporary_folder_with_too_long_a_path_for_sockets_is_replaced_and_that_is_said(
+    tmp_path, monkeypatch, capsys, name
+):
+    folder = tmp_path / ("x" * 90)
+    folder.mkdir()
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setenv(name, str(folder))
+    with cluster(None, 1, Resources()):
+        assert len(alive()) == 1
+    assert capsys.readouterr().err == f"note     Ray works in /tmp/ray: {name} is too long a path for its sockets\n"
+    assert not list(folder.iterdir())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["raylet", "gcs_server"])
 def test_the_death_of_one_of_its_processes_is_told_by_its_name_at_once(kind):

@@ -1,11 +1,13 @@
 """Where images come from, as a spec says it."""
 
+import os
 from pathlib import Path
 
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from tuner.data_spec import DataSpec
+from tuner.data_spec import DataSpec, user_path
+from tuner.vae.errors import Refused
 
 PLACED: dict[str, dict[str, object]] = {name: {} for name in ("digits", "mnist", "fashion_mnist", "kmnist", "qmnist")}
 PLACED |= {"emnist": {}, "cifar10": {}, "svhn": {}, "folder": {"directory": "data"}}
@@ -79,3 +81,28 @@ def test_sizes_are_in_steps_of_4(size):
 def test_what_makes_no_folder_is_refused(keys):
     with pytest.raises(ValidationError):
         parse(name="folder", directory="data", **keys)
+
+
+@pytest.mark.parametrize("name", PLACED)
+def test_a_tilde_in_a_place_is_the_home_directory(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    key = next(iter(PLACED[name]), "directory")
+    assert parse(name=name, **{key: "~/a~b"}).place == tmp_path / "a~b"
+    assert parse(name=name, **PLACED[name]).at(Path("~")).place == tmp_path
+
+
+def test_a_path_that_no_file_can_have_or_no_spec_can_hold_is_refused_in_one_line():
+    for path in (
+        "a/" + "x" * 256,
+        "ü" * 128,
+        "~nobody-of-that-name/x",
+        os.fsdecode(b"a/\xff"),
+        "a\nb",
+        "a\0b",
+        "a\x1b[1m",
+    ):
+        with pytest.raises(Refused) as refused:
+            user_path(path)
+        assert str(refused.value).isprintable()
+    for path in ("x" * 255, "ü" * 127, "two words/größe/\u3000/~", "-", "[/b]"):
+        assert user_path(path) == Path(path)

@@ -23,6 +23,7 @@ from tuner.spec import Spec
 from tuner.study import read_study, table
 
 PICTURE = np.arange(48, dtype=np.uint8).reshape(6, 8)
+RUN = "bob's [run]"  # no text of theirs is a query, or a name by their rules
 BLOCK, FULL, LAST = 32768, 1, 4
 SPACE = {"latent_dim": {"choices": [4, 8]}}
 
@@ -32,12 +33,12 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path}/mlruns")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    (tmp_path / "run").mkdir()
+    (tmp_path / RUN).mkdir()
     return tmp_path
 
 
 def told(folder: Path, *loggers: str) -> Trackers:
-    return Trackers(RunFiles(folder / "run"), Spec.model_validate({"space": SPACE, "loggers": loggers}), "search")
+    return Trackers(RunFiles(folder / RUN), Spec.model_validate({"space": SPACE, "loggers": loggers}), "search")
 
 
 def tell(trackers: Trackers, export: Path) -> None:
@@ -104,11 +105,11 @@ def records(path: Path) -> Iterator[Record]:
 def test_wandb_has_them_in_its_offline_files_inside_the_run(places, tmp_path):
     tell(told(places, "wandb"), tmp_path / "export")
     wandb.teardown()  # waits for its service to have written all
-    found = [list(records(path)) for path in (places / "run" / "wandb").glob("offline-run-*/*.wandb")]
+    found = [list(records(path)) for path in (places / RUN / "wandb").glob("offline-run-*/*.wandb")]
     assert len(found) == 2
     trial, export = sorted(found, key=lambda run: -sum(record.HasField("history") for record in run))
     (begun,) = (record.run for record in trial if record.HasField("run"))
-    assert (begun.project, begun.run_group, begun.display_name) == (PROJECT, "run", "search-0003")
+    assert (begun.project, begun.run_group, begun.display_name) == (PROJECT, RUN, "search-0003")
     assert {item.key: json.loads(item.value_json) for item in begun.config.update}["latent_dim"] == 8
     (scores,) = (record.history for record in trial if record.HasField("history"))
     numbers = {(item.key or item.nested_key[0]): json.loads(item.value_json) for item in scores.item}
@@ -118,7 +119,7 @@ def test_wandb_has_them_in_its_offline_files_inside_the_run(places, tmp_path):
     (ended,) = (record.exit for record in trial if record.HasField("exit"))
     assert ended.exit_code == 1
     (artifact,) = (record.artifact for record in export if record.HasField("artifact"))
-    assert (artifact.name, artifact.type) == ("run-export", "model")
+    assert (artifact.name, artifact.type) == ("bob-s--run--export", "model")
     assert [entry.path for entry in artifact.manifest.contents] == ["config.json"]
 
 
@@ -144,7 +145,7 @@ def test_one_that_is_not_installed_is_refused_before_anything_starts(tmp_path, m
 
 @pytest.mark.slow
 def test_a_search_tells_mlflow_and_optuna_dashboard_shows_it_with_pictures(places):
-    run = RunFiles(places / "run" / "search")
+    run = RunFiles(places / RUN / "search")
     small = ["--trials=2", "--max-epochs=1", "--set=budget.grace_epochs=1", "--set=fixed.width=4", "--no-retrain"]
     assert main(["--run", str(run.path), "--logger", "mlflow", *small]) == 0
     rows = table(read_study(run.journal), Spec.model_validate({"space": SPACE}))

@@ -84,14 +84,15 @@ def test_the_hubs_mixin_loads_the_network_from_config_and_weights(export):
 
 
 def test_a_folders_name_that_yaml_might_misread_stays_a_name(export, tmp_path):
-    (tmp_path / "yes: [1]").mkdir()
-    data = {"name": "folder", "directory": str(tmp_path / "yes: [1]"), "invert": True}
+    (tmp_path / "yes: [1] <b>*x*").mkdir()
+    data = {"name": "folder", "directory": str(tmp_path / "yes: [1] <b>*x*"), "invert": True}
     spec = Spec.model_validate({"data": data, "space": {"latent_dim": {"type": "int", "low": 2, "high": 4}}})
     info = codec.load(export).info | {"left_out": {"decoder.onnx": "RuntimeError: a branch"}}
     info["images"] = info["images"] | {"resize": "shorter side to 64, centre crop", "invert": True}
     found = ModelCard(model_card("null", spec, 3, info))
     (result, *_) = found.data.eval_results
-    assert (found.data.model_name, result.dataset_name) == ("null", "yes: [1]")
+    assert (found.data.model_name, result.dataset_name) == ("null", "yes: [1] <b>*x*")
     assert not found.data.datasets
+    assert r"trained on yes: \[1\] \<b\>\*x\*." in found.text, "nor does Markdown misread it"
     assert "There is no decoder.onnx: RuntimeError: a branch" in found.text
     assert "inverted before they are encoded; shorter side to 64, centre crop.\n" in found.text

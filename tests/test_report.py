@@ -16,7 +16,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from tuner.report import main, report
 from tuner.run import RunFiles
 from tuner.spec import load
-from tuner.study import open_study
+from tuner.study import NEEDED, open_study
 from tuner.vae.data import as_floats
 from tuner.vae.image_grid import evenly_spaced, grid
 from tuner.workspace import Checkpoints
@@ -128,11 +128,15 @@ def test_it_names_the_failed_trials_and_why(run_copy: RunFiles):
     parameters = spec.parameters({"latent_dim": 5, "learning_rate": 7.0, "kl_weight": 1.0})
     study.add_trial(create_trial(state=TrialState.RUNNING, user_attrs={"parameters": parameters.model_dump()}))
     trial = study.trial(len(study.known()) - 1)
-    trial.set_user_attr("reason", "diverged: training loss not finite at epoch 1.56")
+    trial.set_user_attr("evaluation:0", dict.fromkeys(NEEDED, 1.0))
+    trial.set_user_attr("reason", "diverged: <b>training</b> loss not finite at epoch 1.56")
     study.tell(trial, state=TrialState.FAIL)
     text = report(run_copy).read_text()
     assert "Trials that failed" in text
-    assert "diverged: training loss not finite at epoch 1.56" in text
+    said = "diverged: &lt;b&gt;training&lt;/b&gt; loss not finite at epoch 1.56"
+    assert said in text, "in the table"
+    assert said.replace("/", "\\u002f") in text, "where a bar is pointed at"
+    assert not re.search(r"training(<|\\u003c)", text)
 
 
 def test_a_search_under_way_can_be_reported_on(run_copy: RunFiles):

@@ -35,6 +35,12 @@ def test_a_file_is_written_replaced_and_nothing_else_left(tmp_path):
     assert _names(path.parent) == ["file.txt"]
 
 
+def test_a_file_may_have_the_longest_name_there_is(tmp_path):
+    for name in ("x" * 255, "ü" * 127, "\U0001f642" * 63):
+        write_atomic(tmp_path / name, "content")
+    assert len(_names(tmp_path)) == 3
+
+
 @pytest.mark.parametrize("content", ["\ud800", 7], ids=["text that can't be encoded", "no text at all"])
 def test_a_write_that_fails_keeps_the_old_file_and_leaves_no_other(tmp_path, content):
     path = tmp_path / "file.txt"

@@ -24,7 +24,7 @@ from PIL import Image
 from processes import processes_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tuner.job import load_spec
+from tuner.job import load_spec, new_run_lines
 from tuner.run import RunFiles, write_atomic
 from tuner.search import main, parse, request
 from tuner.study import BASELINE, RETRAIN, SEARCH, evaluations, read_study
@@ -68,6 +68,22 @@ def test_a_finished_run_holds_every_part(finished_run):
     for folder in folders:
         assert any(path.is_file() for path in (finished_run.path / folder).rglob("*")), folder
     assert not list(finished_run.path.rglob("*.tmp"))
+
+
+def test_that_a_run_is_new_is_the_first_thing_it_says(finished_run):
+    first, *others = (finished_run.path.parent / "stderr.txt").read_text().splitlines()
+    assert first == f"new run  {finished_run.path}: digits"
+    assert not any("new run" in line for line in others)
+
+
+def test_points_for_which_there_are_too_few_trials_are_counted_where_a_run_begins():
+    run, points = RunFiles(Path("runs/x")), [{"latent_dim": latents} for latents in range(4, 9)]
+    for trials, flag in ((6, []), (3, ["2 of 5"]), (1, ["0 of 5"])):
+        asked = request(parse(["mnist", f"--trials={trials}", f"--set=points_to_evaluate={points}"]))
+        first, *notes = new_run_lines(run, load_spec(run, asked), asked)
+        assert first == "new run  runs/x: mnist"
+        said = f"points_to_evaluate are run: trials is {trials}, the baseline among them"
+        assert notes == [f"note     {count} {said}" for count in flag]
 
 
 def test_one_checkpoint_is_kept_for_the_baseline_and_each_trial_that_was_promoted(finished_run, summary):
@@ -266,6 +282,7 @@ def test_a_run_that_is_cut_off_in_each_stage_ends_with_the_numbers_of_one_that_w
             assert driver.returncode == 128 + number
             assert err.splitlines()[-1] == f"stopped; go on with: {said}"
         assert stage_of(run) == stage
+        assert ("new run" in err) == (stage == "extractor")
 
     result = subprocess.run(again, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr

@@ -4,6 +4,7 @@ Trials are fakes whose objective is known in closed form; Optuna and the journal
 """
 
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -151,6 +152,28 @@ def test_bounds_are_inclusive_at_both_ends(tmp_path):
     assert {parameters["latent_dim"] for parameters in proposed} == {15, 16}
     assert {parameters["kl_weight"] for parameters in proposed} == {0.5, 1.0, 1.5}
     assert {parameters["likelihood"] for parameters in proposed} == {"gaussian", "bernoulli"}
+
+
+def test_steps_are_proposed_as_they_are_written_and_a_point_at_an_end_that_they_miss_is_run(tmp_path):
+    space = {
+        "kl_weight": {"type": "float", "low": 0, "high": 1, "step": 0.3333333333333333},
+        "learning_rate": {"type": "float", "low": 0.1, "high": 0.3, "step": 0.1},
+        "latent_dim": {"choices": [4, 8], "when": {"learning_rate": 0.3}},
+    }
+    points = [{"kl_weight": 1}, {"kl_weight": 0.6666666666666667, "learning_rate": 0.1 + 0.2}]
+    spec = spec_with(space=space, points_to_evaluate=points, budget=ONE_RUNG | {"trials": 40})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        searcher = StudySearcher(study_in(tmp_path, spec), spec)
+        for index in range(40):
+            config = searcher.suggest(str(index))
+            searcher.on_trial_complete(str(index), evaluation(config["parameters"]["kl_weight"]))
+    trials = study_in(tmp_path, spec).known()
+    found = [trial.user_attrs["parameters"] for trial in trials]
+    assert [parameters["kl_weight"] for parameters in found[:3]] == [1, 1, 0.6666666666666666]
+    assert {parameters["kl_weight"] for parameters in found} == {0, 0.3333333333333333, 0.6666666666666666, 1}
+    assert {parameters["learning_rate"] for parameters in found[1:]} == {0.1, 0.2, 0.3}
+    assert all(("latent_dim" in trial.params) == (trial.params["learning_rate"] == 0.3) for trial in trials[1:])
 
 
 def test_the_same_seed_proposes_the_same_trials_and_another_seed_others(tmp_path):

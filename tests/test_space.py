@@ -64,15 +64,34 @@ def test_a_narrow_int_range_yields_both_its_ends(entry, expected):
 
 
 @pytest.mark.parametrize(
-    ("entry", "expected"),
+    ("low", "high", "step", "expected"),
     [
-        ({"type": "float", "low": 0, "high": 1, "step": 0.5}, [0, 0.5, 1]),
-        ({"type": "float", "low": 0.1, "high": 0.3, "step": 0.1}, [0.1, 0.2, 0.3]),  # 0.3 - 0.1 is not 2 * 0.1
-        ({"type": "float", "low": 0.25, "high": 0.25}, [0.25]),
+        (0, 1, 0.5, [0, 0.5, 1]),
+        (0.1, 0.3, 0.1, [0.1, 0.2, 0.3]),  # 0.3 - 0.1 is not 2 * 0.1, and 0.1 + 2 * 0.1 not 0.3
+        (0, 1, 0.3333333333333333, [0, 0.3333333333333333, 0.6666666666666666, 1]),  # three steps end before 1
+        (0, 1, 0.09090909090909091, [*(round(at / 11, 15) for at in range(11)), 1]),  # eleven end after 1
+        (0, 1, 0.14285714285714285, [*(at / 7 for at in range(7)), 1]),
+        (0.25, 0.25, None, [0.25]),
+        (0.25, 0.25, 0.1, [0.25]),
     ],
 )
-def test_a_float_range_with_steps_yields_both_its_ends(entry, expected):
-    assert sorted(set(_drawn(entry, "kl_weight"))) == pytest.approx(expected)
+def test_a_float_range_with_steps_yields_each_step_as_it_would_be_written_and_both_ends_exactly(
+    low, high, step, expected
+):
+    entry = {"type": "float", "low": low, "high": high} | ({"step": step} if step else {})
+    spec = _spec(space={"kl_weight": entry}, points_to_evaluate=[{"kl_weight": value} for value in (low, high)])
+    found = sorted({spec.space["kl_weight"].nearest(value) for value in _drawn(entry, "kl_weight", asks=400)})
+    assert found == pytest.approx(expected, rel=1e-12)
+    assert (found[0], found[-1]) == (low, high)
+    assert all(float(f"{value:.15g}") == value for value in found if step == 0.1)
+    assert all(spec.space["kl_weight"].contains(value) for value in found)
+
+
+def test_whole_numbers_among_real_choices_are_real():
+    space = _spec(space={"learning_rate": {"choices": [0.1, 0.5, 1]}, "latent_dim": {"choices": [1, 2]}}).space
+    assert repr(space["learning_rate"].choices) == "(0.1, 0.5, 1.0)"
+    assert repr(space["latent_dim"].choices) == "(1, 2)"
+    assert space["learning_rate"].contains(1)
 
 
 @pytest.mark.parametrize("log", [False, True])
@@ -107,8 +126,15 @@ def test_choices_are_drawn_as_they_are_written():
         ({"low": 4, "high": 8}, "give type: int or float with low and high, or choices"),
         ({"type": "int", "low": 4}, "space.latent_dim.high: Field required"),
         ({"choices": []}, "at least 1 item"),
-        ({"choices": [4, "many"]}, "space.latent_dim: 'many'"),
-        ({"choices": [4, True]}, "space.latent_dim: True: Input should be a valid integer"),
+        ({"choices": ["many"]}, "space.latent_dim: 'many'"),
+        ({"choices": [True]}, "space.latent_dim: True: Input should be a valid integer"),
+        ({"choices": [4, "many"]}, "space.latent_dim: numbers, texts, and true and false don't mix"),
+        ({"choices": [4, True]}, "space.latent_dim: numbers, texts, and true and false don't mix"),
+        ({"choices": [4, 8, 4]}, "space.latent_dim: 4 is there twice"),
+        ({"choices": [4, 4.0]}, "space.latent_dim: 4.0 is there twice"),
+        ({"choices": ["a", "a"]}, "space.latent_dim: 'a' is there twice"),
+        ({"choices": [10**400, 0.5]}, "space.latent_dim: choices: int too large to convert to float"),
+        ({"type": "float", "low": -1e308, "high": 1e308, "step": 0.1}, "is not low -1e+308 plus whole steps"),
         ({"type": "int", "low": True, "high": 8}, "space.latent_dim.low: Input should be a valid integer (got True)"),
     ],
 )

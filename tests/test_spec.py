@@ -542,7 +542,7 @@ def test_a_file_that_is_no_spec_is_refused_in_one_line(tmp_path, text):
 
 def test_bytes_that_are_no_text_are_refused_in_one_line(tmp_path):
     path = tmp_path / "some.yaml"
-    path.write_bytes(b"\xff\xfe\x00\x80")
+    path.write_bytes(b"\xff\x00\x80")
     with pytest.raises(ValueError, match=r"some\.yaml: not a text file"):
         specs.load(path)
 

@@ -24,6 +24,7 @@ from processes import processes_of
 from pyarrow.fs import FileSelector, FileSystem, FileType
 
 import tuner
+from tuner import export, report, retrain, search
 from tuner.exits import CutOff
 from tuner.run import RunFiles, write_atomic
 from tuner.storage import Mirror, opened
@@ -186,6 +187,19 @@ def test_a_run_at_a_path_is_opened_as_it_is(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_look_at_a_url_where_no_run_is_makes_nothing_there(bucket, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    storage, root = FileSystem.from_uri(bucket)
+    for look, place in ((search.main, ["--status"]), (report.main, []), (retrain.main, []), (export.main, [])):
+        with pytest.raises(SystemExit) as ended:
+            look([*place, f"{bucket}/misspelt"])
+        assert ended.value.code == 2
+    assert storage.get_file_info(FileSelector(root)) == []
+    with opened(f"{bucket}/new", begins=True):
+        assert [found.base_name for found in storage.get_file_info(FileSelector(root))] == ["new"]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_run_at_a_url_is_pushed_when_the_body_ends_even_by_an_error_and_leaves_nothing_here(
     bucket, tmp_path, monkeypatch
 ):
@@ -337,7 +351,7 @@ def test_a_copy_of_a_run_that_grows_never_has_the_results_of_before_under_the_sp
 
 
 def refusal(place: str) -> str:
-    with pytest.raises(Refused) as refused, opened(place):
+    with pytest.raises(Refused) as refused, opened(place, begins=True):
         pytest.fail("it was opened")
     (line,) = str(refused.value).splitlines()
     assert place in line

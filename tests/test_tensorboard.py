@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from tensorboard import context
 from tensorboard.backend.event_processing import data_provider, plugin_event_multiplexer
+from tensorboard.plugin_util import markdown_to_safe_html
 from tensorboard.plugins import base_plugin
 from tensorboard.plugins.hparams import api_pb2, backend_context, get_experiment, list_session_groups
 from tensorboard.util import tensor_util
@@ -167,6 +168,26 @@ def test_hparams_know_domains_and_metrics(logdir):
     assert infos["kl_weight"].domain_interval.max_value == 3
     assert set(infos["learning_rate"].domain_discrete) == {1e-3, 1e12}
     assert {"objective/frechet_distance", OUTCOME_TAG} <= {info.name.tag for info in experiment.metric_infos}
+
+
+@pytest.mark.parametrize("choices", [[0.1, 0.5, 1], [True, False], [1, 2], ["a/b", "[/c]", "../../up", "x" * 300]])
+def test_whatever_a_list_holds_is_a_domain_and_names_one_folder_a_trial(tmp_path, choices):
+    space = {"model.option": {"choices": choices}, "latent_dim": {"type": "int", "low": 4, "high": 8}}
+    board = TensorBoard(tmp_path / "deep" / "there", Spec.model_validate({"space": space}))
+    board.start_search()
+    for number, value in enumerate(choices):
+        board.start_trial(number, {"model.option": value, "latent_dim": 4})
+        board.end_trial(number, "failed", "error: <b>__init__</b> [a](b)")
+    board.close()
+    assert len(list((tmp_path / "deep" / "there").iterdir())) == len(choices) + 1  # and what is said of all
+    assert len(list((tmp_path / "deep").iterdir())) == len(list(tmp_path.iterdir())) == 1
+    shown = Board(tmp_path / "deep" / "there")
+    infos = {info.name: info for info in shown.experiment().hparam_infos}
+    assert sorted(infos["model.option"].domain_discrete) == sorted(choices)
+    assert shown.outcomes() == dict.fromkeys(range(len(choices)), "failed")
+    reason = shown.events.Tensors(shown.runs()[0], "outcome/reason/text_summary")[0].tensor_proto
+    told = markdown_to_safe_html(tensor_util.make_ndarray(reason).item())
+    assert "&lt;b&gt;__init__&lt;/b&gt; [a](b)" in told
 
 
 def test_trials_have_their_pictures_and_those_that_ended_early_their_reason(logdir):

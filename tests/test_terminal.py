@@ -1,23 +1,27 @@
 """Progress in a plain log, and the status of a run from its files alone."""
 
+import shlex
 import subprocess
 import sys
 
 import pytest
 
 from tuner.run import RunFiles
-from tuner.search import main
+from tuner.search import main, show
 from tuner.spec import Spec
 from tuner.summary import Best, Compared, ExtractorInfo, Promoted, Retrained, Scores, Summary
 from tuner.terminal import (
     Progress,
+    as_table,
     chosen_words,
     duration,
     edges,
+    final_words,
     finalists_line,
     promotion_rows,
     result_rows,
     search_line,
+    trials_rows,
     with_error,
 )
 from tuner.vae.parameters import CLASSIC
@@ -140,8 +144,7 @@ def summary_with(**parts: object) -> Summary:
     return Summary(
         extractors={name: ExtractorInfo(kind="untrained", sha256="00", floor=1) for name in ("search", "second")},
         promotion=(promoted(7, 0.5),),
-        best=Best(trial=7, epoch=9, parameters=CLASSIC.model_dump()),
-        **{"validation": Compared(**named)} | parts,
+        **{"best": Best(trial=7, epoch=9, parameters=CLASSIC.model_dump()), "validation": Compared(**named)} | parts,
     )
 
 
@@ -186,6 +189,26 @@ def test_a_plain_log_gets_lines_without_control_characters(capsys):
     error = capsys.readouterr().err
     assert [line.split()[2:] for line in error.splitlines()] == [["step", "0"], ["ended"]]
     assert error.isprintable() or set(error) - set(map(chr, range(32, 127))) == {"\n"}
+
+
+def test_no_text_of_a_users_is_markup_and_what_is_printed_as_a_command_can_be_pasted(tmp_path, capsys):
+    run = RunFiles(tmp_path / "my [old] [/b] :smile: run's" / ("deep" * 50))
+    run.path.mkdir(parents=True)
+    winner = Best(trial=7, epoch=9, parameters=CLASSIC.model_dump() | {"model.option": "[red]x[/b]"})
+    run.update_summary(**dict(summary_with(best=winner)))
+    spec = Spec.model_validate({"space": {"model.option": {"choices": ["[red]x[/b]", "y"]}}})
+    rows = [{"trial": 7, "state": "failed", "reason": "error: [/b] in list[int]", "model.option": "[red]x[/b]"}]
+    show([*final_words(run, spec), as_table(trials_rows(rows, spec), title="[b]title")])
+    with Progress("[b]") as progress:
+        progress.show("[/b]" * 100)
+        progress.done(f"{run.report} [/b]")
+    out, err = capsys.readouterr()
+    (pasted,) = (line.removeprefix("look ") for line in out.splitlines() if line.startswith("look "))
+    assert shlex.split(pasted) == ["tensorboard", "--logdir", str(run.tensorboard)]
+    assert f"report   {run.report}\n" in out
+    for words in ("model.option [red]x[/b]", "error: [/b] in list[int]", "[b]title"):
+        assert words in out
+    assert [line.split("s  ")[1] for line in err.splitlines()] == ["[/b]" * 100, f"{run.report} [/b]"]
 
 
 def test_status_shows_stages_trials_and_result(finished_run: RunFiles, capsys):

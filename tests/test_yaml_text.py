@@ -1,5 +1,6 @@
 """YAML as people write it, and what is laid over a file."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -102,3 +103,22 @@ def test_what_an_anchor_brings_may_be_given_again(tmp_path):
     text = "space: {latent_dim: &range {type: int, low: 2, high: 8}, width: &wide {<<: *range, high: 16}, "
     spec = specs.load(written(tmp_path, text + "batch_size: {<<: *wide, high: 32}}"))
     assert [spec.space[name].high for name in ("latent_dim", "width", "batch_size")] == [8, 16, 32]
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("1:30", 90), ("010", 8), ("-1:30.5", -90.5), ("1:00:00", 3600), ("+017", 15), ("0_7", 7)]
+)
+def test_a_number_that_yaml_reads_as_another_one_than_people_is_refused_by_both(tmp_path, text, number):
+    assert yaml.safe_load(text) == number
+    for spec in (f"{SEARCH}\nretrain2: {text}", SEARCH.replace("low: 4", f"low: {text}")):
+        with pytest.raises(ValueError, match=re.escape(f"{text} would be read as {number}")):
+            specs.load(written(tmp_path, spec))
+    with pytest.raises(ValueError, match=re.escape(f"--set seed={text}: not YAML: {text} would be read as {number}")):
+        yaml_text.parse_override(f"seed={text}")
+
+
+def test_numbers_that_say_how_they_are_meant_and_quoted_texts_are_taken():
+    assert yaml_text.parse("[0x1F, 0b11, 1_000, 0, 0.5, -0.5, 0e1, '1:30', \"010\", 1:30m]") == [
+        *(31, 3, 1000, 0, 0.5, -0.5, 0.0),
+        *("1:30", "010", "1:30m"),
+    ]

@@ -11,6 +11,7 @@ import numpy as np
 import optuna
 
 from tuner import spec as specs
+from tuner.data_spec import user_path
 from tuner.exits import Fatal
 from tuner.job import SHORT, Request, new_run, work
 from tuner.run import RunFiles
@@ -57,7 +58,7 @@ def tune(
     place = str(run or new_run(given if isinstance(given, Path) else None))
     if "://" in place:
         raise Refused(f"run {place}: from Python a run is a directory; the command line takes URLs")
-    files = RunFiles(Path(place))
+    files = RunFiles(user_path(place))
     laid = [(SHORT.get(key, key), value) for key, value in overrides.items()]
     if data is not None:
         laid.append(("data", {"name": "arrays", "file": str(keep(files, data))}))
@@ -72,7 +73,7 @@ def tune(
 
 def open(run: str | Path) -> "Result":
     """A run, finished or not, read from its files. Raises ValueError where there is none."""
-    files = RunFiles(Path(run))
+    files = RunFiles(user_path(run))
     if not files.spec.exists():
         raise Refused(f"{run}: not a run directory (no {files.spec.name})")
     return Result(files)

@@ -10,16 +10,19 @@ from typing import Any
 
 import grpc
 import ray
+from ray._common.utils import get_default_ray_temp_dir
 from ray._private import ray_constants  # whether a cluster of its own listens beyond loopback has no public switch
 from ray._private.services import resolve_ip_for_localhost  # what Ray itself makes of an address, before it waits
-from ray._private.utils import get_num_cpus  # the cores of a container, as Ray counts them
+from ray._private.utils import get_num_cpus, validate_socket_filepath  # the cores of a container, as Ray counts them
 from ray.autoscaler.v2.sdk import get_cluster_status
 
 from tuner.exits import CutOff
 from tuner.spec import Resources
+from tuner.terminal import console
 from tuner.vae.errors import Refused
 
 CONNECT_SECONDS = 5
+SHORT_FOLDER = "/tmp/ray"  # Ray's own where the environment names none
 NO_AUTOSCALER = "0"  # the version of the autoscaler's state where there is none
 
 
@@ -45,7 +48,7 @@ def cluster(address: str | None, concurrency: int | None, wanted: Resources) -> 
         # Ray asks for a token on a cluster it starts; without this one it would leave one in the home directory.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         cpus = max(get_num_cpus(), concurrency or 0)  # knows the limits of containers
-        ray.init("local", num_cpus=cpus, include_dashboard=False, **quiet)  # whatever else runs here
+        ray.init("local", num_cpus=cpus, include_dashboard=False, _temp_dir=_ray_folder(), **quiet)
     try:
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own in place
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what goes wrong is told as the trial's reason
@@ -54,6 +57,18 @@ def cluster(address: str | None, concurrency: int | None, wanted: Resources) -> 
     finally:
         ray.shutdown()
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray's C++ has put the system's default in place
+
+
+def _ray_folder() -> str:
+    """Where a cluster of our own keeps its logs and sockets; sockets' paths have to be short."""
+    folder = str(get_default_ray_temp_dir())
+    try:
+        validate_socket_filepath(f"{folder}/session_2026-01-01_00-00-00_000000_{os.getpid()}/sockets/plasma_store")
+    except OSError:
+        said = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
+        console().print(f"note     Ray works in {SHORT_FOLDER}: {said} is too long a path for its sockets")
+        return SHORT_FOLDER
+    return folder
 
 
 def _require_answer(address: str) -> None:

@@ -1,10 +1,32 @@
 """The part of a spec that says on which images: one class a kind of source, told apart by `name`."""
 
+import os
+import re
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
+from tuner.vae.errors import Refused, refusing
+
+LONGEST_NAME = 255  # bytes, on about every file system
+NO_TEXT = re.compile("[\0-\x1f\x7f\ud800-\udfff]")  # the last are what Python makes of bytes that are not UTF-8
+
+
+def user_path(given: str | Path) -> Path:
+    """A path as people write it, `~` being a home directory. Raises Refused where it can't be kept in a spec, told in
+    one line, or be a name."""
+    if NO_TEXT.search(str(given)):
+        raise Refused(f"{str(given)!r}: a path that is not in UTF-8, or with control characters")
+    with refusing(given, RuntimeError):
+        path = Path(given).expanduser()
+    for part in path.parts:
+        if len(os.fsencode(part)) > LONGEST_NAME:
+            raise Refused(f"{part[:40]}...: File name too long")
+    return path
+
+
+UserPath = Annotated[Path, AfterValidator(user_path)]
 Whole = Annotated[int, Strict()]  # or true would be 1
 
 
@@ -31,7 +53,7 @@ class _Source(Frozen):
 
     def at(self, place: Path | None) -> Self:
         """The same images at another place; None leaves them where they are."""
-        return self if place is None else self.model_copy(update={self.place_key: place})
+        return self if place is None else self.model_copy(update={self.place_key: user_path(place)})
 
     @property
     def title(self) -> str:
@@ -50,7 +72,7 @@ class _Source(Frozen):
 
 
 class _Downloaded(_Source):
-    directory: Path = Field(Path("data"), description="the folder that images are read from, or downloaded to")
+    directory: UserPath = Field(Path("data"), description="the folder that images are read from, or downloaded to")
     download: bool = Field(True, description="download images where their files are not in the directory")
 
 
@@ -110,7 +132,7 @@ class FolderSpec(DecodedSpec):
     """A folder or `.zip` of images. Below `train`, `validation` and `test`, where there are, folders are labels."""
 
     name: Literal["folder"] = Field(description="images as files")
-    directory: Path = Field(description="the folder, or a .zip of it")
+    directory: UserPath = Field(description="the folder, or a .zip of it")
 
 
 class ParquetSpec(DecodedSpec):
@@ -119,7 +141,7 @@ class ParquetSpec(DecodedSpec):
     place_key: ClassVar[str] = "file"
 
     name: Literal["parquet"] = Field(description="images in tables")
-    file: Path = Field(description="a .parquet file, or a folder of them")
+    file: UserPath = Field(description="a .parquet file, or a folder of them")
 
 
 class ArraysSpec(_Given):
@@ -128,7 +150,7 @@ class ArraysSpec(_Given):
     place_key: ClassVar[str] = "file"
 
     name: Literal["arrays"] = Field(description="images as NumPy arrays")
-    file: Path = Field(description="an .npz, or an .npy of images alone")
+    file: UserPath = Field(description="an .npz, or an .npy of images alone")
 
 
 DataSpec = Annotated[

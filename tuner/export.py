@@ -162,7 +162,7 @@ def export_stage(workspace: Workspace, pool: RayPool) -> None:
     with stage(workspace.run, "export") as progress:
         export(workspace, progress.show)
         progress.done("checked against the checkpoint, scored on the test split")
-        for file, reason in json.loads((workspace.run.export / "config.json").read_text())["left_out"].items():
+        for file, reason in json.loads((workspace.run.export / "config.json").read_text("utf-8"))["left_out"].items():
             progress.done(f"without {file}: {reason}")
 
 

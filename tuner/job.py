@@ -1,7 +1,7 @@
 """The main job, read top to bottom: spec -> search and extractors -> promote -> retrain -> export -> report."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -11,6 +11,7 @@ from tuner import spec as specs
 from tuner.run import RunFiles, write_atomic
 from tuner.spec import OwnModelSpec, Spec
 from tuner.study import BASELINE, UNFINISHED, open_study, read_study, table
+from tuner.terminal import console
 from tuner.vae.errors import Refused
 
 SHORT = {name: f"budget.{name}" for name in ("trials", "max_epochs", "time_limit")}  # as flags and calls say it
@@ -36,6 +37,15 @@ class Request:
 def new_run(spec: Path | None) -> str:
     """A folder under `runs/`, named by the spec and the time."""
     return f"runs/{(spec or specs.DEFAULT).stem}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def new_run_lines(run: RunFiles, spec: Spec, request: Request) -> Iterator[str]:
+    """What is begun, for whoever meant to go on with something, and what of the spec won't be."""
+    given = request.spec or specs.DEFAULT.stem
+    yield f"new run  {run.shown}: {'a spec from Python' if isinstance(given, Mapping) else given}"
+    points, most = len(spec.points_to_evaluate), spec.budget.trials - 1
+    if points > most:
+        yield f"note     {most} of {points} points_to_evaluate are run: trials is {most + 1}, the baseline among them"
 
 
 def work(run: RunFiles, request: Request) -> Spec:
@@ -74,23 +84,23 @@ def work(run: RunFiles, request: Request) -> Spec:
     from tuner.report import report_stage
     from tuner.retrain import retrain
     from tuner.scoring import Bench
-    from tuner.terminal import console
     from tuner.trials import search_stage
 
     with run.claimed():
-        if outgrown:  # before the spec: cut off between the two, the run is unfinished by either
-            run.update_summary(**outgrown)
-            begins = "search" if "best" in outgrown else "retrain"
-            console().print(
-                f"{run.shown}: goes on with its {begins}, and the stages after it are done anew", markup=False
-            )
-        if not run.spec.exists() or specs.load(run.spec) != spec:
-            write_atomic(run.spec, spec.to_yaml())
-        run.write_trials(table(open_study(run.journal, spec), spec))
-        if not run.held_out.exists():
-            write_atomic(run.held_out, held_out)
-        warm_start.take_over(run, spec, earlier)
         with cluster(request.address, request.concurrency, spec.resources):
+            if outgrown:  # before the spec: cut off between the two, the run is unfinished by either
+                run.update_summary(**outgrown)
+                begins = "search" if "best" in outgrown else "retrain"
+                console().print(f"{run.shown}: goes on with its {begins}, and the stages after it are done anew")
+            if not run.spec.exists():
+                for line in new_run_lines(run, spec, request):
+                    console().print(line, soft_wrap=True)
+            if not run.spec.exists() or specs.load(run.spec) != spec:
+                write_atomic(run.spec, spec.to_yaml())
+            run.write_trials(table(open_study(run.journal, spec), spec))
+            if not run.held_out.exists():
+                write_atomic(run.held_out, held_out)
+            warm_start.take_over(run, spec, earlier)
             pool = RayPool(spec, data, own, request.concurrency)
             rows: list[dict[str, Any]] = []
             if not run.summary().best:

@@ -5,6 +5,7 @@ Where they keep what they get, and as whom, is theirs to know: MLFLOW_TRACKING_U
 
 import hashlib
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -51,7 +52,8 @@ class MLflowTracker:
         self.experiment = known.experiment_id if known else self.client.create_experiment(PROJECT)
 
     def start(self, name: str, parameters: Mapping[str, Any]) -> None:
-        ours = f"tags.run = '{self.run}' and tags.trial = '{name}'"
+        quote = '"' if "'" in self.run else "'"
+        ours = f"tags.run = {quote}{self.run}{quote} and tags.trial = '{name}'"
         known = {key: str(value) for key, value in parameters.items()}
         runs = self.client.search_runs([self.experiment], ours)
         found = [run for run in runs if run.data.params.items() <= known.items()]  # another retrain has other finalists
@@ -117,7 +119,7 @@ class WandbTracker:
 
     def export(self, folder: Path, scores: Mapping[str, float]) -> None:
         self.start("export", {})
-        artifact = self.wandb.Artifact(f"{self.run.name}-export", "model")
+        artifact = self.wandb.Artifact(re.sub(r"[^\w.-]", "-", f"{self.run.name}-export", flags=re.ASCII), "model")
         artifact.add_dir(str(folder))
         self.runs["export"].log_artifact(artifact)
         self.runs["export"].summary.update(dict(scores))

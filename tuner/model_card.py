@@ -1,5 +1,6 @@
 """The README.md of an export: a model card, with the head that the Hugging Face Hub reads."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from string import Template
@@ -28,12 +29,12 @@ def model_card(name: str, spec: Spec, trials: int, info: Mapping[str, Any]) -> s
     prepared += ["bright strokes on black"] * images["ink"] + ["inverted before they are encoded"] * images["invert"]
     prepared += [images["resize"]] if images["resize"] else []
     scored = [[score, value, kinds[score].unit, kinds[score].meaning] for score, value in scores.items()]
-    found = [[parameter, text(parameters.get(parameter))] for parameter in spec.space]
-    return Template(Path(__file__).with_suffix(".md").read_text()).substitute(
+    found = [[parameter, _plain(text(parameters.get(parameter)))] for parameter in spec.space]
+    return Template(Path(__file__).with_suffix(".md").read_text("utf-8")).substitute(
         parameters | lineage,
         head=yaml_text.dump(head | {"model-index": [{"name": name, "results": results}]}),
-        name=name,
-        data=spec.data.title,
+        name=_plain(name),
+        data=_plain(spec.data.title),
         images="; ".join(prepared),
         shape=", ".join(map(str, images["shape"])),
         scores=_table(["score", "value", "unit", "what it says"], *scored),
@@ -41,10 +42,15 @@ def model_card(name: str, spec: Spec, trials: int, info: Mapping[str, Any]) -> s
         objective=" and ".join(objective.metric for objective in spec.objective),
         epochs=f"{lineage['epoch'] + (lineage['retrain_epoch'] or 0):g}",
         found=_table(["parameter", "value"], *found),
-        left_out="".join(f"- There is no {file}: {reason}\n" for file, reason in info["left_out"].items()),
+        left_out="".join(f"- There is no {file}: {_plain(reason)}\n" for file, reason in info["left_out"].items()),
     )
 
 
 def _table(header: list[str], *rows: list[str]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in lines)
+
+
+def _plain(text: str) -> str:
+    """What people or their code have named, as text in Markdown."""
+    return re.sub(r"[\\`*_\[\]<>&#]", r"\\\g<0>", text)

@@ -340,7 +340,7 @@ def lineage(material: Material) -> Iterator[str]:
     spent = ", ".join(f"{name} {terminal.duration(seconds)}" for name, seconds in material.summary.seconds.items())
     text = f"time: {spent}\n\n{material.spec.to_yaml()}"
     if config.exists():
-        text += f"\n{config.read_text()}"
+        text += f"\n{config.read_text('utf-8')}"
     yield section(
         "Where it came from",
         "The spec as it was run, the time each stage took, and the export's lineage and versions.",
@@ -355,8 +355,9 @@ SECTIONS: tuple[Callable[[Material], Iterable[str]], ...] = (
 
 
 def _trials(material: Material, *needed: str) -> pd.DataFrame:
-    """The trials of which so much is known."""
-    return pd.DataFrame(row for row in material.rows if all(name in row for name in needed))
+    """The trials of which so much is known, for Plotly, which takes texts for HTML."""
+    known = pd.DataFrame(row for row in material.rows if all(name in row for name in needed))
+    return known.map(lambda value: html.escape(value) if isinstance(value, str) else value)
 
 
 def _embedded(caption: str, picture: bytes) -> str:

@@ -18,7 +18,7 @@ from tuner.vae.errors import Refused, refusing
 def write_atomic(path: Path, content: bytes | str) -> None:
     """Write through a temporary name, fsync and rename: a reader sees the old file or the new one, never half."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(f".{path.name[:50]}.{secrets.token_hex(4)}.tmp")  # of 255 bytes at most
     try:
         with temporary.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
@@ -129,7 +129,7 @@ class RunFiles:
             return Summary()
         named = self.name_of(self.summary_file)
         with refusing(f"{named}: not readable", OSError, UnicodeDecodeError):
-            text = self.summary_file.read_text()
+            text = self.summary_file.read_text("utf-8")
         try:
             return Summary.model_validate_json(text)
         except ValidationError as error:

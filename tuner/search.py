@@ -24,13 +24,13 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.status:
         return status(arguments.status)
     if arguments.specs:
-        firsts = {name: path.read_text().splitlines()[1] for name, path in shipped().items()}
+        firsts = {name: path.read_text("utf-8").splitlines()[1] for name, path in shipped().items()}
         return show([f"{name:<22} {line.removeprefix('# ').partition('.')[0]}" for name, line in firsts.items()])
     named: list[str] = []
     if arguments.run is None:
         arguments.run = new_run(arguments.spec)
         named = ["--run", arguments.run]
-    with resumable(command("tuner.search", given, *named)), opened(arguments.run) as run:
+    with resumable(command("tuner.search", given, *named)), opened(arguments.run, begins=True) as run:
         try:
             return show(final_words(run, work(run, request(arguments))))
         except NothingFound as error:
@@ -83,7 +83,7 @@ def status(place: str) -> int:
     """How a run stands, from its files alone."""
     with resumable(command("tuner.search", ["--status", place])), opened(place) as run:
         if not run.spec.exists():
-            raise Refused(f"{place}: not a run directory (no {run.spec.name})")
+            raise Refused(f"{run.shown}: not a run directory (no {run.spec.name})")
         try:
             return show(status_words(run))
         except ValueError as error:
@@ -92,7 +92,7 @@ def status(place: str) -> int:
 
 def show(words: list[Table | str]) -> int:
     for part in words:
-        console(sys.stdout).print(part)
+        console(sys.stdout).print(part, soft_wrap=isinstance(part, str))  # what is long can be copied whole
     return 0
 
 

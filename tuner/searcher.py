@@ -123,11 +123,12 @@ class StudySearcher(Searcher):
         scratch.add_trials([trial for trial in known if trial.state != TrialState.WAITING])
         if fixed:
             scratch.enqueue_trial(fixed)
-        trial = scratch.ask()
+        trial, found = scratch.ask(), dict[str, Any]()
         for name in self.spec.in_order():
-            if self.spec.is_searched(name, trial.params):
+            if self.spec.is_searched(name, found):
                 suggest(trial, name, self.distributions[name])
-        return trial.params
+                found[name] = self.spec.space[name].nearest(trial.params[name])
+        return found
 
     @fatal
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
@@ -191,7 +192,7 @@ def suggest(trial: optuna.trial.Trial, name: str, distribution: BaseDistribution
     elif isinstance(distribution, IntDistribution):
         trial.suggest_int(name, distribution.low, distribution.high, step=distribution.step, log=distribution.log)
     elif isinstance(distribution, FloatDistribution):
-        trial.suggest_float(name, distribution.low, distribution.high, step=distribution.step, log=distribution.log)
+        trial.suggest_float(name, distribution.low, distribution.high, log=distribution.log)
 
 
 class FinalistSearcher(StudySearcher):

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from tuner import yaml_text
-from tuner.data_spec import DataSpec, DigitsSpec, Frozen, Whole
+from tuner.data_spec import DataSpec, DigitsSpec, Frozen, UserPath, Whole, user_path
 from tuner.space import Entry, FloatRange, Real, Value
 from tuner.vae.errors import Refused, refusing
 from tuner.vae.metrics import METRICS
@@ -161,7 +161,7 @@ class Spec(Frozen):
     resources: Resources = Field(Resources(), description="what one trial takes of a node")
     execution: Literal["process", "fused", "auto"] = "auto"
     """process: each trial in its own; fused: many as one array; auto: fused where there is a GPU"""
-    features: Path | None = None
+    features: UserPath | None = None
     """a feature extractor of your own that the search scores with, a program that torch.export.save wrote: images
     (B, C, H, W) in [0, 1], B free, to features (B, D); PyTorch reads it with pickle, so it must be one you trust"""
     features_sha256: str | None = None
@@ -170,7 +170,7 @@ class Spec(Frozen):
     """which code model own is: noted from --model, so that a run goes on with no other; never imported from here"""
     loggers: tuple[Literal["mlflow", "wandb"], ...] = ()
     """experiment trackers that are told of each trial and of the export"""
-    warm_start: tuple[Path, ...] = ()
+    warm_start: tuple[UserPath, ...] = ()
     """directories of earlier runs on the same images: the sampler knows their finished trials as far as they are points
     of this space, and the run scores with their feature extractors"""
     seed: Whole = Field(0, ge=0, lt=2**32)
@@ -183,8 +183,10 @@ class Spec(Frozen):
         path = value.get("features") if isinstance(value, dict) else None
         if not isinstance(path, str) or value.get("features_sha256"):
             return value
-        with refusing(f"features: {path}", OSError, ValueError):
-            content = Path(path).read_bytes()
+        with refusing("features", Refused):
+            file = user_path(path)
+        with refusing(f"features: {file}", OSError):
+            content = file.read_bytes()
         return value | {"features_sha256": hashlib.sha256(content).hexdigest()}
 
     @model_validator(mode="before")
@@ -376,12 +378,10 @@ def load(source: Path | Mapping[str, Any], overrides: Sequence[tuple[str, Any]] 
     """
     named: object = "spec"
     if isinstance(source, Path):
-        named = source = source if source.is_file() else shipped().get(str(source), source)
-        try:
-            with refusing(source, OSError, Refused):
-                raw = yaml_text.parse(source.read_text(encoding="utf-8"))
-        except UnicodeDecodeError as error:
-            raise Refused(f"{source}: not a text file") from error
+        given = user_path(source)
+        named = source = given if given.is_file() else shipped().get(str(source), given)
+        with refusing(source, OSError, Refused):
+            raw = yaml_text.parse(yaml_text.decode(source.read_bytes()))
     else:
         raw = copy.deepcopy(dict(source))
     if not isinstance(raw, dict):

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from tuner.data_spec import user_path
 from tuner.exits import CutOff
 from tuner.run import RunFiles
 from tuner.vae.errors import Refused, one_line, refusing
@@ -18,18 +19,19 @@ PUSH_SECONDS = 5  # between two looks at what has changed
 
 
 @contextmanager
-def opened(place: str) -> Iterator[RunFiles]:
+def opened(place: str, begins: bool = False) -> Iterator[RunFiles]:
     """The run at a path, or a local copy of the run at a URL that is pushed back while and after the body works.
 
-    Raises Refused where the URL can't be reached, CutOff where the last push fails: the local copy then stays.
+    Where there is none, a folder is made in storage only if a run `begins`: where nothing can be written, it is told at
+    once. Raises Refused where the URL can't be reached, CutOff where the last push fails: the local copy then stays.
     """
     if "://" not in place:
-        yield RunFiles(Path(place))
+        yield RunFiles(user_path(place))
         return
     local = Path(tempfile.mkdtemp(prefix="vae-tuner-")) / "run"
     try:
         mirror = Mirror(place, local)
-        mirror.pull()
+        mirror.pull(begins)
     except BaseException:
         shutil.rmtree(local.parent)
         raise
@@ -64,7 +66,7 @@ class Mirror:
             self.storage, self.root = FileSystem.from_uri(url)
         self.known: dict[Path, tuple[int, int]] = {}
 
-    def pull(self) -> None:
+    def pull(self, begins: bool = False) -> None:
         """Fetch what is there. Raises Refused where the storage does not answer, or holds something else."""
         from pyarrow.fs import FileSelector, copy_files
 
@@ -75,8 +77,8 @@ class Mirror:
                 raise Refused(f"{self.url}: exists and is not a run directory")
             if files:
                 copy_files(self.root, str(self.run.path), source_filesystem=self.storage)
-            else:
-                self.storage.create_dir(self.root, recursive=True)  # where nothing can be written, say so now
+            elif begins:
+                self.storage.create_dir(self.root, recursive=True)
         self.known = {path: _signature(path) for path in self.run.path.rglob("*") if path.is_file()}
 
     def follow(self, done: threading.Event) -> None:

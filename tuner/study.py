@@ -215,14 +215,16 @@ def _require_number(name: str, value: object) -> None:
 
 
 def distributions(spec: Spec) -> dict[str, BaseDistribution]:
-    """A spec's space as Optuna's distributions, inclusive at both ends as the YAML is."""
+    """A spec's space as Optuna's distributions, inclusive at both ends as the YAML is; real numbers are drawn to be put
+    on the `nearest` step."""
 
     def distribution(entry: Any) -> BaseDistribution:
         if isinstance(entry, Choices):
             return CategoricalDistribution(entry.choices)
         if isinstance(entry, IntRange):
             return IntDistribution(entry.low, entry.high, log=entry.log, step=entry.step or 1)
-        return FloatDistribution(entry.low, entry.high, log=entry.log, step=entry.step)
+        half = (entry.step or 0) / 2  # steps are ours: Optuna's count in decimals, and may end before high
+        return FloatDistribution(entry.low - half, entry.high + half, log=entry.log)
 
     return {name: distribution(entry) for name, entry in spec.space.items()}
 

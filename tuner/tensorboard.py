@@ -1,5 +1,6 @@
 """What TensorBoard shows: one run per trial, written by the driver alone, so that workers share no disk."""
 
+import re
 import shutil
 import time
 from collections.abc import Mapping
@@ -36,6 +37,7 @@ TAGS = {name: f"{group}/{name}" for group, names in GROUPS.items() for name in n
 # outcome is a metric as well, which its table can be filtered by.
 STATUS = {"complete": api_pb2.STATUS_SUCCESS, "failed": api_pb2.STATUS_FAILURE, "pruned": api_pb2.STATUS_UNKNOWN}
 OUTCOME_TAG = "outcome/state"
+LONGEST = 200  # bytes of a folder's name, which a space of many parameters would pass
 SPRITE = 32  # pixels a side at most: all sprites are one picture, which the browser holds as a texture
 NUMBERS = {"running": 0, "pruned": 1, "complete": 2, "failed": 3}  # what the outcome is as a metric
 
@@ -90,7 +92,8 @@ class TensorBoard:
             f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}" for name, value in searched.items()
         ]
         listed = self.stage == SEARCH  # HParams would take a finalist for a trial more
-        self.names[number] = ",".join([f"{number:04d}" if listed else f"{self.stage}-{number}", *shown])
+        name = ",".join([f"{number:04d}" if listed else f"{self.stage}-{number}", *shown])
+        self.names[number] = re.sub("[/\\0]", "_", name).encode()[:LONGEST].decode(errors="ignore")
         writer = self._writer(self.names[number])
         if listed:
             # Without an id of its own HParams takes the folder's name, which tells trials of several runs apart.
@@ -113,7 +116,7 @@ class TensorBoard:
         writer = self._writer(self.names[number])
         writer.add_scalar(OUTCOME_TAG, NUMBERS[outcome], 1)
         if reason:
-            writer.add_text("outcome/reason", reason)
+            writer.add_text("outcome/reason", f"    {reason}")  # in Markdown that is text as it stands
         if self.stage == SEARCH:
             self._add(writer, _session_end(outcome))
         self.writers.pop(self.names[number]).close()

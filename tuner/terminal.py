@@ -1,6 +1,7 @@
 """What a run says while it works, and the table it ends with."""
 
 import math
+import shlex
 import sys
 import time
 from collections import Counter
@@ -24,8 +25,11 @@ PLAIN_SECONDS = 10  # between lines where output is not a terminal
 
 
 def console(file: TextIO | None = None) -> Console:
-    """Progress goes to standard error, results to standard output; a log is not as narrow as rich takes it for."""
-    made = Console(file=file or sys.stderr, highlight=False)
+    """Progress goes to standard error, results to standard output; a log is not as narrow as rich takes it for.
+
+    Nothing is markup: much of what is shown is what users wrote.
+    """
+    made = Console(file=file or sys.stderr, markup=False, emoji=False, highlight=False)
     if not made.is_terminal:
         made.width = LOG_COLUMNS
     return made
@@ -75,12 +79,12 @@ class Progress:
             self.live.update(line)
         elif time.monotonic() - self.printed >= PLAIN_SECONDS:
             self.printed = time.monotonic()
-            self.console.print(line)
+            self.console.print(line, soft_wrap=True)
 
     def done(self, text: str) -> None:
         """The stage's closing line, which stays."""
         self.live.stop()
-        self.console.print(self._line(text))
+        self.console.print(self._line(text), soft_wrap=True)
 
     def _line(self, text: str) -> str:
         return f"{self.title:<8} {duration(self.seconds):>6}  {text}"
@@ -205,7 +209,7 @@ def final_words(run: RunFiles, spec: Spec) -> list[Table | str]:
         f"model    {run.name_of(run.export)}: README.md, samples.png, model.safetensors, {programs}",
         f"report   {run.name_of(run.report)}",
         f"trials   {run.name_of(run.trials)}",
-        f"look     tensorboard --logdir {run.name_of(run.tensorboard)}",
+        f"look     tensorboard --logdir {shlex.quote(run.name_of(run.tensorboard))}",
     ]
 
 

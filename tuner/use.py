@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tuner import sources
-from tuner.data_spec import FolderSpec
+from tuner.data_spec import FolderSpec, user_path
 from tuner.exits import command, resumable
 from tuner.export_files import from_onnx
 from tuner.run import write_atomic
@@ -36,7 +36,7 @@ class Export:
 
     def __init__(self, path: Path, programs: Sequence[str]):
         with refusing(f"{path / 'config.json'}: {UNREADABLE}"):
-            config = json.loads((path / "config.json").read_text())
+            config = json.loads((path / "config.json").read_text("utf-8"))
             images, anomaly, left_out = config["images"], config["anomaly"], config["left_out"]
             self.shape, self.invert, self.ink = ImageShape(*images["shape"]), images["invert"], images["ink"]
             self.latent_dim = int(config["parameters"]["latent_dim"])
@@ -194,6 +194,8 @@ def main(argv: list[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else argv
     asked = parser.parse_args(given)
     with resumable(command("tuner.use", given)):
+        paths = {name: user_path(value) for name, value in vars(asked).items() if isinstance(value, Path)}
+        vars(asked).update(paths)
         file = asked.work in (encode, anomaly) or asked.out.suffix == ".png"
         if asked.out.is_dir() if file else asked.out.is_file():
             raise Refused(f"--out {asked.out}: is a {'folder' if file else 'file'}")

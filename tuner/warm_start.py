@@ -65,7 +65,7 @@ def take_over(run: RunFiles, spec: Spec, found: list[Earlier]) -> None:
     study.add_trials(trials[len(study.known()) :])
     study.set_user_attr(COMPLETE, True)
     for earlier in found:
-        console().print(f"warm start from {earlier.words}", markup=False)
+        console().print(f"warm start from {earlier.words}", soft_wrap=True)
 
 
 def _earlier(place: Path, spec: Spec, held_out: bytes) -> Earlier:

@@ -1,5 +1,6 @@
 """YAML as specs are written in it: the only place that knows PyYAML."""
 
+import codecs
 import re
 from typing import Any
 
@@ -23,6 +24,32 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
+
+
+def _number(loader: _Loader, node: yaml.ScalarNode) -> int | float:
+    """A plain number. YAML 1.1 has 90 for 1:30 and 8 for 010, which nobody means who writes them."""
+    number: int | float = getattr(loader, f"construct_yaml_{node.tag.rpartition(':')[2]}")(node)
+    if ":" in node.value or re.match(r"[-+]?0[0-9_]", node.value):
+        said = f"{node.value} would be read as {number}: write that number, or quote the text"
+        raise yaml.constructor.ConstructorError(None, None, said, node.start_mark)
+    return number
+
+
+for kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{kind}", _number)
+
+
+def decode(content: bytes) -> str:
+    """A file's text. Raises Refused with what it looks like where it is not UTF-8."""
+    wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or content[:2].count(0) == 1 < len(content)
+    try:
+        if not wide:
+            return content.decode()
+        content.decode("utf-16")
+    except UnicodeDecodeError as error:
+        if wide or re.search(b"[\0-\x08]", content):
+            raise Refused("not a text file") from error
+    raise Refused(f"looks like {'UTF-16' if wide else 'Latin-1'}: save it as UTF-8")
 
 
 def parse(text: str) -> Any:

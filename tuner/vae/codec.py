@@ -69,7 +69,7 @@ def load(path: Path | str, own: OwnModel | None = None) -> Codec:
     """
     path = Path(path)
     with refusing(f"{path / 'config.json'}: {UNREADABLE}"):
-        info = json.loads((path / "config.json").read_text())
+        info = json.loads((path / "config.json").read_text("utf-8"))
         parameters, temperature = Parameters.model_validate(info["parameters"]), float(info["temperature"])
         if not temperature > 0:
             raise ValueError(f"temperature is {temperature}")
