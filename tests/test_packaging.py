@@ -132,7 +132,7 @@ def test_every_package_that_is_imported_is_asked_for_by_name():
         for module in _modules(node)
     }
     ours = {path.stem for path in (ROOT / "tests").rglob("*.py")}
-    known = {"tuner", "tests", *ours, *sys.stdlib_module_names}
+    known = {"tuner", "tests", "benchmarks", *ours, *sys.stdlib_module_names}
     others = {canonicalize_name(DISTRIBUTIONS.get(name, name)) for name in imported - known}
     assert others - asked == set()
 
