@@ -216,7 +216,7 @@ def test_a_time_limit_ends_the_search_and_without_it_the_search_goes_on(ray_clus
     assert {row["state"] for row in rows} <= {"complete", UNFINISHED}
     assert {row["reason"] for row in rows if row["state"] == UNFINISHED} == {"time limit"}
     longer = spec_with(objective=objective, budget=ONE_RUNG | {"trials": len(rows)})
-    run_trials(study_in(tmp_path, longer), longer, tune.with_parameters(Bowl), tmp_path / "ray", 2, [])
+    run_trials(study_in(tmp_path, longer), longer, tune.with_parameters(Bowl, pause=0.0), tmp_path / "ray", 2, [])
     ended = table(study_in(tmp_path, longer), longer)
     assert [(row["state"], row["reason"]) for row in ended] == [("complete", "")] * len(rows)
     assert [row for row in rows if row["state"] == "complete"] == [
