@@ -1,22 +1,16 @@
-"""A user's own model: what is refused before anything starts, and one that goes all the way."""
+"""A user's own model: what is refused before anything starts, how it gets to workers, and how it leaves."""
 
-import json
-import os
-import signal
 import subprocess
 import sys
 import textwrap
-import time
 import uuid
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from processes import processes_of
+from own_models import DIGITS, left_out, spec_of, written
 from ray import cloudpickle
 from safetensors.torch import load_file
 
@@ -25,24 +19,15 @@ import tuner.report
 import tuner.retrain
 import tuner.search
 from tuner import spec as specs
-from tuner.export_files import write_files
 from tuner.own_model import check, load
 from tuner.pool import send_by_value
 from tuner.run import RunFiles
-from tuner.spec import Spec
-from tuner.study import BASELINE, RETRAIN, evaluations, read_study
-from tuner.terminal import final_words
 from tuner.vae import codec
 from tuner.vae.errors import Refused
-from tuner.vae.fitted import FittedModel
-from tuner.vae.model import Builder, OwnModel
-from tuner.vae.parameters import CLASSIC, Parameters
-from tuner.vae.prior import standard_normal
+from tuner.vae.parameters import CLASSIC
 from tuner.vae.shape import ImageShape
 
 ROOT = Path(__file__).parents[1]
-DIGITS, COLOUR = ImageShape(1, 28, 28), ImageShape(3, 32, 32)
-EXAMPLE = "examples.residual_vae:build"
 
 LINEAR = """
 import math
@@ -84,14 +69,6 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str
         return f"{name}:build"
 
     return write
-
-
-def spec_of(name: str, **parts: Any) -> tuple[Spec, OwnModel | None]:
-    """A spec that searches a model of a user's own."""
-    own, named = load(name)
-    assert named
-    raw: dict[str, Any] = {"space": {"latent_dim": {"type": "int", "low": 2, "high": 3}}, "own_model": named}
-    return Spec.model_validate(raw | parts), own
 
 
 def refusal(name: str, shape: ImageShape = DIGITS, **parts: Any) -> str:
@@ -321,27 +298,6 @@ def test_what_cannot_be_sent_is_refused(module):
         send_by_value(spec, own)
 
 
-def written(name: str, directory: Path, shape: ImageShape = DIGITS, **options: Any) -> FittedModel:
-    """A fitted model of a user's own, and its export."""
-    own, _ = load(name)
-    parameters = Parameters.model_validate({"model": "own", "latent_dim": 3} | options)
-    fitted = FittedModel(Builder(shape, own)(parameters, 0).eval(), parameters, standard_normal(3))
-    directory.mkdir()
-    images = torch.rand(7, *shape, generator=torch.Generator().manual_seed(0))
-    write_files(fitted, described(fitted), directory, images, own)
-    return fitted
-
-
-def described(fitted: FittedModel) -> dict[str, Any]:
-    images = {"shape": fitted.model.shape, "ink": True}
-    return {"images": images, "parameters": fitted.parameters.model_dump(), "temperature": 1.0}
-
-
-def left_out(directory: Path) -> dict[str, str]:
-    found: dict[str, str] = json.loads((directory / "config.json").read_text())["left_out"]
-    return found
-
-
 @pytest.mark.slow
 def test_weights_that_are_tied_leave_under_both_names(module, tmp_path):
     tied = "        self.up = nn.Linear(latent_dim, self.size)\n        self.twin = self.up"
@@ -391,106 +347,3 @@ def test_a_program_that_pytorch_cannot_write_is_left_out_with_its_reason(
         "model.safetensors",
     }
     assert capfd.readouterr() == ("", "")
-
-
-# The example
-
-
-def test_the_example_takes_images_of_any_shape_and_learns_them(monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
-    for shape in (DIGITS, COLOUR, ImageShape(3, 64, 48)):
-        spec, own = spec_of(EXAMPLE, space={"model.depth": {"type": "int", "low": 0, "high": 3}})
-        check(spec, shape, own)
-
-
-@pytest.mark.slow
-def test_the_example_leaves_as_every_kind_of_file(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
-    written(EXAMPLE, tmp_path / "export", COLOUR)
-    assert left_out(tmp_path / "export") == {}
-
-
-ALONE = """
-import sys
-import numpy as np
-import onnxruntime
-
-encoder, decoder, prior = (
-    onnxruntime.InferenceSession(f"export/onnx/{name}.onnx") for name in ("encoder", "decoder", "prior")
-)
-latents = encoder.run(["mean"], {"images": np.load("images.npy")})[0]
-decoded = decoder.run(["images"], {"latents": latents})[0]
-noise = np.random.default_rng(0).standard_normal((5, latents.shape[1]), np.float32)
-drawn = prior.run(None, {"noise": noise, "uniform": np.random.default_rng(1).random(5, np.float32)})[0]
-np.savez("result.npz", latents=latents, decoded=decoded, samples=decoder.run(None, {"latents": drawn})[0])
-assert not {"tuner", "torch", "examples"} & set(sys.modules)
-"""
-
-
-def in_the_midst_of_the_retrain(run: RunFiles) -> bool:
-    """Whether a finalist has been evaluated."""
-    study = read_study(run.journal, RETRAIN)
-    return study is not None and any(evaluations(trial) for trial in study.known())
-
-
-@pytest.mark.slow
-def test_the_example_is_searched_killed_in_the_retrain_gone_on_with_exported_and_used_by_onnxruntime_alone(
-    small_flags, tmp_path
-):
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
-    points = "[{latent_dim: 16, learning_rate: 0.004, kl_weight: 0.02, model.depth: 1}]"
-    flags = ["--trials=2", "--set=budget.grace_epochs=4", "--set=space.model.depth={type: int, low: 1, high: 2}"]
-    words = ["--model", EXAMPLE, "--run", "run", *small_flags, *flags, f"--set=points_to_evaluate={points}"]
-    words += ["--set=fixed.model.width=32", "--set=retrain.epochs=6"]
-    again, run, mark = [sys.executable, "-m", "tuner.search", *words], RunFiles(tmp_path / "run"), uuid.uuid4().hex
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "TUNER_TEST": mark}
-    driver = subprocess.Popen(again, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
-    try:
-        deadline = time.monotonic() + 500
-        while not in_the_midst_of_the_retrain(run):
-            assert driver.poll() is None, driver.communicate()[1]
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        driver.kill()
-        driver.communicate()
-    finally:
-        driver.kill()
-        for pid in processes_of(mark):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-    assert not run.export.exists()
-    assert run.summary().best.trial != BASELINE, "the own model draws better than the classic one"
-
-    forgotten = subprocess.run(
-        [*again[:3], "--run", "run"], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert forgotten.returncode == 2
-    assert forgotten.stderr == f"error: the model is a user's own: name its code with --model {EXAMPLE}\n"
-    command = [*again[:3], "--run", "run", "--model", EXAMPLE]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "without" not in done.stderr
-
-    info = json.loads((run.export / "config.json").read_text())
-    assert info["parameters"]["model"] == "own"
-    assert info["parameters"]["model.depth"] in (1, 2)
-    assert info["lineage"]["own_model"]["function"] == EXAMPLE
-    assert info["left_out"] == {}
-    spec, summary = specs.load(run.spec), run.summary()
-    assert summary.test.retrained.frechet_distance < summary.test.best.frechet_distance
-    assert "decoder.onnx, decoder.pt2, encoder.onnx, encoder.pt2" in "\n".join(map(str, final_words(run, spec)))
-    shown = subprocess.run(
-        [sys.executable, "-m", "tuner.report", "run", "--model", EXAMPLE], cwd=tmp_path, env=environment, check=True
-    )
-    assert shown.returncode == 0
-
-    images = torch.rand(3, *DIGITS, generator=torch.Generator().manual_seed(0))
-    np.save(tmp_path / "images.npy", images.numpy())
-    (tmp_path / "export").symlink_to(run.export)
-    subprocess.run([sys.executable, "-I", "-c", ALONE], cwd=tmp_path, check=True)
-    found = np.load(tmp_path / "result.npz")
-    own, _ = load(EXAMPLE)
-    loaded = codec.load(run.export, own)
-    assert np.abs(found["latents"] - loaded.encode(images).numpy()).max() < 1e-4
-    assert np.abs(found["decoded"] - loaded.decode(found["latents"]).numpy()).max() < 1e-5
-    assert found["samples"].shape == (5, 1, 28, 28)
