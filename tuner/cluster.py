@@ -13,7 +13,7 @@ import ray
 from ray._common.utils import get_default_ray_temp_dir
 from ray._private import ray_constants  # whether a cluster of its own listens beyond loopback has no public switch
 from ray._private.services import resolve_ip_for_localhost  # what Ray itself makes of an address, before it waits
-from ray._private.utils import get_num_cpus, validate_socket_filepath  # the cores of a container, as Ray counts them
+from ray._private.utils import get_num_cpus, validate_socket_filepath  # as Ray itself counts and measures
 from ray.autoscaler.v2.sdk import get_cluster_status
 
 from tuner.exits import CutOff

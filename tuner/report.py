@@ -29,7 +29,7 @@ from tuner.exits import command, refuse, resumable
 from tuner.run import RunFiles, write_atomic
 from tuner.spec import Objective, Spec
 from tuner.storage import opened
-from tuner.study import BASELINE, RETRAIN, Study, evaluations, front, read_study, table
+from tuner.study import BASELINE, RETRAIN, UNFINISHED, Study, evaluations, front, read_study, table
 from tuner.summary import Summary
 from tuner.terminal import text, with_error
 from tuner.vae import image_grid
@@ -40,8 +40,11 @@ from tuner.vae.prior import standard_normal
 from tuner.workspace import Checkpoints, read_held_out
 
 COLOURS = {
-    **{"complete": "#1f77b4", "pruned": "#b8b8b8", "failed": "#d62728"},
-    **{"running": "#ff9f1c", "unfinished": "#ffcf8f"},
+    "complete": "#1f77b4",
+    "pruned": "#b8b8b8",
+    "failed": "#d62728",
+    "running": "#ff9f1c",
+    UNFINISHED: "#ffcf8f",
 }
 BY_STATE = {"color": "state", "color_discrete_map": COLOURS}  # how plots tell trials apart
 DOTS = {"marker": {"size": 10}}
