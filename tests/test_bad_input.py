@@ -357,9 +357,10 @@ def test_a_run_whose_extractor_is_gone(refused, tmp_path):
         assert "run/extractors/search.safetensors" in refused("run", command=command)
 
 
-def test_a_run_that_is_a_file(refused, tmp_path):
+def test_a_run_that_is_a_file(refused, tmp_path, monkeypatch):
     (tmp_path / "run").write_text("mine")
     assert "run: exists and is not a run directory" in refused("--run", "run")
+    monkeypatch.delenv("RAY_ADDRESS")  # which is looked at before a folder is made
     assert "run/deeper" in refused("--run", "run/deeper")
 
 

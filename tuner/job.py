@@ -65,7 +65,7 @@ def work(run: RunFiles, request: Request) -> Spec:
     except ValueError as error:
         raise Refused(str(error)) from error
 
-    from tuner.cluster import cluster
+    from tuner.cluster import address_of, cluster
     from tuner.export import export_stage
     from tuner.extractors import FeatureExtractors
     from tuner.pool import RayPool
@@ -75,14 +75,15 @@ def work(run: RunFiles, request: Request) -> Spec:
     from tuner.scoring import Bench
     from tuner.trials import search_stage
 
+    address = address_of(request.address)
     with run.claimed():
-        if not run.spec.exists():
-            write_atomic(run.spec, spec.to_yaml())
-        if not run.held_out.exists():
-            write_atomic(run.held_out, held_out)
-        warm_start.take_over(run, spec, earlier)
-        with cluster(request.address, request.concurrency, spec.resources):
+        with cluster(address, request.concurrency, spec.resources):
             pool = RayPool(spec, data, own, request.concurrency)
+            if not run.spec.exists():
+                write_atomic(run.spec, spec.to_yaml())
+            if not run.held_out.exists():
+                write_atomic(run.held_out, held_out)
+            warm_start.take_over(run, spec, earlier)
             rows: list[dict[str, Any]] = []
             if not run.summary().best:
                 extractors = FeatureExtractors(run, spec, data, pool(Bench(spec, data, {})))
