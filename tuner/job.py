@@ -1,5 +1,6 @@
 """The main job, read top to bottom: spec -> search and extractors -> promote -> retrain -> export -> report."""
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ def work(run: RunFiles, request: Request) -> Spec:
     from tuner import own_model, warm_start
     from tuner.extractors import load_extractors
     from tuner.loggers import require_installed
-    from tuner.workspace import Workspace, held_out_bytes, load_data, require_fit
+    from tuner.workspace import Workspace, held_out_bytes, load_data, oddities, require_fit
 
     try:
         own, named = own_model.load(request.model)
@@ -76,6 +77,8 @@ def work(run: RunFiles, request: Request) -> Spec:
     from tuner.trials import search_stage
 
     address = address_of(request.address)
+    for line in oddities(spec, data):
+        print(f"warning: {spec.data.title}: {line}", file=sys.stderr)
     with run.claimed():
         with cluster(address, request.concurrency, spec.resources):
             pool = RayPool(spec, data, own, request.concurrency)
