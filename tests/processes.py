@@ -1,6 +1,17 @@
-"""Finding what a command of a test has left behind."""
+"""Finding what a command of a test has left behind; and machines that are not as this one."""
 
+import shutil
+import subprocess
 from pathlib import Path
+
+import pytest
+
+in_namespaces = pytest.mark.skipif(
+    not shutil.which("unshare") or subprocess.run(["unshare", "-Urm", "true"], capture_output=True).returncode != 0,
+    reason="a user may make no namespaces here",
+)
+# what runs the command behind it as a user without name and home, as OpenShift has them
+AS_NOBODY = ["env", "-u", "HOME", "-u", "USER", "-u", "LOGNAME", "unshare", "-U", "--map-user=12345"]
 
 
 def processes_of(mark: str) -> list[int]:

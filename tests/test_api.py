@@ -1,12 +1,17 @@
 """The tuner from Python: what it gives is what the run's files hold, and bad input is one line."""
 
+import errno
 import inspect
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import optuna
 import pytest
 import torch
+from poor_file_system import poor_file_system, with_compiler
+from processes import AS_NOBODY, in_namespaces
 from sklearn.datasets import load_digits
 
 import tuner
@@ -151,3 +156,33 @@ def test_arrays_are_tuned_from_python_and_the_same_call_finds_them_done(tmp_path
     again = tuner.tune(**wanted, no_retrain=True, run=result.path)
     assert again.summary == result.summary
     assert again.files.report.stat().st_mtime_ns == written
+
+
+@pytest.mark.slow
+@in_namespaces
+@with_compiler
+def test_it_works_from_a_script_without_a_guard_for_a_user_without_a_name_on_a_poor_file_system(tmp_path):
+    """As in a container with an id of its own and its folder mounted by a network."""
+    mount = tmp_path / "mount"
+    mount.mkdir()
+    (mount / "script.py").write_text(f"""
+import tuner
+from tuner.search import main
+result = tuner.tune({SPEC}, run="run", trials=2, max_epochs=1, no_retrain=True, **{{"budget.grace_epochs": 1}})
+print("scored", len(result.trials), result.summary.test is not None, main(["--run", "run", "--no-retrain"]))
+""")
+    environment = poor_file_system(tmp_path, mount, errno.ENOLCK)
+    done = subprocess.run(
+        [*AS_NOBODY, sys.executable, "script.py"],
+        cwd=mount,
+        env=environment | {"PYTHONPATH": str(Path(tuner.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "scored 2 True 0"
+    assert [line.rpartition(": ")[0] for line in done.stderr.splitlines() if line.startswith("warning: ")] == [
+        "warning: run: its file system has no locks",
+        "warning: the run's file system syncs no folders",
+    ], done.stderr

@@ -61,12 +61,13 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     return check
 
 
-def _write_mnist(directory: Path) -> Path:
-    """Four whole IDX files of 400 blank images each -> the folder they are in."""
+def _write_mnist(directory: Path, train: int = 400, test: int = 400) -> Path:
+    """Four whole IDX files of blank images -> the folder they are in."""
     raw = directory / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for name in IDX_FILES:
-        sizes = (400, 28, 28) if "images" in name else (400,)
+        count = train if name.startswith("train") else test
+        sizes = (count, 28, 28) if "images" in name else (count,)
         header = bytes([0, 0, 8, len(sizes)]) + b"".join(size.to_bytes(4, "big") for size in sizes)
         (raw / name).write_bytes(header + bytes(math.prod(sizes)))
     return raw
@@ -324,6 +325,15 @@ def test_a_truncated_idx_file(refused, tmp_path, name):
     assert re.search(rf"there/MNIST/raw/{name}: damaged IDX file, [\d,]+ bytes where its header says", line)
 
 
+@pytest.mark.parametrize(("train", "test", "validation"), [(400, 5, 66), (5_000, 0, 833), (200, 400, 33)])
+def test_a_split_of_too_few_images_whichever_it_is(refused, tmp_path, train, test, validation):
+    """That of the test split, too, which is not read before the export."""
+    _write_mnist(tmp_path / "there", train, test)
+    counts = f"{train - validation:,} for train where 200 are needed, {validation} for validation where 65 are needed"
+    line = refused(MNIST, "--data-dir", "there", "--run", "run")
+    assert line == f"error: there: too few images: {counts}, {test} for test where 65 are needed\n"
+
+
 def test_mnist_that_is_nowhere_and_may_not_be_downloaded(refused):
     line = refused(MNIST, "--data-dir", "there", *OFFLINE, "--run", "run")
     for word in ["no MNIST in there/MNIST/raw", *IDX_FILES, "downloading is off", "data.name=digits"]:
@@ -424,9 +434,10 @@ def test_a_run_whose_extractor_is_gone(refused, tmp_path):
         assert "run/extractors/search.safetensors" in refused("run", command=command)
 
 
-def test_a_run_that_is_a_file(refused, tmp_path):
+def test_a_run_that_is_a_file(refused, tmp_path, monkeypatch):
     (tmp_path / "run").write_text("mine")
     assert "run: exists and is not a run directory" in refused("--run", "run")
+    monkeypatch.delenv("RAY_ADDRESS")  # which is looked at before a folder is made
     assert "run/deeper" in refused("--run", "run/deeper")
 
 

@@ -4,30 +4,52 @@ One search on nodes that come and go is in test_nodes.
 """
 
 import inspect
+import os
 import re
 import socket
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import ray
+from processes import AS_NOBODY, in_namespaces
 from ray._private import ray_constants
-from ray._private.services import resolve_ip_for_localhost
+from ray._private.grpc_utils import init_grpc_channel
+from ray._private.services import canonicalize_bootstrap_address
 from ray._private.utils import get_num_cpus
 from ray.autoscaler.v2.sdk import get_cluster_status
 
-from tuner.cluster import NO_AUTOSCALER, alive, cluster, dead_processes, require_ray, slots
+import tuner
+from tuner.cluster import NO_AUTOSCALER, address_of, alive, cluster, dead_processes, require_ray, slots, worker_awaited
 from tuner.search import main
 from tuner.spec import Resources
 from tuner.vae.errors import Refused
 
+NOWHERE = "http://127.0.0.1:9"  # the port that throws away what it gets
 
-def refusal(address: str | None, wanted: Resources, concurrency: int | None = None) -> str:
-    with pytest.raises(Refused) as refused, cluster(address, concurrency, wanted):
+
+def refusal(given: str | None, wanted: Resources, concurrency: int | None = None) -> str:
+    with pytest.raises(Refused) as refused, cluster(address_of(given), concurrency, wanted):
         pytest.fail("it was opened")
     assert not ray.is_initialized()
     (line,) = str(refused.value).splitlines()
     return line
+
+
+def under_uv_run(folder: Path) -> subprocess.CompletedProcess[str]:
+    """What the file `run` in a folder does, its shell being called as `uv run` is."""
+    environment = os.environ | {"PYTHONPATH": str(Path(tuner.__file__).parents[1])}
+    return subprocess.run(
+        ["uv", "run"],
+        executable="/bin/sh",  # which does as its first argument says
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 # Places for trials
@@ -61,6 +83,30 @@ def test_it_is_one_node_on_loopback_with_a_place_for_each_trial_that_is_to_run_a
         assert dead_processes() == []
         require_ray()  # raises nothing
     assert not ray.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "printed"),
+    [
+        ("RAY_REDIS_ADDRESS", "127.0.0.1:9", "opened"),  # else it would keep its state there
+        ("RAY_OVERRIDE_RESOURCES", "nonsense", "Ray can't start: Expecting value: line 1 column 1 (char 0)"),
+        ("RAY_TMPDIR", "/proc/nowhere", "Ray can't start: /proc/nowhere: No such file or directory"),
+    ],
+)
+def test_what_rays_environment_asks_for_does_no_harm_or_ends_in_one_line(name, value, printed):
+    code = """
+from tuner.cluster import cluster
+from tuner.exits import CutOff
+from tuner.spec import Resources
+try:
+    with cluster(None, 1, Resources()):
+        print("opened")
+except CutOff as error:
+    print(error)
+"""
+    environment = os.environ | {name: value}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr) == (f"{printed}\n", "")
 
 
 def test_signals_do_what_they_did_before_while_it_is_open_and_afterwards():
@@ -119,24 +165,80 @@ with cluster(None, 1, Resources()):
     assert f"CutOff Ray's {kind} died" in done.stdout.splitlines(), done.stdout + done.stderr
 
 
+@in_namespaces
+def test_it_opens_in_half_a_core_for_a_user_without_name_and_home_and_under_uv_run(tmp_path):
+    """As containers have it. Under `uv run`, Ray would start each worker by `uv run` in a copy of the folder."""
+    code = """
+import os, ray
+from tuner.cluster import cluster
+from tuner.spec import Resources
+with cluster(None, None, Resources()):
+    there = int(ray.cluster_resources()["CPU"]), ray.get(ray.remote(lambda: os.getuid()).remote())
+    print(os.getuid(), *there)
+"""
+    half = "mount -t tmpfs none /sys/fs/cgroup && echo 50000 100000 > /sys/fs/cgroup/cpu.max"
+    (tmp_path / "body.py").write_text(code)
+    (tmp_path / "run").write_text(
+        f"unshare -rm sh -c '{half} && {' '.join(AS_NOBODY)} {sys.executable} body.py'\nexit $?\n"
+    )
+    done = under_uv_run(tmp_path)
+    assert done.stdout == "12345 1 12345\n", done.stderr
+
+
+def test_where_no_worker_comes_up_that_is_said(capsys):
+    with cluster(None, 1, Resources()):
+        ray.get(ray.remote(lambda: None).remote())
+        with worker_awaited(Resources(), seconds=0.5):
+            time.sleep(1)
+        assert capsys.readouterr().err == ""
+        everything = ray.remote(num_cpus=ray.cluster_resources()["CPU"])
+        everything(lambda: time.sleep(60)).remote()
+        with worker_awaited(Resources(), seconds=0.5):
+            time.sleep(1)
+        said = "no worker has come up in 0.5 s; no node may have room: see `ray status`"
+        assert capsys.readouterr().err == f"warning: {said}\n"
+
+
+def test_so_is_why_where_ray_knows(tmp_path):
+    """Ray's own way with `uv run`, on a machine without uv."""
+    code = """
+import os, ray, time
+from tuner.cluster import worker_awaited
+from tuner.spec import Resources
+ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+with worker_awaited(Resources(), seconds=8):
+    time.sleep(9)
+"""
+    (tmp_path / "body.py").write_text(code)
+    (tmp_path / "run").write_text(f"{sys.executable} body.py\nexit $?\n")
+    done = under_uv_run(tmp_path)
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("warning: no worker")]
+    assert re.match(r"warning: no worker has come up in 8 s; Ray's last words: .*uv: not found \(/", line), line
+
+
 # One that runs already
 
 
 @pytest.mark.slow
-def test_it_is_joined_as_it_is_and_goes_on_without_us(other_cluster):
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"RAY_ADDRESS": "auto"}, {"http_proxy": NOWHERE, "https_proxy": NOWHERE, "all_proxy": NOWHERE}],
+    ids=["--address", "RAY_ADDRESS=auto", "past a proxy, as Ray does"],
+)
+def test_it_is_joined_as_it_is_and_goes_on_without_us(other_cluster, more):
     address, environment = other_cluster
     code = f"""
 import ray
-from tuner.cluster import alive, cluster, dead_processes
+from tuner.cluster import address_of, alive, cluster, dead_processes
 from tuner.spec import Resources
-with cluster({address!r}, 8, Resources()):
+with cluster(address_of({None if "RAY_ADDRESS" in more else address!r}), 8, Resources()):
     (node,) = alive()
     print(node["NodeManagerAddress"], node["Resources"]["CPU"], dead_processes(), ray.is_initialized())
 print(ray.is_initialized())
 """
     for _ in range(2):
         done = subprocess.run(
-            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+            [sys.executable, "-c", code], env=environment | more, capture_output=True, text=True, timeout=120
         )
         assert done.stdout == "127.0.0.2 2.0 [] True\nFalse\n", done.stderr
 
@@ -172,13 +274,25 @@ def test_so_is_one_that_the_cluster_it_is_sent_to_can_never_hold(other_cluster, 
 # No cluster
 
 
-@pytest.mark.parametrize("address", ["nowhere", "host:", ":1", "host:port"])
-def test_what_is_no_address_is_refused(address):
-    assert refusal(address, Resources()) == f"--address {address}: expected HOST:PORT"
+@pytest.mark.parametrize("name", ["--address", "RAY_ADDRESS"])
+@pytest.mark.parametrize("address", ["nowhere", "host:", ":1", "host:port", "ray://host:10001", "http://host:8265"])
+def test_what_is_no_address_is_refused_by_the_name_of_who_gave_it(monkeypatch, name, address):
+    if name == "RAY_ADDRESS":
+        monkeypatch.setenv(name, address)
+    for given in [address] if name == "--address" else [None, "", "auto"]:  # which Ray takes from there, too
+        assert refusal(given, Resources()).startswith(f"{name} {address}: expected HOST:PORT of a cluster's head, auto")
+
+
+def test_local_is_rays_word_for_a_cluster_of_our_own(monkeypatch):
+    assert address_of(None) is address_of("local") is None
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    assert address_of(None) is None
 
 
 @pytest.mark.parametrize("flag", [True, False], ids=["--address, nobody listens", "RAY_ADDRESS, who listens is silent"])
-def test_where_no_cluster_answers_the_command_ends_in_one_line(tmp_path, monkeypatch, capsys, flag):
+def test_where_no_cluster_answers_the_command_ends_in_one_line_before_anything_is_made(
+    tmp_path, monkeypatch, capsys, flag
+):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         if not flag:
@@ -188,8 +302,21 @@ def test_where_no_cluster_answers_the_command_ends_in_one_line(tmp_path, monkeyp
         with pytest.raises(SystemExit) as left:
             main(["--run", str(tmp_path / "run"), *([f"--address={address}"] if flag else [])])
     assert left.value.code == 2
-    assert capsys.readouterr() == ("", f"error: --address {address}: no Ray cluster answers there\n")
+    name = "--address" if flag else "RAY_ADDRESS"
+    assert capsys.readouterr() == ("", f"error: {name} {address}: no Ray cluster answers there\n")
     assert not ray.is_initialized()
+    assert not (tmp_path / "run").exists()
+
+
+@in_namespaces
+def test_auto_where_no_cluster_runs_is_refused(tmp_path):
+    """Ray looks through all processes of the machine, so here are no others."""
+    code = "from tuner.cluster import address_of; address_of(None)"
+    command = ["unshare", "-Urpf", "--mount-proc", sys.executable, "-c", code]
+    environment = os.environ | {"RAY_ADDRESS": "auto", "RAY_TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("tuner.vae.errors.Refused: RAY_ADDRESS auto: Could not find any running Ray instance"), last
 
 
 # Ray itself; last, since its cluster stays open until the end of the module
@@ -199,8 +326,11 @@ def test_what_is_used_of_rays_inner_parts_is_still_there(ray_cluster):
     """None of it is Ray's public interface: with another version of Ray, look here first."""
     assert "ENABLE_RAY_CLUSTER = " in inspect.getsource(ray_constants)
     assert "ray_constants.ENABLE_RAY_CLUSTER" in inspect.getsource(ray._private.services), "which reads it when asked"
-    assert resolve_ip_for_localhost("10.1.2.3") == "10.1.2.3"
-    assert isinstance(resolve_ip_for_localhost("localhost"), str)
+    assert "RAY_ENABLE_UV_RUN_RUNTIME_ENV = " in inspect.getsource(ray_constants)
+    assert "if ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV" in inspect.getsource(ray._private.worker)
+    assert canonicalize_bootstrap_address("10.1.2.3:4") == "10.1.2.3:4"
+    assert ray_constants.GLOBAL_GRPC_OPTIONS == (("grpc.enable_http_proxy", 0),)
+    assert callable(init_grpc_channel)
     assert get_num_cpus() >= 1
     node = ray._private.worker._global_node
     assert {"raylet", "gcs_server"} <= node.all_processes.keys()

@@ -1,6 +1,7 @@
 """The run directory: one process at a time, files that are whole or not there, a table that keeps what it is given."""
 
 import csv
+import errno
 import os
 import re
 import signal
@@ -10,6 +11,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from poor_file_system import poor_file_system, with_compiler
 
 from tuner.run import RunFiles, write_atomic
 from tuner.vae.errors import Refused
@@ -124,6 +126,30 @@ def test_a_run_that_another_process_works_on_is_refused_until_that_process_is_go
         holder.wait(timeout=30)
     with run.claimed():
         assert not left.exists()
+
+
+@with_compiler
+@pytest.mark.parametrize("locks", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_on_a_file_system_without_locks_links_and_syncing_a_run_goes_on_and_says_once_what_is_lost(tmp_path, locks):
+    code = """
+import sys
+from pathlib import Path
+from tuner.run import RunFiles, write_atomic
+run = RunFiles(Path(sys.argv[1]), shown="mine")
+with run.claimed():
+    for content in ("old", "new"):
+        write_atomic(run.checkpoint(0), content)
+with run.claimed():
+    print(run.checkpoint(0).read_text())
+"""
+    environment = poor_file_system(tmp_path, tmp_path / "mount", locks)
+    command = [sys.executable, "-c", code, str(tmp_path / "mount" / "run")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "new\n"), done.stderr
+    assert done.stderr.splitlines() == [
+        "warning: mine: its file system has no locks: let no other command work on this run",
+        "warning: the run's file system syncs no folders: a power cut may cost what was written last",
+    ]
 
 
 def test_a_claim_ends_with_its_block_whether_or_not_that_fails(run):

@@ -30,7 +30,7 @@ from tuner.vae.parameters import Parameters
 from tuner.vae.prior import fit_mixture, standard_normal
 from tuner.vae.shape import ImageShape
 from tuner.vae.step import State
-from tuner.workspace import Checkpoints, held_out_bytes, open_workspace, read_held_out, require_fit
+from tuner.workspace import Checkpoints, held_out_bytes, oddities, open_workspace, read_held_out, require_fit
 
 build = Builder(ImageShape(1, 28, 28))
 
@@ -241,10 +241,40 @@ def test_extractors_are_what_the_data_and_the_spec_have(run, program, labels, ow
         assert (run.extractors / "search.pt2").read_bytes() == program.read_bytes()
 
 
-def test_one_class_for_all_images_is_no_label():
+@pytest.mark.parametrize("label", [0, 3])
+def test_one_class_for_all_images_is_no_label(label):
     data = pictures(0.2, labels=True)
-    alike = Data(Split(data.train.images, torch.zeros(30, dtype=torch.long)), data.validation)
+    alike = Data(Split(data.train.images, torch.full((30,), label)), data.validation)
     assert make_extractor("search", 0, alike).kind == "untrained"
+
+
+MINE = {"name": "arrays", "file": "mine.npy"}
+
+
+def turned(data: Data, scale: int = 1, label: int | None = None) -> Data:
+    """Inverted, divided by `scale` and labelled alike."""
+    labels = None if label is None else torch.full((len(data.train),), label)
+    return Data(Split((255 - data.train.images) // scale, labels), data.validation)
+
+
+@pytest.mark.parametrize(
+    ("source", "data", "said"),
+    [
+        ({"name": "mnist"}, turned(pictures(0.2)), []),
+        (MINE, pictures(0.2, labels=True), []),
+        ({"name": "cifar10"}, pictures(0.2, 3), []),
+        ({"name": "mnist"}, turned(pictures(0), label=3), ["one class found in 30 labels"]),
+        ({"name": "mnist"}, pictures(0), ["mean grey 1.00 found, .*: data.invert turns those of data.name=arrays"]),
+        (MINE | {"invert": True}, pictures(0), ["mean grey 1.00 found, .*: data.invert has made them so"]),
+        (MINE, turned(pictures(0.5), scale=16), ["grey values from 0 to 15 found"]),
+        (MINE, turned(pictures(0.5), scale=255, label=0), ["one class found", "grey values from 0 to 1 found"]),
+    ],
+)
+def test_what_is_seldom_meant_is_told_with_its_evidence(source, data, said):
+    found = list(oddities(spec_of(data=source), data))
+    assert len(found) == len(said)
+    for line, words in zip(found, said, strict=True):
+        assert re.match(words, line), line
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Find, train and export the variational autoencoder that draws your images best."""
 
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -8,6 +9,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["Result", "Spec", "open", "tune"]
+
+if os.path.expanduser("~") == "~":  # a user without name and home, as OpenShift has them, for whom Ray has no import
+    os.environ["HOME"] = os.environ.get("TMPDIR", "/tmp")
 
 
 def __getattr__(name: str) -> Any:

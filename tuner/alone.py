@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from tuner.cluster import cluster
+from tuner.cluster import address_of, cluster
 from tuner.exits import command, refuse, resumable
 from tuner.pool import RayPool
 from tuner.storage import opened
@@ -36,11 +36,12 @@ def run_alone(
                 model = ["--model", arguments.model] if arguments.model else []
                 again = command("tuner.search", ["--run", run.shown, *model])
                 raise Refused(f"{run.shown}: its search has not ended; go on with {again}")
+            address = address_of(arguments.address)
         except ValueError as error:
             refuse(error)
         with run.claimed():
             run.write_trials(table(open_study(run.journal, workspace.spec), workspace.spec))
-            with cluster(arguments.address, None, workspace.spec.resources):
+            with cluster(address, None, workspace.spec.resources):
                 pool = RayPool(workspace.spec, workspace.data, workspace.own)
                 work(replace(workspace, pool=pool), pool)
     return 0

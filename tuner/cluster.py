@@ -4,58 +4,103 @@ import logging
 import os
 import secrets
 import signal
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import grpc
 import ray
 from ray._common.utils import get_default_ray_temp_dir
-from ray._private import ray_constants  # whether a cluster of its own listens beyond loopback has no public switch
-from ray._private.services import resolve_ip_for_localhost  # what Ray itself makes of an address, before it waits
-from ray._private.utils import get_num_cpus, validate_socket_filepath  # as Ray itself counts and measures
+from ray._private import ray_constants  # what a cluster of our own does without has no public switch
+from ray._private.grpc_utils import init_grpc_channel  # past proxies and with certificates, as Ray itself connects
+from ray._private.services import canonicalize_bootstrap_address  # what Ray makes of an address, before it waits
+from ray._private.utils import get_num_cpus, validate_socket_filepath  # the cores of a container, as Ray counts them
 from ray.autoscaler.v2.sdk import get_cluster_status
 
 from tuner.exits import CutOff
 from tuner.spec import Resources
 from tuner.terminal import console
-from tuner.vae.errors import Refused
+from tuner.vae.errors import Refused, named, refusing
 
 CONNECT_SECONDS = 5
 SHORT_FOLDER = "/tmp/ray"  # Ray's own where the environment names none
+WORKER_SECONDS = 60  # as long as Ray itself waits for a worker's first word
 NO_AUTOSCALER = "0"  # the version of the autoscaler's state where there is none
+
+
+# A cluster of our own, as on a Mac: Ray takes 127.0.0.1 for its address and opens ports nowhere else. And its workers
+# run in this environment as it is, where `uv run` would have each made from a copy of this folder.
+OWN = {"ENABLE_RAY_CLUSTER": False, "RAY_ENABLE_UV_RUN_RUNTIME_ENV": False}
+
+
+def address_of(given: str | None) -> str | None:
+    """The cluster to join, in Ray's words: `given` or RAY_ADDRESS; None for one of our own.
+
+    Raises Refused where no cluster answers: Ray itself waits minutes for one that isn't there.
+    """
+    name, address = "--address", given
+    if given in (None, "", "auto") and os.environ.get("RAY_ADDRESS"):
+        name, address = "RAY_ADDRESS", os.environ["RAY_ADDRESS"]
+    if not address or address == "local":
+        return None
+    found, _, port = address.rpartition(":")
+    if address != "auto" and ("://" in address or not (found and port.isdigit())):
+        raise Refused(
+            f"{name} {address}: expected HOST:PORT of a cluster's head, auto or local; neither Ray Client (ray://) nor "
+            "the dashboard (http://) runs a search, but `ray job submit` does"
+        )
+    with refusing(f"{name} {address}"):
+        place = canonicalize_bootstrap_address(address)
+        channel = init_grpc_channel(place, ray_constants.GLOBAL_GRPC_OPTIONS)
+    try:
+        grpc.channel_ready_future(channel).result(CONNECT_SECONDS)
+    except grpc.FutureTimeoutError as error:
+        raise Refused(f"{name} {address}: no Ray cluster answers there") from error
+    finally:
+        channel.close()
+    return address
 
 
 @contextmanager
 def cluster(address: str | None, concurrency: int | None, wanted: Resources) -> Iterator[None]:
-    """Join the Ray cluster at `address` or RAY_ADDRESS, or start one that listens on this machine's loopback alone.
+    """Join the Ray cluster that `address_of` found, or start one that listens on this machine's loopback alone.
 
-    Raises Refused where no cluster answers, or where none of its nodes can ever hold a trial.
+    Raises CutOff where Ray can't start, and Refused where it can't join or none of its nodes can ever hold a trial.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the older reporter honours verbose=0
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # the driver is the single writer
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Tune would return as if all was done
     quiet = {"log_to_driver": False, "logging_level": logging.CRITICAL, "configure_logging": True}
-    address = address or os.environ.get("RAY_ADDRESS")
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    # Without clusters allowed, as on a Mac, Ray takes 127.0.0.1 for its address and opens ports nowhere else.
-    ray_constants.ENABLE_RAY_CLUSTER = bool(address)
-    if address:
-        _require_answer(address)
-        ray.init(address=address, **quiet)
-    else:
-        # Ray asks for a token on a cluster it starts; without this one it would leave one in the home directory.
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        cpus = max(get_num_cpus(), concurrency or 0)  # knows the limits of containers
-        ray.init("local", num_cpus=cpus, include_dashboard=False, _temp_dir=_ray_folder(), **quiet)
+    before = {name: getattr(ray_constants, name) for name in OWN}
     try:
+        if address:
+            with refusing(f"Ray can't join {address}"):
+                ray.init(address=address, **quiet)
+        else:
+            vars(ray_constants).update(OWN)
+            # Ray asks for a token on a cluster it starts; without this one it would leave one in the home directory.
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+            os.environ.pop("RAY_REDIS_ADDRESS", None)  # where another cluster keeps its state
+            logging.getLogger("ray._private.utils").setLevel(logging.CRITICAL)  # it warns of less than a core
+            cpus = max(1, get_num_cpus(), concurrency or 0)  # knows the limits of containers
+            folder = _ray_folder()
+            try:
+                ray.init("local", num_cpus=cpus, include_dashboard=False, _temp_dir=folder, **quiet)
+            except Exception as error:  # its processes were slow to come up, or died, or can't be where they are told
+                raise CutOff(named("Ray can't start", error)) from error
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own in place
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what goes wrong is told as the trial's reason
         _require_room(wanted)
-        yield
+        with worker_awaited(wanted):
+            yield
     finally:
         ray.shutdown()
+        vars(ray_constants).update(before)
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray's C++ has put the system's default in place
 
 
@@ -71,22 +116,6 @@ def _ray_folder() -> str:
     return folder
 
 
-def _require_answer(address: str) -> None:
-    """Ray itself waits minutes for a cluster that isn't there."""
-    if address == "auto":
-        return
-    host, _, port = address.rpartition(":")
-    if not (host and port.isdigit()):
-        raise Refused(f"--address {address}: expected HOST:PORT")
-    channel = grpc.insecure_channel(f"{resolve_ip_for_localhost(host)}:{port}")
-    try:
-        grpc.channel_ready_future(channel).result(CONNECT_SECONDS)
-    except grpc.FutureTimeoutError as error:
-        raise Refused(f"--address {address}: no Ray cluster answers there") from error
-    finally:
-        channel.close()
-
-
 def _require_room(wanted: Resources) -> None:
     """Ray itself would wait for ever for a node that is large enough; where nodes come by themselves, so do we."""
     version = get_cluster_status(ray.get_runtime_context().gcs_address).stats.autoscaler_version
@@ -99,6 +128,31 @@ def _require_room(wanted: Resources) -> None:
         raise Refused(
             f"no node can hold a trial: resources asks for {wanted.cpu:g} CPU and {wanted.gpu:g} GPU; {there}"
         )
+
+
+@contextmanager
+def worker_awaited(wanted: Resources, seconds: float = WORKER_SECONDS) -> Iterator[None]:
+    """Say so where no worker comes up in time, with Ray's last words: it tries for ever, and tells its logs alone."""
+    logs = Path(ray._private.worker._global_node.get_logs_dir_path())
+
+    def tell() -> None:
+        lines = [line for line in _lines(logs / "raylet.out") if " E " in line] + _lines(logs / "raylet.err")
+        said = f"Ray's last words: {lines[-1].strip()} ({logs})" if lines else "no node may have room: see `ray status`"
+        print(f"warning: no worker has come up in {seconds:g} s; {said}", file=sys.stderr)
+
+    timer = threading.Timer(seconds, tell)
+    timer.daemon = True
+    timer.start()
+    first = ray.remote(num_cpus=wanted.cpu, num_gpus=wanted.gpu)(lambda: None).remote()
+    first.future().add_done_callback(lambda _: timer.cancel())
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _lines(path: Path) -> list[str]:
+    return [line for line in path.read_text(errors="replace").splitlines() if line.strip()] if path.exists() else []
 
 
 def slots(node: dict[str, float], wanted: Resources) -> int:

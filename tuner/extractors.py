@@ -32,7 +32,7 @@ class Made:
 
 
 def has_classes(data: Data) -> bool:
-    return (data.classes or 0) > 1
+    return data.train.labels is not None and len(data.train.labels.unique()) > 1
 
 
 class FeatureExtractors:

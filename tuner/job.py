@@ -1,5 +1,6 @@
 """The main job, read top to bottom: spec -> search and extractors -> promote -> retrain -> export -> report."""
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ def work(run: RunFiles, request: Request) -> Spec:
     from tuner import own_model, warm_start
     from tuner.extractors import load_extractors
     from tuner.loggers import require_installed
-    from tuner.workspace import Workspace, held_out_bytes, load_data, require_fit
+    from tuner.workspace import Workspace, held_out_bytes, load_data, oddities, require_fit
 
     try:
         own, named = own_model.load(request.model)
@@ -76,7 +77,7 @@ def work(run: RunFiles, request: Request) -> Spec:
     except ValueError as error:
         raise Refused(str(error)) from error
 
-    from tuner.cluster import cluster
+    from tuner.cluster import address_of, cluster
     from tuner.export import export_stage
     from tuner.extractors import FeatureExtractors
     from tuner.pool import RayPool
@@ -86,8 +87,11 @@ def work(run: RunFiles, request: Request) -> Spec:
     from tuner.scoring import Bench
     from tuner.trials import search_stage
 
+    address = address_of(request.address)
+    for line in oddities(spec, data):
+        print(f"warning: {spec.data.title}: {line}", file=sys.stderr)
     with run.claimed():
-        with cluster(request.address, request.concurrency, spec.resources):
+        with cluster(address, request.concurrency, spec.resources):
             if outgrown:  # before the spec: cut off between the two, the run is unfinished by either
                 run.update_summary(**outgrown)
                 begins = "search" if "best" in outgrown else "retrain"

@@ -1,9 +1,12 @@
 """The run directory: every path in it, its lock, atomic writes, the summary."""
 
 import copy
+import errno
 import fcntl
+import functools
 import os
 import secrets
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +16,24 @@ from pydantic import ValidationError
 
 from tuner.summary import Summary
 from tuner.vae.errors import Refused, refusing
+
+UNKNOWN = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}  # how a file system says that it has no such call
+
+
+@contextmanager
+def if_known(lost: str) -> Iterator[None]:
+    """Go on where the file system has no such call, as NFS, SMB or FUSE may; what is `lost` by that is said once."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in UNKNOWN:
+            raise
+        _warn(lost)
+
+
+@functools.cache
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -36,7 +57,8 @@ def sync_directory(path: Path) -> None:
     """Make a rename inside `path` outlive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with if_known("the run's file system syncs no folders: a power cut may cost what was written last"):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -85,15 +107,16 @@ class RunFiles:
     def claimed(self) -> Iterator[None]:
         """Be the one process that works on the run. Raises Refused where another does, or no folder can be made.
 
-        The kernel holds the lock and lets go of it however the process ends. What a killed process left half
-        written is removed.
+        The kernel holds the lock, where the file system has any, and lets go of it however the process ends. What a
+        killed process left half written is removed.
         """
         with refusing(self.path, OSError):
             self.path.mkdir(parents=True, exist_ok=True)
             file = self.lock.open("a")
         with file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                with if_known(f"{self.shown}: its file system has no locks: let no other command work on this run"):
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise Refused(f"{self.shown}: another process is working on this run") from error
             for directory in (self.path, self.images, self.extractors, self.checkpoints, self.retrain):

@@ -1,5 +1,6 @@
 """What every stage works on: a run with its spec, data and extractors."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from tuner import own_model, sources
 from tuner import spec as specs
-from tuner.extractors import load_extractors, read_program
+from tuner.extractors import has_classes, load_extractors, read_program
 from tuner.run import RunFiles
 from tuner.scoring import Bench, Pool, Workers
 from tuner.spec import Spec
@@ -28,6 +29,8 @@ from tuner.vae.shape import ImageShape
 
 MOST_GREY = 0.5  # share of pixels; of MNIST's 0.09 are, of Fashion-MNIST's 0.40, of the digits' 0.42
 GREY_IMAGES = 1_000
+PAPER = 0.5  # mean grey: strokes are fewer than what they stand on
+FLAT = 32  # of 255 greys: digits of 0 to 16, or masks of 0 and 1, that nobody has scaled
 
 
 @dataclass(frozen=True)
@@ -129,3 +132,17 @@ def require_fit(run: RunFiles, spec: Spec, data: Data) -> None:
             program.require_fit(as_floats(data.validation.images[:GREY_IMAGES]))
         except ValueError as error:
             raise ValueError(f"features: {spec.features} {error}") from error
+
+
+def oddities(spec: Spec, data: Data) -> Iterator[str]:
+    """What is seldom meant in images that can be trained on, a line each with its evidence."""
+    if data.train.labels is not None and not has_classes(data):
+        yield f"one class found in {len(data.train):,} labels: they go unused"
+    images = data.train.images[:GREY_IMAGES]
+    low, high, mean = int(images.min()), int(images.max()), as_floats(images).mean().item()
+    if high - low < FLAT:
+        yield f"grey values from {low} to {high} found, where 0 to 255 are black to white"
+    if spec.data.ink and mean > PAPER:
+        turned = getattr(spec.data, "invert", False)
+        why = "data.invert has made them so" if turned else "data.invert turns those of data.name=arrays and folder"
+        yield f"mean grey {mean:.2f} found, dark strokes on paper, where bright ones on black are expected: {why}"

@@ -122,7 +122,45 @@ def test_a_file_with_bytes_too_many_is_named(tmp_path):
 def test_missing_mnist_names_the_folder_the_files_and_the_way_out(tmp_path, read):
     with pytest.raises(ValueError, match="no MNIST in") as error:
         read(_spec(tmp_path))
-    for part in (str(tmp_path / "MNIST" / "raw"), *IDX_FILES, "downloading is off", "digits"):
+    for part in (str(tmp_path / "MNIST" / "raw"), *IDX_FILES, "there is nothing", "downloading is off", "digits"):
         assert part in str(error.value)
     assert "\n" not in str(error.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def _half(raw: Path) -> str:
+    for name in IDX_FILES[1:3]:
+        (raw / name).unlink()
+    return f"{', '.join(IDX_FILES[1:3])} missing, in PLACE there is MNIST/raw/{IDX_FILES[3]}, MNIST/raw/{IDX_FILES[0]},"
+
+
+def _packed(raw: Path) -> str:
+    _half(raw)
+    for name in (IDX_FILES[0], IDX_FILES[3]):
+        (raw / f"{name}.gz").write_bytes(gzip.compress((raw / name).read_bytes()))
+        (raw / name).unlink()
+    return (
+        f"{', '.join(IDX_FILES[1:3])} missing, in PLACE there is MNIST/raw/{IDX_FILES[3]}.gz, "
+        f"MNIST/raw/{IDX_FILES[0]}.gz,"
+    )
+
+
+def _dotted(raw: Path) -> str:
+    for name in IDX_FILES:
+        (raw / name).rename(raw / name.replace("-idx", ".idx"))
+    return f"{', '.join(IDX_FILES)} missing, in PLACE there is MNIST/raw/t10k-images.idx3-ubyte, "
+
+
+def _elsewhere(raw: Path) -> str:
+    for name in IDX_FILES:
+        (raw / name).rename(raw.parents[1] / name)
+    return f"{', '.join(IDX_FILES)} missing, in PLACE there is {', '.join(sorted(IDX_FILES))}, "
+
+
+@pytest.mark.parametrize("change", [_half, _packed, _dotted, _elsewhere])
+def test_what_is_missing_and_what_is_there_instead_are_listed(tmp_path, change):
+    words = change(_write_mnist(tmp_path)).replace("PLACE", str(tmp_path))
+    with pytest.raises(ValueError, match="no MNIST in") as error:
+        sources.load(_spec(tmp_path))
+    assert words in str(error.value)
+    assert "downloading is off (Dataset not found. You can use download=True to download it)" in str(error.value)

@@ -95,7 +95,7 @@ def test_cifar10_is_in_colour(tmp_path, monkeypatch):
     monkeypatch.setattr(cifar10, "meta", {"filename": "batches.meta", "key": "label_names", "md5": md5})
     _check(*_read(_spec(tmp_path, "cifar10")), channels=3, side=32, classes=10)
     (folder / "test_batch").write_bytes(b"cut")
-    with pytest.raises(ValueError, match=rf"no CIFAR10 .* in {tmp_path}, and downloading is off \(Dataset not found"):
+    with pytest.raises(ValueError, match=rf"no CIFAR10 .* in {tmp_path}, where .* is off \(Dataset not found"):
         sources.load(_spec(tmp_path, "cifar10"))
 
 
@@ -117,7 +117,7 @@ def test_a_set_that_is_nowhere_is_told_in_one_line(tmp_path, name):
     spec = made.model_validate({"name": name, "directory": tmp_path, "download": False})
     for read in (sources.load, sources.load_test):
         with pytest.raises(
-            ValueError, match=f"no {name.upper()} that torchvision can read in {tmp_path}, and down"
+            ValueError, match=f"no {name.upper()} that torchvision can read in {tmp_path}, where there is nothing, and"
         ) as e:
             read(spec)
         assert "\n" not in str(e.value)
@@ -130,7 +130,7 @@ def test_a_damaged_file_is_told_in_one_line(tmp_path):
             path = tmp_path / f"EMNIST/raw/emnist-balanced-{part}-{name}"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(b"damaged")
-    with pytest.raises(ValueError, match=r"no EMNIST that torchvision can read in .*, and downloading is off \("):
+    with pytest.raises(ValueError, match=r"no EMNIST .*, where there is EMNIST/raw/emn.*, and downloading is off \("):
         sources.load(EmnistSpec(name="emnist", directory=tmp_path, download=False))
 
 

@@ -25,3 +25,11 @@ def test_only_the_kinds_that_are_named_are_refused():
         raise RuntimeError("anything")
     with pytest.raises(TypeError, match=r"^a bug$"), refusing("some file", ValueError):
         raise TypeError("a bug")
+
+
+@pytest.mark.parametrize(
+    ("what", "said"), [("Ray", "Ray: place: No such file"), ("of place", "of place: No such file")]
+)
+def test_a_file_that_the_system_names_is_named_once(what, said):
+    with pytest.raises(Refused, match=f"^{said}$"), refusing(what):
+        raise FileNotFoundError(2, "No such file", "place")

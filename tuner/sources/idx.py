@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tuner.data_spec import IdxSpec
-from tuner.sources.splits import Splits, hold_out
+from tuner.sources.splits import Splits, hold_out, listed
 from tuner.sources.torchvision import torchvision_datasets
 from tuner.vae.data import Split
 from tuner.vae.errors import one_line, refusing
@@ -23,8 +23,9 @@ def read(spec: IdxSpec) -> Splits:
     """Raises ValueError, naming the folder and the files, where these are neither there nor can be downloaded, or
     where one of them is damaged."""
     raw = spec.directory / IDX_SETS[spec.name] / "raw"
-    if not all((raw / name).exists() or (raw / f"{name}.gz").exists() for name in IDX_FILES):
-        _fetch(spec, raw)
+    missing = [name for name in IDX_FILES if not ((raw / name).exists() or (raw / f"{name}.gz").exists())]
+    if missing:
+        _fetch(spec, raw, missing)
     train_images, train_labels, test_images, test_labels = (_read_idx(raw / name) for name in IDX_FILES)
     return hold_out(
         _split(raw, train_images, train_labels, IDX_FILES[1]), _split(raw, test_images, test_labels, IDX_FILES[3])
@@ -39,16 +40,16 @@ def _split(raw: Path, images: Tensor, labels: Tensor, labels_file: str) -> Split
     return Split(images.unsqueeze(1), labels.long())
 
 
-def _fetch(spec: IdxSpec, raw: Path) -> None:
+def _fetch(spec: IdxSpec, raw: Path, missing: list[str]) -> None:
     """Have torchvision complete the files; it takes a second to import, so only where one is missing."""
-    kind = IDX_SETS[spec.name]
+    kind, there = IDX_SETS[spec.name], listed(spec.directory)
     try:
         getattr(torchvision_datasets(), kind)(str(spec.directory), download=spec.download)
     except (RuntimeError, OSError) as error:
         raise ValueError(
-            f"no {kind} in {raw} (wanted: {', '.join(IDX_FILES)}) and "
-            f"{'the download failed' if spec.download else 'downloading is off'} ({one_line(error)}); "
-            "put the files there, or use the embedded data set: data.name=digits"
+            f"no {kind} in {raw}: {', '.join(missing)} missing, in {spec.directory} there is {there}, and "
+            f"{'the download failed' if spec.download else 'downloading is off'} ({one_line(error)}); put the files "
+            "there, plain or as .gz, or use the embedded data set: data.name=digits"
         ) from error
 
 

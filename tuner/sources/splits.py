@@ -21,6 +21,7 @@ NAMES = {"train": "train", "validation": "validation", "val": "validation", "val
 TENTHS = {0: "test", 1: "validation"}  # of the training images, where no others are given
 LEAST = {"train": 200, "validation": 65, "test": 65}  # the covariance of 64 features takes more images than features
 ENOUGH = 900  # for a tenth to be `LEAST` but for one time in a hundred
+LISTED = 8  # files by name: a whole set, as published and as unpacked
 FLOAT_IMAGES, FLOAT_COPIES = 60_000, 3  # what scores and fits hold at once
 
 
@@ -59,6 +60,16 @@ def by_content(everything: Split, given: Sequence[str | None], digests: Sequence
 def class_indices(labels: Sequence[Any] | Array) -> Tensor:
     """Numbers or words -> 0, 1, ... in their order."""
     return torch.from_numpy(np.unique(np.asarray(labels), return_inverse=True)[1]).long()
+
+
+def listed(folder: Path) -> str:
+    """The first few files in a folder and at most two folders down, by name; for a refusal that misses something."""
+    found: list[str] = []
+    for here, folders, names in os.walk(folder):
+        inside = Path(here).relative_to(folder)
+        found += [str(inside / name) for name in sorted(names)]
+        folders[:] = sorted(folders) if len(inside.parts) < 2 and len(found) <= LISTED else []
+    return ", ".join([*found[:LISTED], "..."][: len(found)]) or ("nothing" if folder.is_dir() else "no folder")
 
 
 def refuse_few(splits: Splits, place: Path, by_hash: bool) -> None:

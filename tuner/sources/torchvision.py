@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from tuner.data_spec import EmnistSpec, TorchvisionSpec
-from tuner.sources.splits import Splits, hold_out
+from tuner.sources.splits import Splits, hold_out, listed
 from tuner.vae.data import Split
 from tuner.vae.errors import one_line
 
@@ -22,12 +22,12 @@ def _split(spec: TorchvisionSpec | EmnistSpec, part: str) -> Split:
     options: dict[str, Any] = {"split": part} if spec.name == "svhn" else {"train": part == "train"}
     if isinstance(spec, EmnistSpec):
         options["split"] = spec.split
-    made = getattr(torchvision_datasets(), CLASSES[spec.name])
+    made, there = getattr(torchvision_datasets(), CLASSES[spec.name]), listed(spec.directory)
     try:
         found = made(str(spec.directory), download=spec.download, **options)
     except Exception as error:  # whatever comes of parsing damaged files
         raise ValueError(
-            f"no {CLASSES[spec.name]} that torchvision can read in {spec.directory}"
+            f"no {CLASSES[spec.name]} that torchvision can read in {spec.directory}, where there is {there}"
             f"{'' if spec.download else ', and downloading is off'} ({one_line(error)})"
         ) from error
     images = torch.as_tensor(found.data)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-LONGEST = 300  # characters of what a library says
+LONGEST = 1_000  # characters of what a library says: four places that did not answer, each with its reason
 
 
 class Refused(ValueError):
@@ -16,11 +16,17 @@ def one_line(error: BaseException) -> str:
     return " ".join(said.split())[:LONGEST]
 
 
+def named(what: object, error: BaseException) -> str:
+    """One line: `what`, a file if the system names one beside it, and what the error says."""
+    file = str(getattr(error, "filename", None) or what)
+    return f"{what}: {'' if file in str(what) else f'{file}: '}{one_line(error)}"
+
+
 @contextmanager
 def refusing(what: object, *kinds: type[Exception]) -> Iterator[None]:
-    """Turn errors in the body, by default all, into a refusal: `what`, a colon and what the error says."""
+    """Turn errors in the body, by default all, into a refusal, `named` after `what`."""
     caught = kinds or (Exception,)
     try:
         yield
     except caught as error:
-        raise Refused(f"{what}: {one_line(error)}") from error
+        raise Refused(named(what, error)) from error
