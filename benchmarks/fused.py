@@ -72,7 +72,7 @@ def side_by_side(images: Tensor, device: str, epochs: int, processes: int) -> fl
     ]
     for worker in workers:
         worker.start()
-    slowest = max(seconds.get() for _ in workers)
+    slowest: float = max(seconds.get() for _ in workers)
     for worker in workers:
         worker.join()
     return processes * epochs / slowest
@@ -110,7 +110,7 @@ def vmapped(images: Tensor, slots: int) -> float:
     """Trial-epochs a second of `slots` networks, all as wide as the widest, by a step of all of them."""
     parameters = [parameters_of(trial).model_copy(update={"latent_dim": WIDEST}) for trial in range(slots)]
     networks = [Reference(build(each, trial)).to(images.device) for trial, each in enumerate(parameters)]
-    stacked, _ = torch.func.stack_module_state(networks)  # type: ignore[arg-type]
+    stacked, _ = torch.func.stack_module_state(networks)
     weights = [weight.detach() for weight in stacked.values()]
     first, second = ([torch.zeros_like(weight) for weight in weights] for _ in range(2))
     rates = torch.tensor([each.learning_rate for each in parameters], device=images.device)

@@ -85,6 +85,7 @@ def findings(run: RunFiles) -> Iterator[tuple[tuple[Any, ...], Any]]:
     summary = run.summary()
     yield ("extractors",), summary.extractors
     for split, found in (("validation", summary.validation), ("test", summary.test)):
+        assert found
         yield (split, "real and baseline"), (found.real, found.baseline)
     for trial in trials_of(run):
         parameters = json.dumps(trial.user_attrs["parameters"], sort_keys=True)

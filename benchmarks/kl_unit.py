@@ -80,7 +80,8 @@ def main() -> None:
         sets["folder"] = {"name": "folder", "directory": str(arguments.folder), "size": 32}
     for name, described in sets.items():
         whole = sources.load(space(described, "absolute", arguments.seed).data)
-        train = Split(*(part if part is None else part[:IMAGES] for part in (whole.train.images, whole.train.labels)))
+        labels = whole.train.labels
+        train = Split(whole.train.images[:IMAGES], labels if labels is None else labels[:IMAGES])
         data = Data(train, whole.validation)
         found = {unit: search(name, space(described, unit, arguments.seed), data, arguments.trials) for unit in RANGES}
         best = min(map(min, found.values()))

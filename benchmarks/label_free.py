@@ -17,6 +17,7 @@ import random
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,15 +76,14 @@ def points(name: str, channels: int, seed: int, count: int) -> list[Parameters]:
     def log(least: float, most: float) -> float:
         return math.exp(draw.uniform(math.log(least), math.log(most)))
 
-    fixed = {"prior": "gaussian_mixture", "batch_size": 64, "width": 16, "schedule": "cosine", "kl_unit": unit}
+    fixed: dict[str, Any] = {"prior": "gaussian_mixture", "batch_size": 64, "width": 16, "schedule": "cosine"}
     return [
         Parameters(
             latent_dim=round(log(4, 64)),
             learning_rate=log(1e-3, 5e-3),
             kl_weight=log(low, high),
             prior_components=round(draw.uniform(20, 50)),
-            temperature=draw.choice(TEMPERATURES[channels]),
-            **fixed,
+            **fixed | {"kl_unit": unit, "temperature": draw.choice(TEMPERATURES[channels])},
         )
         for _ in range(count)
     ]

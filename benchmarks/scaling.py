@@ -25,7 +25,7 @@ from tuner.trials import run_trials
 SPACE = {"learning_rate": {"type": "float", "low": 1e-4, "high": 1e-2, "log": True}}
 
 
-class Sleeper(tune.Trainable):
+class Sleeper(tune.Trainable):  # type: ignore[misc]
     """One evaluation that takes its time and no core."""
 
     def setup(self, config: dict[str, Any], seconds: float = 1.0) -> None:
@@ -57,13 +57,17 @@ def measure(workers: int, seconds: float, rounds: int) -> dict[str, float]:
         study = open_study(Path(folder) / "study.journal", spec)
         trainable = tune.with_parameters(Sleeper, seconds=seconds)
         run_trials(study, spec, trainable, Path(folder) / "ray", workers, [])
-        trials = [trial for trial in study.trials if trial.state == optuna.trial.TrialState.COMPLETE]
+        done = [
+            (trial.datetime_complete.timestamp(), trial.user_attrs["worker"])
+            for trial in study.trials
+            if trial.datetime_complete and trial.state == optuna.trial.TrialState.COMPLETE
+        ]
     ends: dict[str, list[float]] = {}
-    for trial in sorted(trials, key=lambda trial: trial.datetime_complete):
-        ends.setdefault(trial.user_attrs["worker"], []).append(trial.datetime_complete.timestamp())
+    for time_of_end, worker in sorted(done):
+        ends.setdefault(worker, []).append(time_of_end)
     rate = sum(60 * (len(times) - 1) / (times[-1] - times[0]) for times in ends.values() if len(times) > 1)
     ideal = 60 * workers / seconds
-    return {"workers": len(ends), "trials": len(trials), "per_minute": round(rate, 2), "share_of_ideal": rate / ideal}
+    return {"workers": len(ends), "trials": len(done), "per_minute": round(rate, 2), "share_of_ideal": rate / ideal}
 
 
 def main() -> None:

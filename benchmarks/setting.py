@@ -68,23 +68,23 @@ def command_of(module: str, *arguments: object) -> list[str]:
     return [sys.executable, "-m", module, *map(str, arguments)]
 
 
-def search_command(data_dir: Path | None, run: Path, *arguments: object) -> list[str]:
+def search_command(data_dir: Path | None, run: Path, *arguments: object, images: str = "mnist") -> list[str]:
     """The tuner's own search by the shipped spec, up to the promotion."""
     where = ["--data-dir", data_dir.resolve()] if data_dir else []
-    return command_of("tuner.search", spec_file(data_dir), *where, "--run", run, "--no-retrain", *arguments)
+    return command_of("tuner.search", spec_file(data_dir, images), *where, "--run", run, "--no-retrain", *arguments)
 
 
 # Data and specs
 
 
-def spec_file(data_dir: Path | None) -> Path:
-    """The shipped spec: MNIST's where there is a directory, else the digits'."""
-    return SPECS / ("mnist.yaml" if data_dir else "digits.yaml")
+def spec_file(data_dir: Path | None, images: str = "mnist") -> Path:
+    """The shipped spec of `images` where there is a directory, else the digits'."""
+    return SPECS / f"{images if data_dir else 'digits'}.yaml"
 
 
-def load_data(data_dir: Path | None) -> Data:
-    """MNIST where there is a directory, else the embedded digits."""
-    return sources.load(specs.load(spec_file(data_dir)).with_data_at(data_dir).data)
+def load_data(data_dir: Path | None, images: str = "mnist") -> Data:
+    """What the spec names where there is a directory, else the embedded digits."""
+    return sources.load(specs.load(spec_file(data_dir, images)).with_data_at(data_dir).data)
 
 
 def load_spec(data_dir: Path | None) -> tuple[Spec, Data]:
@@ -97,7 +97,7 @@ def repeated(data: Data, images: int) -> Data:
 
     def sized(split: Split, count: int) -> Split:
         index = torch.arange(count) % len(split)
-        return Split(split.images[index], split.labels[index])
+        return Split(split.images[index], split.labels if split.labels is None else split.labels[index])
 
     return Data(sized(data.train, images), sized(data.validation, images // 5))
 
@@ -160,6 +160,7 @@ class Pictures(Dataset[tuple[Tensor, int]]):
         return len(self.split)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        assert self.split.labels is not None
         picture = Image.fromarray(self.split.images[index, 0].numpy())
         return self.transform(picture), int(self.split.labels[index])
 

@@ -18,6 +18,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -39,7 +40,7 @@ build = Builder(ImageShape(1, 28, 28))
 BATCH = 128
 MFLOP = 14.2  # a training image, forward and backward; a multiplication and an addition are two
 EPOCHS = 2
-STEPS = {"autograd step": AutogradStep, "written-out step": WrittenOutStep}
+STEPS: dict[str, StepMaker] = {"autograd step": AutogradStep, "written-out step": WrittenOutStep}
 OURS = {
     f"{name}, {precision}": (step, precision) for precision in ("float32", "bfloat16") for name, step in STEPS.items()
 }
@@ -80,7 +81,13 @@ def ours(data: Data, step: StepMaker, precision: str) -> tuple[float, float]:
     extractor = Classifier(data.shape, 10).eval().requires_grad_(False)
     scorer = Scorer(extractor, data.train, data.validation, seed=0, count=count // 20)
     fitter = Fitter(data.train, seed=0, count=count // 10, samples=count // 20)
-    parameters = Parameters(latent_dim=16, batch_size=BATCH, prior="gaussian_mixture", precision=precision)
+    wanted: dict[str, Any] = {
+        "latent_dim": 16,
+        "batch_size": BATCH,
+        "prior": "gaussian_mixture",
+        "precision": precision,
+    }
+    parameters = Parameters(**wanted)
     state = State.fresh(build, parameters, 0, 0)
     seconds = [0.0, 0.0]
     images, epochs = data.train.images, range(1, EPOCHS + 1)

@@ -12,6 +12,7 @@ ratio to the floor, and the gap closed against either classic.
 
 import math
 import statistics
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -72,7 +73,7 @@ class Residual(Classifier):
         )
 
 
-UNSEEN = {
+UNSEEN: dict[str, Callable[..., Classifier]] = {
     "another seed": Classifier,
     "wider": partial(Classifier, width=32),
     "another seed of the deep one": partial(Classifier, deep=True),
