@@ -18,9 +18,11 @@ import ray
 from plain_pool import PlainWorkers
 
 from tuner.cluster import cluster
-from tuner.run import RunFiles
+from tuner.job import load_spec
+from tuner.run import RunFiles, write_atomic
 from tuner.scoring import Bench
-from tuner.spec import Resources
+from tuner.search import parse, request
+from tuner.spec import OwnModelSpec, Resources
 from tuner.vae.process import settle
 from tuner.workspace import Workspace, open_workspace
 
@@ -95,6 +97,22 @@ def lend_extractors(finished_run: RunFiles) -> Callable[[RunFiles], None]:
         run.update_summary(extractors=finished_run.summary().extractors)
 
     return lend
+
+
+@pytest.fixture(scope="session")
+def begin_run(lend_extractors: Callable[[RunFiles], None]) -> Callable[..., RunFiles]:
+    """A function that begins a run of the digits as the command does, with the extractors of the finished one.
+
+    It takes the run's path, the command's arguments, and what is known of the user's own model that they name.
+    """
+
+    def begin(path: Path, *arguments: str, own: OwnModelSpec | None = None) -> RunFiles:
+        run = RunFiles(path)
+        write_atomic(run.spec, load_spec(run, request(parse([*arguments])), own).to_yaml())
+        lend_extractors(run)
+        return run
+
+    return begin
 
 
 @pytest.fixture

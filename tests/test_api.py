@@ -10,6 +10,7 @@ import numpy as np
 import optuna
 import pytest
 import torch
+import yaml
 from poor_file_system import poor_file_system, with_compiler
 from processes import AS_NOBODY, in_namespaces
 from sklearn.datasets import load_digits
@@ -161,10 +162,13 @@ def test_arrays_are_tuned_from_python_and_the_same_call_finds_them_done(tmp_path
 @pytest.mark.slow
 @in_namespaces
 @with_compiler
-def test_it_works_from_a_script_without_a_guard_for_a_user_without_a_name_on_a_poor_file_system(tmp_path):
+def test_it_works_from_a_script_without_a_guard_for_a_user_without_a_name_on_a_poor_file_system(begin_run, tmp_path):
     """As in a container with an id of its own and its folder mounted by a network."""
     mount = tmp_path / "mount"
     mount.mkdir()
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump(SPEC))
+    flags = ["--trials=2", "--max-epochs=1", "--set=budget.grace_epochs=1"]
+    begin_run(mount / "run", str(tmp_path / "spec.yaml"), *flags)
     (mount / "script.py").write_text(f"""
 import tuner
 from tuner.search import main

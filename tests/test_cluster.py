@@ -128,6 +128,7 @@ send()
     assert (done.returncode, done.stdout.split()) == (0, ["SIGINT", "SIGTERM"] * 2), done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["TMPDIR", "RAY_TMPDIR"])
 def test_a_temporary_folder_with_too_long_a_path_for_sockets_is_replaced_and_that_is_said(
     tmp_path, monkeypatch, capsys, name
@@ -165,6 +166,7 @@ with cluster(None, 1, Resources()):
     assert f"CutOff Ray's {kind} died" in done.stdout.splitlines(), done.stdout + done.stderr
 
 
+@pytest.mark.slow
 @in_namespaces
 def test_it_opens_in_half_a_core_for_a_user_without_name_and_home_and_under_uv_run(tmp_path):
     """As containers have it. Under `uv run`, Ray would start each worker by `uv run` in a copy of the folder."""
@@ -185,6 +187,7 @@ with cluster(None, None, Resources()):
     assert done.stdout == "12345 1 12345\n", done.stderr
 
 
+@pytest.mark.slow
 def test_where_no_worker_comes_up_that_is_said(capsys):
     with cluster(None, 1, Resources()):
         ray.get(ray.remote(lambda: None).remote())
@@ -199,6 +202,7 @@ def test_where_no_worker_comes_up_that_is_said(capsys):
         assert capsys.readouterr().err == f"warning: {said}\n"
 
 
+@pytest.mark.slow
 def test_so_is_why_where_ray_knows(tmp_path):
     """Ray's own way with `uv run`, on a machine without uv."""
     code = """

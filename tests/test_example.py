@@ -67,14 +67,17 @@ def in_the_midst_of_the_retrain(run: RunFiles) -> bool:
 
 @pytest.mark.slow
 def test_the_example_is_searched_killed_in_the_retrain_gone_on_with_exported_and_used_by_onnxruntime_alone(
-    small_flags, tmp_path
+    begin_run, small_flags, monkeypatch, tmp_path
 ):
+    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
+    own, named = load(EXAMPLE)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     points = "[{latent_dim: 16, learning_rate: 0.004, kl_weight: 0.02, model.depth: 1}]"
     flags = ["--trials=2", "--set=budget.grace_epochs=4", "--set=space.model.depth={type: int, low: 1, high: 2}"]
     words = ["--model", EXAMPLE, "--run", "run", *small_flags, *flags, f"--set=points_to_evaluate={points}"]
-    words += ["--set=fixed.model.width=32", "--set=retrain.epochs=6"]
-    again, run, mark = [sys.executable, "-m", "tuner.search", *words], RunFiles(tmp_path / "run"), uuid.uuid4().hex
+    words += ["--set=fixed.model.width=32", "--set=retrain.epochs=6", "--set=retrain.finalists=1"]
+    run = begin_run(tmp_path / "run", *words, own=named)
+    again, mark = [sys.executable, "-m", "tuner.search", *words], uuid.uuid4().hex
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TUNER_TEST": mark}
     driver = subprocess.Popen(again, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
     try:
@@ -121,7 +124,6 @@ def test_the_example_is_searched_killed_in_the_retrain_gone_on_with_exported_and
     (tmp_path / "export").symlink_to(run.export)
     subprocess.run([sys.executable, "-I", "-c", ALONE], cwd=tmp_path, check=True)
     found = np.load(tmp_path / "result.npz")
-    own, _ = load(EXAMPLE)
     loaded = codec.load(run.export, own)
     assert np.abs(found["latents"] - loaded.encode(images).numpy()).max() < 1e-4
     assert np.abs(found["decoded"] - loaded.decode(found["latents"]).numpy()).max() < 1e-5

@@ -144,9 +144,9 @@ def test_one_that_is_not_installed_is_refused_before_anything_starts(tmp_path, m
 
 
 @pytest.mark.slow
-def test_a_search_tells_mlflow_and_optuna_dashboard_shows_it_with_pictures(places):
-    run = RunFiles(places / RUN / "search")
+def test_a_search_tells_mlflow_and_optuna_dashboard_shows_it_with_pictures(begin_run, places):
     small = ["--trials=2", "--max-epochs=1", "--set=budget.grace_epochs=1", "--set=fixed.width=4", "--no-retrain"]
+    run = begin_run(places / RUN / "search", "--logger", "mlflow", *small)
     assert main(["--run", str(run.path), "--logger", "mlflow", *small]) == 0
     rows = table(read_study(run.journal), Spec.model_validate({"space": SPACE}))
     client = MlflowClient()

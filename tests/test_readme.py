@@ -214,7 +214,7 @@ def write_mnist(folder: Path) -> None:
     digits = sources.load(DigitsSpec()).train
     random = np.random.default_rng(0)
     folder.mkdir(parents=True)
-    counts = (3_000, 400)
+    counts = (1_200, 200)
     for count, (images_file, labels_file) in zip(counts, list(pairwise(IDX_FILES))[::2], strict=True):
         chosen, moves = random.integers(len(digits), size=count), random.integers(-2, 3, size=(count, 2))
         images = np.stack(

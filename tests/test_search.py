@@ -6,7 +6,6 @@ import json
 import math
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from processes import processes_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tuner.job import load_spec, new_run_lines
-from tuner.run import RunFiles, write_atomic
+from tuner.run import RunFiles
 from tuner.search import main, parse, request
 from tuner.study import BASELINE, RETRAIN, SEARCH, evaluations, read_study
 from tuner.vae import codec
@@ -237,24 +236,31 @@ def in_the_midst(run: RunFiles, stage: str) -> bool:
 
 
 @pytest.mark.slow
-def test_a_run_that_is_cut_off_in_each_stage_ends_with_the_numbers_of_one_that_was_left_alone(
-    finished_run, small_flags, tmp_path
+def test_a_run_that_is_cut_off_ends_with_the_numbers_of_one_that_was_left_alone(
+    begin_run, finished_run, small_flags, tmp_path
 ):
-    run, mark = RunFiles(tmp_path / "run"), uuid.uuid4().hex
-    again = command(run.path, *small_flags)
+    run = begin_run(tmp_path / "run", *small_flags)
+    signals = {"search": signal.SIGINT, "retrain": signal.SIGKILL, "priors": signal.SIGTERM}
+    go_on_to_the_end(run, small_flags, signals)
+    compare(run, finished_run)
+
+
+@pytest.mark.long
+def test_so_does_one_that_is_killed_in_each_of_the_other_stages(finished_run, small_flags, tmp_path):
+    run = RunFiles(tmp_path / "run")
+    go_on_to_the_end(run, small_flags, dict.fromkeys(("extractor", "promote", "export"), signal.SIGKILL))
+    compare(run, finished_run)
+
+
+def go_on_to_the_end(run: RunFiles, flags: list[str], signals: dict[str, signal.Signals]) -> None:
+    """The same command again and again, sent a signal in each of these stages and then left alone."""
+    again, mark = command(run.path, *flags), uuid.uuid4().hex
     said = shlex.join(["python", *again[1:]])
-    for stage, number in (
-        ("extractor", signal.SIGKILL),
-        ("search", signal.SIGINT),
-        ("promote", signal.SIGKILL),
-        ("retrain", signal.SIGKILL),
-        ("priors", signal.SIGTERM),
-        ("export", signal.SIGKILL),
-    ):
+    for stage, number in signals.items():
         driver = subprocess.Popen(
             again,
             env=os.environ | {"TUNER_TEST": mark},
-            cwd=tmp_path,
+            cwd=run.path.parent,
             start_new_session=True,
             stderr=subprocess.PIPE,
             text=True,
@@ -284,12 +290,11 @@ def test_a_run_that_is_cut_off_in_each_stage_ends_with_the_numbers_of_one_that_w
         assert stage_of(run) == stage
         assert ("new run" in err) == (stage == "extractor")
 
-    result = subprocess.run(again, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(again, cwd=run.path.parent, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert "Traceback" not in result.stderr
     assert run.report.exists()
     assert not list(run.path.rglob("*.tmp"))
-    compare(run, finished_run)
 
 
 def compare(run: RunFiles, other: RunFiles) -> None:
@@ -364,9 +369,9 @@ def test_a_finished_run_grows_by_more_trials_and_another_retrain_whatever_befell
 
 
 @pytest.mark.slow
-def test_what_a_time_limit_cut_off_the_same_command_goes_on_with(tmp_path, capsys):
-    run = RunFiles(tmp_path / "run")
+def test_what_a_time_limit_cut_off_the_same_command_goes_on_with(begin_run, tmp_path, capsys):
     flags = ["digits", "--trials=2", "--max-epochs=1", "--set=budget.grace_epochs=1", "--no-retrain", "--concurrency=1"]
+    run = begin_run(tmp_path / "run", *flags)
     again = command(run.path, *flags)
     done = subprocess.run([*again, "--time-limit=0.1s"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
@@ -385,13 +390,9 @@ def test_what_a_time_limit_cut_off_the_same_command_goes_on_with(tmp_path, capsy
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system of its own: needs root")
-def test_a_full_disk_ends_a_search_in_one_line_and_with_more_room_the_same_command_ends_well(finished_run, tmp_path):
+def test_a_full_disk_ends_a_search_in_one_line_and_with_more_room_the_same_command_ends_well(begin_run, tmp_path):
     flags = ["--trials=1", "--max-epochs=1", "--set=budget.grace_epochs=1", "--no-retrain", "--concurrency=1"]
-    begun = RunFiles(tmp_path / "begun")
-    write_atomic(begun.spec, load_spec(begun, request(parse(flags))).to_yaml())
-    # With extractors, so that the disk is full when the first checkpoint comes.
-    begun.update_summary(extractors=finished_run.summary().extractors)
-    shutil.copytree(finished_run.extractors, begun.extractors)
+    begin_run(tmp_path / "begun", *flags)  # with extractors, so that the disk is full when the first checkpoint comes
     (tmp_path / "small").mkdir()
     again = shlex.join(command(Path("small/run"), *flags))
     script = f"""

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import ray
 
+from tuner.file_server import FileServer
 from tuner.run import RunFiles, write_atomic
 from tuner.searcher import FAILURES
 from tuner.spec import Spec
 from tuner.study import BASELINE
-from tuner.trainable import FileServer, Shared, TrialTrainable
+from tuner.trainable import Shared, TrialTrainable
 from tuner.vae.checkpoint import Checkpoint
 from tuner.vae.metrics import METRICS
 from tuner.vae.parameters import Parameters

@@ -17,7 +17,7 @@ from tuner.scoring import Evaluator
 from tuner.spec import Resources, Spec
 from tuner.vae.array import ArrayShape
 from tuner.vae.data import Data
-from tuner.vae.extractor import FeatureExtractor
+from tuner.vae.extractor import from_bytes
 from tuner.vae.fitted import FittedModel
 from tuner.vae.fused import Fused, Job
 from tuner.vae.model import Model
@@ -99,13 +99,11 @@ class ArrayHost:
         self.arrived.put((job, done))
         return done.result()
 
-    def evaluate(
-        self, extractor: FeatureExtractor, model: Model, parameters: Parameters, epoch: float
-    ) -> FittedModel | Exception:
+    def evaluate(self, extractor: bytes, model: Model, parameters: Parameters, epoch: float) -> FittedModel | Exception:
         """Fit and score what a trial has trained."""
 
         def work() -> FittedModel:
-            self.evaluator = self.evaluator or Evaluator(self.spec, self.data, lambda: extractor)
+            self.evaluator = self.evaluator or Evaluator(self.spec, self.data, lambda: from_bytes(extractor))
             return self.evaluator(model, parameters, epoch)
 
         done: Future[FittedModel | Exception] = Future()

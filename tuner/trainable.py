@@ -12,15 +12,13 @@ import torch
 from ray import ObjectRef, tune
 from ray.actor import ActorHandle
 
-from tuner.extractors import load_extractors
 from tuner.fusion import evaluate_fused, train_fused
-from tuner.run import RunFiles
 from tuner.scoring import SEARCH_SAMPLES, Evaluator
 from tuner.spec import Spec
 from tuner.study import BASELINE
 from tuner.vae.checkpoint import Checkpoint
 from tuner.vae.data import as_floats
-from tuner.vae.extractor import FeatureExtractor
+from tuner.vae.extractor import from_bytes
 from tuner.vae.image_grid import evenly_spaced, image_grids
 from tuner.vae.losses import Diverged
 from tuner.vae.model import Builder, OwnModel
@@ -30,22 +28,6 @@ from tuner.vae.step import State
 from tuner.vae.train import Record, train
 
 NO_MEMORY = ("can't allocate memory", "not enough memory", "CUDA out of memory")  # how PyTorch's RuntimeErrors say it
-
-
-class FileServer:
-    """Hands a run's files to workers, which may not see the run directory: an actor beside the driver."""
-
-    def __init__(self, run: RunFiles):
-        self.run = run
-
-    def checkpoint(self, trial: int) -> bytes | None:
-        """A trial's checkpoint, None where it has none."""
-        path = self.run.checkpoint(trial)
-        return path.read_bytes() if path.exists() else None
-
-    def extractor(self) -> FeatureExtractor | None:
-        """The extractor that the search scores with, None before it is trained."""
-        return load_extractors(self.run).get("search")
 
 
 @dataclass(frozen=True)
@@ -79,11 +61,11 @@ class TrialTrainable(tune.Trainable):
 
     @cached_property
     def evaluator(self) -> Evaluator:
-        return Evaluator(self.spec, self.data, lambda: ray.get(self.extractor))
+        return Evaluator(self.spec, self.data, lambda: from_bytes(ray.get(self.extractor)))
 
     @cached_property
     def extractor(self) -> ObjectRef:
-        """To the one that the search scores with, waited for: at the first rung it may still be in training."""
+        """To the file of the one that the search scores with, waited for: at first it may still be in training."""
         while ray.get(found := self.shared.files.extractor.remote()) is None:
             time.sleep(0.1)
         return found

@@ -24,6 +24,7 @@ from tuner.callbacks import (
 )
 from tuner.cluster import alive, dead_processes, slots
 from tuner.extractors import FeatureExtractors
+from tuner.file_server import FileServer
 from tuner.fusion import Fusion, fusion
 from tuner.loggers import Trackers
 from tuner.pool import RayPool
@@ -33,7 +34,7 @@ from tuner.spec import Resources, Spec
 from tuner.study import ENDED, RETRAIN, SEARCH, UNFINISHED, Study, open_study, read_study
 from tuner.tensorboard import TensorBoard
 from tuner.terminal import stage
-from tuner.trainable import FileServer, Shared, TrialTrainable
+from tuner.trainable import Shared, TrialTrainable
 from tuner.vae.checkpoint import Checkpoint
 from tuner.vae.errors import Refused
 from tuner.vae.fitted import FittedModel

@@ -155,8 +155,9 @@ def test_rotations_of_digits_are_learned_without_their_labels(digits):
     data = Data(Split(digits.train.images), Split(digits.validation.images))
     extractor = train_rotations(data, seed=0)
     assert extractor.accuracy(data.validation) > 0.9
-    again = train_rotations(data, seed=0)
-    assert all(torch.equal(*pair) for pair in zip(extractor.parameters(), again.parameters(), strict=True))
+    few = Data(Split(digits.train.images[:200]), data.validation)
+    one, again = (train_rotations(few, seed=0) for _ in range(2))
+    assert all(torch.equal(*pair) for pair in zip(one.parameters(), again.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
