@@ -12,20 +12,22 @@ from optuna.trial import TrialState, create_trial
 from plain_pool import PlainWorkers
 from ray import cloudpickle, tune
 
-from tuner.callbacks import KeepCheckpoints, KeepContenders, KeepExtractors, KeepTable, ShowTrials
+from tuner.callbacks import KeepCheckpoints, KeepContenders, KeepExtractors, KeepTable, ShowBest, ShowTrials
 from tuner.exits import Fatal
 from tuner.extractors import FeatureExtractors
 from tuner.loggers import Trackers
-from tuner.promote import CONTENDERS
+from tuner.promote import CONTENDERS, contenders
 from tuner.run import RunFiles, write_atomic
-from tuner.spec import Spec
-from tuner.study import RETRAIN, SEARCH, Study, open_study
+from tuner.spec import Objective, Spec
+from tuner.study import BASELINE, BEST, MANY, RETRAIN, SEARCH, Study, open_study, table
 from tuner.summary import Summary
 from tuner.tensorboard import TensorBoard
 from tuner.terminal import Progress
+from tuner.vae.image_grid import png
 from tuner.vae.parameters import CLASSIC
 
 SPEC = Spec.model_validate({"space": {"latent_dim": {"choices": [4, 16]}}, "budget": {"trials": 8}})
+PICTURE = png(np.zeros((28, 28), np.uint8))
 
 
 @pytest.fixture
@@ -51,29 +53,63 @@ def told(number: int) -> dict[str, Any]:
     return {"iteration": 1, "trials": [trial], "trial": trial}
 
 
-def end(study: Study, number: int, distance: float, state: TrialState = TrialState.PRUNED, reason: str = "") -> None:
+def end(
+    study: Study,
+    number: int,
+    distance: float,
+    state: TrialState = TrialState.PRUNED,
+    reason: str = "",
+    more: dict[str, float] | None = None,
+) -> None:
     """Score a trial and end it, as the searcher does before the callbacks hear of it."""
-    score(study, number, distance)
+    score(study, number, distance, more)
     trial = study.trial(number)
     trial.set_user_attr("reason", reason)
     study.tell(trial, distance if state == TrialState.COMPLETE else None, state)
 
 
-def score(study: Study, number: int, distance: float) -> None:
+def score(study: Study, number: int, distance: float, more: dict[str, float] | None = None) -> None:
     """Write an evaluation, as the searcher does before the callbacks hear of it."""
     scores = {"epoch": 1.0, "seconds_train": 1.0, "seconds_score": 1.0, "frechet_distance": distance}
-    study.trial(number).set_user_attr("evaluation:1", scores | {"frechet_distance_standard_normal": distance})
+    scores |= {"frechet_distance_standard_normal": distance} | (more or {})
+    study.trial(number).set_user_attr("evaluation:1", scores)
 
 
-def test_the_table_is_written_at_once_and_with_each_start_and_end(run, study):
+def written(run: RunFiles) -> list[dict[str, str]]:
+    with run.trials.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_table_knows_each_event_at_once_and_is_written_when_it_is_due(run, study):
     kept = KeepTable(run, SPEC, study)
-    assert len(run.trials.read_text().splitlines()) == 1 + 8
+    assert [row["state"] for row in written(run)] == ["running"] * 8
     end(study, 3, 5.0)
     kept.on_trial_complete(**told(3))
-    with run.trials.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert (rows[3]["state"], rows[3]["frechet_distance"]) == ("pruned", "5.0")
-    assert kept.rows[3]["frechet_distance"] == 5.0
+    assert (kept.rows[3]["state"], kept.rows[3]["frechet_distance"]) == ("pruned", 5.0)
+    kept.due = math.inf
+    kept.on_step_end()
+    assert written(run)[3]["state"] == "running"
+    kept.due = 0.0
+    kept.on_step_end()
+    assert (written(run)[3]["state"], written(run)[3]["frechet_distance"]) == ("pruned", "5.0")
+
+
+def test_rows_that_are_renewed_one_by_one_are_those_of_the_whole_study(run, study):
+    kept = KeepTable(run, SPEC, study)
+    for number in (1, 2):
+        end(study, number, 5.0)
+        kept.on_trial_complete(**told(number))
+    study.set_user_attr("floor", 1.0)
+    assert "gap_closed" not in kept.rows[1]
+    end(study, 0, 9.0, TrialState.COMPLETE)
+    kept.on_trial_complete(**told(0))
+    assert kept.rows[1]["gap_closed"] == 0.5, "known with the floor and the baseline"
+    study.add_trials([create_trial(state=TrialState.RUNNING, user_attrs={"parameters": CLASSIC.model_dump()})] * 2)
+    kept.on_trial_start(**told(9))  # proposed after trial 8, and started before it
+    score(study, 9, 3.0)
+    kept.on_trial_result(**told(9), result={})
+    assert kept.rows == table(study, SPEC)
+    assert kept.rows[9]["gap_closed"] == 0.75
 
 
 def test_checkpoints_of_the_baseline_of_contenders_and_of_what_still_runs_are_kept(run, study):
@@ -87,7 +123,8 @@ def test_checkpoints_of_the_baseline_of_contenders_and_of_what_still_runs_are_ke
     for number, distance in enumerate([80.0, 20.0, 30.0, 40.0, 50.0], 2):
         end(study, number, distance)
     table.write()
-    kept.on_trial_complete(**told(6))
+    for number in range(7):
+        kept.on_trial_complete(**told(number))
     assert {path.name for path in run.checkpoints.iterdir()} == {f"{number:04d}.pt" for number in (0, 2, 3, 4, 5, 6, 7)}
     end(study, 7, 10.0, TrialState.COMPLETE)
     table.write()
@@ -96,6 +133,38 @@ def test_checkpoints_of_the_baseline_of_contenders_and_of_what_still_runs_are_ke
     assert len(best) == CONTENDERS
     assert {path.name for path in run.checkpoints.iterdir()} == {f"{number:04d}.pt" for number in (0, *best)}
     assert run.checkpoint(5).read_bytes() == b"5"
+
+
+def test_the_last_checkpoint_of_a_trial_that_is_out_of_it_is_not_written(run, study):
+    table = KeepTable(run, SPEC, study)
+    kept = KeepContenders(run, SPEC, table)
+    for number, distance in enumerate([90.0, 10.0, 20.0, 30.0, 40.0, 50.0]):
+        end(study, number, distance)
+        table.on_trial_complete(**told(number))
+        kept.on_trial_complete(**told(number))
+    score(study, 7, 5.0)
+    table.on_trial_result(**told(7), result={})
+    for number, (distance, done) in {0: (90, True), 6: (99, False), 7: (99, True)}.items():
+        result = {"trial": number, "frechet_distance": distance, "checkpoint": b"%d" % number, "done": done}
+        kept.on_trial_result(**told(number), result=result)
+        assert "checkpoint" not in result
+    assert {path.name for path in run.checkpoints.iterdir()} == {"0000.pt", "0006.pt", "0007.pt"}, "7 was good before"
+    kept.on_trial_result(**told(6), result={"trial": 6, "frechet_distance": 60.0, "checkpoint": b"later", "done": True})
+    assert run.checkpoint(6).read_bytes() == b"6"
+
+
+def test_of_several_objectives_the_whole_front_keeps_its_checkpoints_as_its_members_may_come_back(run, study):
+    spec = SPEC.model_copy(update={"objective": (*SPEC.objective, Objective(metric="rate", direction="minimize"))})
+    table = KeepTable(run, spec, study)
+    kept = KeepContenders(run, spec, table)
+    points = [(1.0, 7.0), (2.0, 6.0), (3.0, 5.0), (4.0, 4.0), (5.0, 3.0), (6.0, 2.0), (0.5, 3.5)]
+    for number, (distance, rate) in enumerate(points, 1):  # the last beats the first four
+        kept.on_trial_result(**told(number), result={"trial": number, "checkpoint": b"%d" % number})
+        end(study, number, distance, more={"rate": rate})
+        table.on_trial_complete(**told(number))
+        kept.on_trial_complete(**told(number))
+    assert {path.name for path in run.checkpoints.iterdir()} == {"0005.pt", "0006.pt", "0007.pt"}
+    assert [row["trial"] for row in contenders(table.rows, spec)] == [7, 5, 6]
 
 
 def test_what_a_limit_cut_off_keeps_its_checkpoint_and_takes_no_contenders_place(run, study):
@@ -182,7 +251,7 @@ def test_a_trial_whose_worker_was_lost_is_shown_as_running_until_it_ends(run, st
         shown = ShowTrials(SPEC, table, board, Trackers(run, SPEC, SEARCH), progress)
         shown.on_trial_start(**told(3))
         scores = {"trial": 3, "epoch": 1.0, "frechet_distance": 5.0}
-        result = scores | {"pictures": {"samples": np.zeros((28, 28), np.uint8)}}
+        result = scores | {"pictures": {"samples": PICTURE}}
         shown.on_trial_result(**told(3), result=result)
         assert result == scores, "what comes after has no use for pictures"
         shown.on_trial_result(**told(3), result=result)  # repeated, so without any
@@ -205,6 +274,34 @@ def test_a_trial_that_ended_before_its_start_is_shown_all_the_same(run, study, t
     assert len(list((tmp_path / "tensorboard").glob("0003,*/events*"))) == 1
 
 
+def test_of_many_trials_tensorboard_shows_the_best_hundred_and_the_baseline(run, study, tmp_path):
+    spec = SPEC.model_copy(update={"budget": SPEC.budget.model_copy(update={"trials": MANY + 1})})
+    parameters = {"parameters": CLASSIC.model_dump()}
+    study.add_trials([create_trial(state=TrialState.RUNNING, user_attrs=parameters)] * (MANY + 1 - 8))
+    table, board = KeepTable(run, spec, study), TensorBoard(tmp_path / "tensorboard", spec)
+    values = np.random.default_rng(0).permutation(MANY + 1).astype(float)
+    with Progress("search") as progress:
+        best = ShowBest(spec, table, board)
+        callbacks = [table, best, ShowTrials(spec, table, board, Trackers(run, spec, SEARCH), progress)]
+        for number, value in enumerate(values):
+            result = {"trial": number, "epoch": 3.0, "frechet_distance": value, "pictures": {"samples": PICTURE}}
+            score(study, number, value + 500)  # at its first rung, which is not among the best
+            for callback in callbacks:
+                callback.on_trial_start(**told(number))
+                callback.on_trial_result(**told(number), result=result)
+            end(study, number, value)
+            for callback in callbacks:
+                callback.on_trial_complete(**told(number))
+    assert not board.writers
+    shown = {int(path.name[:4]) for path in (tmp_path / "tensorboard").glob("[0-9]*")}
+    others = [number for number in np.argsort(values).tolist() if number != BASELINE]
+    assert shown == {BASELINE, *others[:BEST]}
+    left = tmp_path / "tensorboard" / f"{others[-1]:04d},left=by a kill"
+    left.mkdir()
+    assert ShowBest(spec, table, board).costs.keys() - {BASELINE} <= best.costs.keys()
+    assert not left.exists()
+
+
 def test_finalists_are_shown_by_how_far_they_have_come_and_keep_their_checkpoints_whatever_becomes_of_them(run):
     ours, spec = run.of_retrain(), SPEC.of_retrain(2, 0)
     run.path.mkdir()
@@ -222,6 +319,7 @@ def test_finalists_are_shown_by_how_far_they_have_come_and_keep_their_checkpoint
         for number in range(2):
             shown.on_trial_start(**told(number))
         score(study, 0, 6.0)
+        table.on_trial_result(**told(0), result={})
         assert shown.line() == "finalist 0: epoch 1 of 50, best frechet_distance 6 | finalist 1: epoch 0 of 50"
         end(study, 0, 5.0, TrialState.COMPLETE)
         end(study, 1, 1.0, TrialState.FAIL, "diverged: by plan")

@@ -21,8 +21,9 @@ from tuner.run import RunFiles
 from tuner.search import main
 from tuner.spec import Spec
 from tuner.study import read_study, table
+from tuner.vae.image_grid import png
 
-PICTURE = np.arange(48, dtype=np.uint8).reshape(6, 8)
+PICTURE = png(np.arange(48, dtype=np.uint8).reshape(6, 8))
 RUN = "bob's [run]"  # no text of theirs is a query, or a name by their rules
 BLOCK, FULL, LAST = 32768, 1, 4
 SPACE = {"latent_dim": {"choices": [4, 8]}}

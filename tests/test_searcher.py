@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 from bowl import ONE_RUNG, SPACE, THREE_RUNGS, bowl, evaluation, random_search, spec_with, study_in
-from optuna.trial import TrialState
+from optuna.samplers._tpe.sampler import _split_trials
+from optuna.trial import TrialState, create_trial
 from ray.tune.experiment import Trial as RayTrial
 from ray.tune.search import Searcher
 
-from tuner.searcher import PREEMPTED, FinalistSearcher, StudySearcher, SuccessiveHalving, ToTheEnd, cause_of
-from tuner.study import BASELINE, table
+from tuner.searcher import PREEMPTED, FinalistSearcher, Points, StudySearcher, SuccessiveHalving, ToTheEnd, cause_of
+from tuner.spec import Spec
+from tuner.study import BASELINE, BEST, MANY, Study, table
 from tuner.vae.parameters import CLASSIC
 
 
@@ -489,6 +491,56 @@ def test_what_the_time_limit_cut_off_has_no_say_in_whether_the_search_still_impr
 )
 def test_rays_account_of_a_lost_worker_becomes_a_few_words(error, cause):
     assert cause_of(error) == cause
+
+
+# What the sampler looks at
+
+
+def ended_study(directory: Path, spec: Spec, trials: int) -> Study:
+    """A third of the trials complete, a third stopped at either of two rungs, every seventh failed."""
+    study, random = study_in(directory, spec), np.random.default_rng(0)
+    with study.journal.event():
+        for number in range(trials):
+            values, several = random.permutation(100)[:2].astype(float).tolist(), len(spec.objective) > 1
+            state = TrialState.COMPLETE if number % 3 == 0 or several else TrialState.PRUNED
+            state = TrialState.FAIL if number % 7 == 6 else state
+            study.add_trial(
+                create_trial(
+                    state=state,
+                    values=values[: 1 + several] if state == TrialState.COMPLETE else None,
+                    user_attrs={"parameters": CLASSIC.model_dump()},
+                    intermediate_values={} if several else dict(enumerate(values[: 1 + number % 2], 1)),
+                )
+            )
+    return study
+
+
+@pytest.mark.parametrize("objective", ["frechet_distance", ["frechet_distance", "rate"]], ids=["one", "two"])
+def test_of_many_trials_the_sampler_sees_the_best_and_the_latest_whenever_the_journal_was_read(tmp_path, objective):
+    spec = spec_with(objective=objective)
+    study = ended_study(tmp_path, spec, 900)
+    whole, grown = Points(study, spec), Points(study, spec)
+    grown.ended = {}
+    for number in np.random.default_rng(1).permutation(900).tolist():  # trials don't end in their order
+        grown.add(number, study.at(number))
+    seen = [point.number for point in whole()]
+    assert [point.number for point in grown()] == seen == sorted(seen)
+    scored = [trial for trial in study.known() if trial.state != TrialState.FAIL]
+    if objective == "frechet_distance":
+        below, _ = _split_trials(study, scored, BEST)  # TPE's own
+        best = {trial.number for trial in below}
+    else:
+        best = {trial.number for trial in study.best_trials}
+    others = [trial.number for trial in scored if trial.number not in best]
+    assert set(seen) == best | set(others[BEST - MANY :])
+
+
+def test_what_the_sampler_sees_of_few_trials_is_all_but_those_that_failed(tmp_path):
+    spec = spec_with()
+    study = ended_study(tmp_path, spec, MANY)
+    points = Points(study, spec)()
+    assert [point.number for point in points] == [number for number in range(MANY) if number % 7 != 6]
+    assert vars(points[0]) == vars(study.at(0))
 
 
 # What the proposals are worth

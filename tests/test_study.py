@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import pytest
 from optuna.distributions import BaseDistribution
@@ -11,7 +12,19 @@ from optuna.trial import TrialState
 from pydantic import TypeAdapter
 
 from tuner.spec import Entry, Objective, Spec
-from tuner.study import UNFINISHED, Study, distributions, front, open_study, ranked, read_study, table
+from tuner.study import (
+    BEST,
+    MANY,
+    UNFINISHED,
+    Study,
+    distributions,
+    front,
+    in_view,
+    open_study,
+    ranked,
+    read_study,
+    table,
+)
 from tuner.vae.errors import Refused
 from tuner.vae.parameters import CLASSIC
 
@@ -56,6 +69,19 @@ def test_the_floor_survives_reopening(study, journal):
     assert math.isnan(study.floor)
     study.set_user_attr("floor", 2.5)
     assert open_study(journal, SPEC).floor == read_study(journal).floor == 2.5
+
+
+def test_what_an_event_writes_is_there_while_it_lasts(study, journal):
+    with study.journal.event():
+        study.trial(1).set_user_attr("reason", "first")
+        assert [trial.user_attrs.get("reason") for trial in read_study(journal).known()] == [None, "first", None]
+    assert not study.journal.in_event
+
+
+def test_a_trial_is_found_by_its_number(study):
+    assert study.at(2) == study.known()[2]
+    with pytest.raises(KeyError):
+        study.at(3)
 
 
 def test_a_trial_is_written_to_by_its_number(study, journal):
@@ -108,6 +134,26 @@ def test_the_front_is_what_nothing_beats_in_one_objective_without_losing_in_anot
     rows = [{"rate": rate, "active_units": units} for rate, units in points]
     assert front(rows, objectives) == [rows[0], rows[1], rows[2], rows[4]]
     assert front([], objectives) == []
+
+
+def test_the_front_of_many_points_is_that_of_all_pairs():
+    random = np.random.default_rng(0)
+    rows = [dict(zip(("mse", "rate"), map(float, pair), strict=True)) for pair in random.integers(0, 30, (400, 2))]
+    costs = [(row["mse"], row["rate"]) for row in rows]
+    expected = [
+        row
+        for row, here in zip(rows, costs, strict=True)
+        if not any(other != here and other[0] <= here[0] and other[1] <= here[1] for other in costs)
+    ]
+    assert front(rows, [Objective.model_validate(name) for name in ("mse", "rate")]) == expected
+    assert front([], [Objective.model_validate("mse")]) == []
+
+
+def test_a_view_has_room_for_all_or_for_the_best_hundred_in_their_order():
+    values = np.random.default_rng(0).permutation(MANY + 1).tolist()
+    rows = [{"trial": number, "state": "pruned", METRIC: value} for number, value in enumerate(values)]
+    assert in_view(rows[:MANY], SPEC) == rows[:MANY]
+    assert in_view(rows, SPEC) == [row for row in rows if row[METRIC] < BEST]
 
 
 def test_rows_are_ranked_by_the_objective_and_then_by_number_without_those_that_failed_or_have_no_score():

@@ -22,6 +22,7 @@ from tuner.run import RunFiles
 from tuner.spec import Spec
 from tuner.study import RETRAIN, read_study, table
 from tuner.tensorboard import NUMBERS, OUTCOME_TAG, SPRITE, TensorBoard
+from tuner.vae.image_grid import png
 
 OUTCOMES = {number: outcome for outcome, number in NUMBERS.items()}
 STATUS = {"running": 0, "pruned": 0, "complete": 1, "failed": 2}  # HParams': unknown, unknown, success, failure
@@ -92,7 +93,7 @@ def logdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("logs")
     board = TensorBoard(directory, spec_of())
     board.start_search()
-    picture = np.zeros((28, 28), np.uint8)
+    picture = png(np.zeros((28, 28), np.uint8))
     for number in range(4):
         board.start_trial(number, {"latent_dim": 16, "learning_rate": 1e-3, "kl_weight": 1.0})
     for number, epochs in {0: (1, 2, 4), 2: (1,), 3: (1, 2)}.items():
@@ -254,7 +255,7 @@ def test_colour_pictures_come_back_pixel_by_pixel(tmp_path):
     picture = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
     board = TensorBoard(tmp_path, colour_spec())
     board.start_trial(0, {})
-    board.add_trial(0, {"epoch": 1.0}, {"samples": picture})
+    board.add_trial(0, {"epoch": 1.0}, {"samples": png(picture)})
     board.close()
     (event,) = Board(tmp_path).events.Tensors("0000", "samples")
     encoded = event.tensor_proto.string_val[2]  # after width and height

@@ -4,7 +4,8 @@ Tune calls these from its loop. What goes wrong in them ends the command, not a 
 """
 
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ray import tune
@@ -13,13 +14,15 @@ from tuner.cluster import require_ray
 from tuner.exits import fatal
 from tuner.extractors import FeatureExtractors
 from tuner.loggers import Trackers
-from tuner.promote import contenders
+from tuner.promote import promising
 from tuner.run import RunFiles, write_atomic
 from tuner.spec import Spec
-from tuner.study import BASELINE, ENDED, SEARCH, Study, table
+from tuner.study import BASELINE, BEST, ENDED, MANY, SEARCH, Study, evaluations, ranked, row_of, table
 from tuner.tensorboard import TensorBoard
 from tuner.terminal import Progress, finalists_line, search_line
-from tuner.vae.image_grid import png
+from tuner.vae.metrics import METRICS
+
+WRITE_SECONDS, WRITE_SHARE = 5, 0.02  # between two writings of trials.csv, and what they may take of the time
 
 
 class SearchCallback(tune.Callback):
@@ -40,22 +43,45 @@ class SearchCallback(tune.Callback):
 
 
 class KeepTable(SearchCallback):
-    """Keeps `trials.csv` up to date; its rows serve the callbacks after it."""
+    """Keeps the rows of the study, which serve the callbacks after it, and at intervals writes `trials.csv`."""
 
     def __init__(self, run: RunFiles, spec: Spec, study: Study):
         self.run, self.spec, self.study = run, spec, study
+        self.scale = (math.nan, math.nan)  # the floor and the baseline, once they are known
         self.write()
 
     @fatal
-    def on_trial_start(self, **info: Any) -> None:
-        self.write()
+    def on_trial_start(self, trial: Any, **info: Any) -> None:
+        self.on_trial_left(trial.config["trial"])
+
+    on_trial_result = on_trial_start
 
     def on_trial_left(self, number: int) -> None:
-        self.write()
+        """Make the row of one trial anew, and all once it is known what they are compared with."""
+        self.changed = True
+        if not all(map(math.isfinite, self.scale)):
+            self.scale = self.study.floor, self.study.baseline
+            if all(map(math.isfinite, self.scale)):
+                self.rows = table(self.study, self.spec)
+        for place in (*range(len(self.rows), number), number):
+            self.rows[place : place + 1] = [row_of(self.study.at(place), self.spec, *self.scale)]
+
+    @fatal
+    def on_step_end(self, **info: Any) -> None:
+        if self.changed and time.monotonic() >= self.due:
+            self._write()
 
     def write(self) -> None:
+        """All anew."""
+        self.scale = self.study.floor, self.study.baseline
         self.rows = table(self.study, self.spec)
+        self._write()
+
+    def _write(self) -> None:
+        started = time.monotonic()
         self.run.write_trials(self.rows)
+        self.due = time.monotonic() + max(WRITE_SECONDS, (time.monotonic() - started) / WRITE_SHARE)
+        self.changed = False
 
 
 class KeepCheckpoints(SearchCallback):
@@ -73,19 +99,37 @@ class KeepCheckpoints(SearchCallback):
 
 
 class KeepContenders(KeepCheckpoints):
-    """The same, and removes the checkpoints of trials that are out of it."""
+    """The same, but only the baseline, those that may be promoted and trials that go on keep theirs."""
 
     def __init__(self, run: RunFiles, spec: Spec, table: KeepTable):
         super().__init__(run)
         self.spec, self.table = spec, table
-        self.on_trial_left(BASELINE)
+        self.best: list[Mapping[str, Any]] = []
+        self.compare(table.rows)
+
+    def compare(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Remove the checkpoints of those among `rows` and the best so far that ended and are out of it."""
+        ended = [*self.best, *(row for row in rows if row["state"] in ENDED)]
+        self.best = promising(ended, self.spec)
+        for number in {row["trial"] for row in ended} - {row["trial"] for row in self.best} - {BASELINE}:
+            self.run.checkpoint(number).unlink(missing_ok=True)
+
+    @fatal
+    def on_trial_result(self, result: dict[str, Any], **info: Any) -> None:
+        if result.get("done") and "checkpoint" in result and not self.is_promising(result):
+            del result["checkpoint"]  # it would be removed at once
+        super().on_trial_result(result=result)
+
+    def is_promising(self, result: Mapping[str, Any]) -> bool:
+        """Whether a trial that ends with this result may be promoted."""
+        row, cost = self.table.rows[result["trial"]], self.spec.trial_objective.cost
+        if self.spec.trial_objective.metric not in row or cost(result) < cost(row):
+            row = row | {metric: result[metric] for metric in METRICS if metric in result}
+        row = row | {"state": "complete"}
+        return row["trial"] == BASELINE or row in promising([*self.best, row], self.spec)
 
     def on_trial_left(self, number: int) -> None:
-        """Only the baseline, the promotion's contenders and trials that go on keep theirs."""
-        kept = {row["trial"] for row in contenders(self.table.rows, self.spec)} | {BASELINE}
-        for row in self.table.rows:
-            if row["state"] in ENDED and row["trial"] not in kept:
-                self.run.checkpoint(row["trial"]).unlink(missing_ok=True)
+        self.compare([self.table.rows[number]])
 
 
 class KeepExtractors(SearchCallback):
@@ -122,8 +166,31 @@ class AttachSheets(SearchCallback):
     @fatal
     def on_trial_result(self, result: dict[str, Any], **info: Any) -> None:
         if result.get("pictures"):
-            name, content = f"samples-epoch-{result['epoch']:g}.png", png(result["pictures"]["samples/fitted_prior"])
-            self.study.attach(result["trial"], self.run.artifacts, name, content)
+            name, sheet = f"samples-epoch-{result['epoch']:g}.png", result["pictures"]["samples/fitted_prior"]
+            self.study.attach(result["trial"], self.run.artifacts, name, sheet)
+
+
+class ShowBest(SearchCallback):
+    """Of a search of many trials lets through only the pictures of the best hundred so far and of the baseline, and has
+    TensorBoard forget trials that are no longer among them; to come before what takes the pictures."""
+
+    def __init__(self, spec: Spec, table: KeepTable, board: TensorBoard):
+        self.cost, self.board = spec.trial_objective.cost, board
+        self.costs = {row["trial"]: self.cost(row) for row in ranked(table.rows, spec)[:BEST]}
+        self.board.keep(self.costs.keys() | {BASELINE})
+
+    @fatal
+    def on_trial_result(self, result: dict[str, Any], **info: Any) -> None:
+        number = result["trial"]
+        if number == BASELINE or not result.get("pictures"):
+            return
+        self.costs[number] = min(self.cost(result), self.costs.get(number, math.inf))
+        if len(self.costs) > BEST:
+            worst = max(self.costs, key=self.costs.__getitem__)
+            del self.costs[worst]
+            self.board.keep(self.costs.keys() | {BASELINE})
+            if worst == number:
+                result["pictures"] = {}
 
 
 class ShowTrials(SearchCallback):
@@ -133,36 +200,49 @@ class ShowTrials(SearchCallback):
         self.spec, self.table, self.board, self.trackers, self.progress = spec, table, board, trackers, progress
         self.searches = board.stage == SEARCH
         self.before = sum(row["state"] in ENDED for row in table.rows)
+        self.started: set[int] = set()
 
     @fatal
     def on_trial_start(self, trial: Any, **info: Any) -> None:
         self.start(trial.config["trial"], trial.config["parameters"])
 
     def start(self, number: int, parameters: Mapping[str, Any]) -> None:
-        self.board.start_trial(number, parameters)
+        self.started.add(number)
+        if self.spec.budget.trials <= MANY:  # else once it is among the best
+            self.board.start_trial(number, parameters)
         self.trackers.start_trial(number, parameters)
 
     @fatal
-    def on_trial_result(self, result: dict[str, Any], **info: Any) -> None:
-        pictures = result.pop("pictures", {})
-        if pictures:  # a repeated result has none
-            self.board.add_trial(result["trial"], result, pictures)
-            self.trackers.add_trial(result["trial"], result, pictures)
+    def on_trial_result(self, trial: Any, result: dict[str, Any], **info: Any) -> None:
+        number, pictures = result["trial"], result.pop("pictures", None)
+        if pictures is None:  # a repeated result
+            return
+        self.trackers.add_trial(number, result, pictures)
+        if not pictures:  # not among the best
+            return
+        if not self.board.shows(number):
+            self.board.start_trial(number, trial.config["parameters"])
+            for earlier in evaluations(self.table.study.at(number)):
+                if earlier["epoch"] < result["epoch"]:
+                    self.board.add_trial(number, earlier, {})
+        self.board.add_trial(number, result, pictures)
 
     def on_trial_left(self, number: int) -> None:
         row = self.table.rows[number]
         if row["state"] in ENDED:  # else its worker was lost, and it is put back
-            if number not in self.board.names:  # its worker never came to start it
+            if number not in self.started:  # its worker never came to start it
                 self.start(number, {name: row[name] for name in self.spec.searched(row)})
-            self.board.end_trial(number, row["state"], row["reason"])
+            if self.board.shows(number):
+                self.board.end_trial(number, row["state"], row["reason"])
             self.trackers.end_trial(number, row["state"], row["reason"])
 
     @fatal
     def on_step_end(self, **info: Any) -> None:
         require_ray()
-        self.progress.show(self.line())
+        if self.progress.due:
+            self.progress.show(self.line())
 
     def line(self) -> str:
         if not self.searches:
-            return finalists_line(table(self.table.study, self.spec), self.spec)  # few, and none leaves for long
+            return finalists_line(self.table.rows, self.spec)
         return search_line(self.table.rows, self.spec, self.progress.seconds, self.before)

@@ -74,6 +74,7 @@ def cluster(address: str | None, concurrency: int | None, wanted: Resources) -> 
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the older reporter honours verbose=0
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # the driver is the single writer
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Tune would return as if all was done
+    os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "inf"  # of its own state, which the journal replaces
     quiet = {"log_to_driver": False, "logging_level": logging.CRITICAL, "configure_logging": True}
     on_sigterm = signal.getsignal(signal.SIGTERM)
     before = {name: getattr(ray_constants, name) for name in OWN}

@@ -4,6 +4,7 @@ Where they keep what they get, and as whom, is theirs to know: MLFLOW_TRACKING_U
 """
 
 import hashlib
+import io
 import math
 import re
 import sys
@@ -14,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
+from PIL import Image
 
 from tuner.run import RunFiles
 from tuner.spec import Spec
@@ -23,7 +24,7 @@ from tuner.vae.errors import Refused, one_line
 PROJECT = "vae-tuner"
 NO_SCORES = ("trial", "rung", "done")
 
-Pictures = Mapping[str, np.ndarray]
+Pictures = Mapping[str, Image.Image]
 
 
 class Tracker(Protocol):
@@ -32,7 +33,7 @@ class Tracker(Protocol):
     def start(self, name: str, parameters: Mapping[str, Any]) -> None: ...
 
     def scores(self, name: str, scores: Mapping[str, float], pictures: Pictures) -> None:
-        """Of one evaluation, its epoch among them; pictures are uint8 (H, W) or (H, W, 3)."""
+        """Of one evaluation, its epoch among them."""
 
     def end(self, name: str, state: str, reason: str) -> None: ...
 
@@ -145,9 +146,11 @@ class Trackers:
     def start_trial(self, number: int, parameters: Mapping[str, Any]) -> None:
         self._tell(lambda tracker: tracker.start(self._name(number), parameters))
 
-    def add_trial(self, number: int, evaluation: Mapping[str, Any], pictures: Pictures) -> None:
+    def add_trial(self, number: int, evaluation: Mapping[str, Any], pictures: Mapping[str, bytes]) -> None:
+        """Pictures are PNG files."""
         found = numbers(evaluation)
-        self._tell(lambda tracker: tracker.scores(self._name(number), found, pictures))
+        shown = {name: Image.open(io.BytesIO(png)) for name, png in pictures.items()} if self.left else {}
+        self._tell(lambda tracker: tracker.scores(self._name(number), found, shown))
 
     def end_trial(self, number: int, state: str, reason: str) -> None:
         self._tell(lambda tracker: tracker.end(self._name(number), state, reason))

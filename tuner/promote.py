@@ -16,7 +16,13 @@ CONTENDERS = 5
 
 def contenders(rows: Sequence[Mapping[str, Any]], spec: Spec) -> list[Mapping[str, Any]]:
     """The best few rows of ended trials, best first: those whose checkpoints the promotion scores again."""
-    return ranked([row for row in rows if row["state"] in ("complete", "pruned")], spec)[:CONTENDERS]
+    return promising(rows, spec)[:CONTENDERS]
+
+
+def promising(rows: Sequence[Mapping[str, Any]], spec: Spec) -> list[Mapping[str, Any]]:
+    """Contenders and, of several objectives, those that may yet be: a later trial can drive others off the front."""
+    found = ranked([row for row in rows if row["state"] in ("complete", "pruned")], spec)
+    return found if len(spec.objective) > 1 else found[:CONTENDERS]
 
 
 def promote(workspace: Workspace, rows: Sequence[Mapping[str, Any]], show: Callable[[int], None]) -> Summary:

@@ -9,12 +9,13 @@ import html
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pandas as pd
 import plotly.express as px
 import plotly.graph_objects as go
@@ -29,7 +30,19 @@ from tuner.exits import command, refuse, resumable
 from tuner.run import RunFiles, write_atomic
 from tuner.spec import Objective, Spec
 from tuner.storage import opened
-from tuner.study import BASELINE, RETRAIN, UNFINISHED, Study, evaluations, front, read_study, table
+from tuner.study import (
+    BASELINE,
+    BEST,
+    MANY,
+    RETRAIN,
+    UNFINISHED,
+    Study,
+    evaluations,
+    front,
+    in_view,
+    read_study,
+    table,
+)
 from tuner.summary import Summary
 from tuner.terminal import text, with_error
 from tuner.vae import image_grid
@@ -75,6 +88,7 @@ class Material:
     spec: Spec
     study: Study
     rows: list[dict[str, Any]]
+    best: list[Mapping[str, Any]]  # of the rows, those that plots have room for
     summary: Summary
     checkpoints: Checkpoints
 
@@ -86,7 +100,8 @@ def report(run: RunFiles, own: OwnModel | None = None) -> Path:
     spec, summary, study = specs.load(run.spec), run.summary(), read_study(run.journal)
     if study is None:
         raise ValueError(f"{run.shown}: no search to report on (its {run.journal.name} is empty)")
-    material = Material(run, spec, study, table(study, spec), summary, Checkpoints(run, own))
+    rows = table(study, spec)
+    material = Material(run, spec, study, rows, in_view(rows, spec), summary, Checkpoints(run, own))
     parts = [part for made in SECTIONS for part in made(material)]
     document = (
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
@@ -116,6 +131,8 @@ def headline(material: Material) -> Iterator[str]:
     summary, counts = material.summary, Counter(row["state"] for row in material.rows)
     counted = ", ".join(f"{count} {state}" for state, count in counts.items())
     yield f"<h1>{html.escape(f'{material.run.name}: the search for a VAE on {material.spec.data.title}')}</h1>"
+    if len(material.best) < len(material.rows):
+        yield f"<p class='see'>The plots show the best {len(material.best)} of {len(material.rows)} trials.</p>"
     best, winner = summary.best, summary.winner
     if best is None or winner is None:
         yield f"<p class='big'>The search is under way: {counted} of {material.spec.budget.trials} trials.</p>"
@@ -196,6 +213,9 @@ def failures(material: Material) -> Iterator[str]:
     failed = [row for row in material.rows if row["state"] == "failed"]
     if failed:
         see = "Each failed for the reason given, with these parameters; the search avoided their like."
+        if len(failed) > MANY:
+            see += f" These are the last {BEST} of {len(failed)}."
+            failed = failed[-BEST:]
         rows = [[text(row.get(key)) for key in keys] for row in failed]
         yield section("Trials that failed", see, _table([keys, *rows]))
 
@@ -214,7 +234,7 @@ def gap(material: Material) -> Iterator[str]:
 def curves(material: Material) -> Iterator[str]:
     study, spec = material.study, material.spec
     see = "Each line is a trial; a cross marks where a trial was stopped, and lines that go on were worth it."
-    yield from _lines("Learning curves", see, study, material.rows, spec.trial_objective.metric)
+    yield from _lines("Learning curves", see, study, material.best, spec.trial_objective.metric)
     retrain = read_study(material.run.journal, RETRAIN)
     if retrain:
         see = (
@@ -223,11 +243,11 @@ def curves(material: Material) -> Iterator[str]:
         yield from _lines("Retrain", see, retrain, table(retrain, spec), spec.selection_objective.metric)
 
 
-def _lines(title: str, see: str, study: Study, rows: list[dict[str, Any]], metric: str) -> Iterator[str]:
+def _lines(title: str, see: str, study: Study, rows: Sequence[Mapping[str, Any]], metric: str) -> Iterator[str]:
     points = pd.DataFrame(
         {"trial": row["trial"], "state": row["state"], "epoch": scores["epoch"], metric: scores[metric]}
-        for row, trial in zip(rows, study.known(), strict=False)  # there may be more trials by now
-        for scores in evaluations(trial)
+        for row in rows
+        for scores in evaluations(study.at(row["trial"]))
     )
     if len(points):
         logarithmic = bool((points[metric] > 0).all())
@@ -244,15 +264,18 @@ def importances(material: Material) -> list[str]:
     finished = [trial for trial in study.known() if trial.state == TrialState.COMPLETE and trial.params]
     if len(finished) < IMPORTANCE_TRIALS or len(spec.objective) > 1 or len(spec.space) < 2:
         return []
+    complete, best = (optuna.create_study(directions=study.directions) for _ in range(2))
+    complete.add_trials(finished)
+    best.add_trials([study.at(row["trial"]) for row in material.best])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the method is experimental, and says where few trials make it coarse
         see = f"Optuna's fANOVA: the share of the differences in {metric} that each parameter explains."
-        parts = [plot("Which parameters matter", see, visualization.plot_param_importances(study))]
+        parts = [plot("Which parameters matter", see, visualization.plot_param_importances(complete))]
         see = f"Each dot is a trial; look for where {metric} is low."
-        parts.append(plot("One parameter at a time", see, visualization.plot_slice(study)))
+        parts.append(plot("One parameter at a time", see, visualization.plot_slice(best)))
         see = f"The colour is {metric} between the trials (dots): darker is lower."
         for pair in combinations(spec.space, 2):
-            figure = visualization.plot_contour(study, params=list(pair))
+            figure = visualization.plot_contour(best, params=list(pair))
             parts.append(plot(f"{pair[0]} against {pair[1]}", see, figure))
     return parts
 
@@ -294,10 +317,12 @@ def timeline(material: Material) -> Iterator[str]:
     if spans:
         found = pd.DataFrame(spans)
         found["start"] -= found["start"].min()
-        figure = px.bar(found, base="start", x="seconds", y="worker", text="trial", orientation="h", **BY_STATE)
+        drawn = found[found["trial"].isin([row["trial"] for row in material.best])]
+        figure = px.bar(drawn, base="start", x="seconds", y="worker", text="trial", orientation="h", **BY_STATE)
         figure.update_layout(barmode="overlay", xaxis_title="seconds since the search began")
         busy = found["seconds"].sum() / ((found["start"] + found["seconds"]).max() * found["worker"].nunique())
-        see = f"One line a worker, one bar a trial; gaps are idle time. Workers were busy {busy:.0%} of the time."
+        gaps = "; gaps are idle time" if len(drawn) == len(found) else ""
+        see = f"One line a worker, one bar a trial{gaps}. Workers were busy {busy:.0%} of the time."
         yield plot("Who ran what", see, figure)
 
 
@@ -359,7 +384,7 @@ SECTIONS: tuple[Callable[[Material], Iterable[str]], ...] = (
 
 def _trials(material: Material, *needed: str) -> pd.DataFrame:
     """The trials of which so much is known, for Plotly, which takes texts for HTML."""
-    known = pd.DataFrame(row for row in material.rows if all(name in row for name in needed))
+    known = pd.DataFrame(row for row in material.best if all(name in row for name in needed))
     return known.map(lambda value: html.escape(value) if isinstance(value, str) else value)
 
 

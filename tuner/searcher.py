@@ -1,8 +1,11 @@
 """Optuna behind Ray Tune's Searcher interface, and the rule that stops weak trials. The journal is told the truth: a
 stopped trial is PRUNED with its intermediate values, one that is not finite FAIL at once, a finished one COMPLETE."""
 
+import copy
 import math
 import warnings
+from bisect import bisect_left, insort
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ from ray.tune.search import Searcher
 
 from tuner.exits import fatal
 from tuner.spec import Spec
-from tuner.study import BASELINE, Study, distributions, evaluations
+from tuner.study import BASELINE, BEST, MANY, Study, distributions, evaluations, front
 from tuner.vae.metrics import METRICS
 from tuner.vae.parameters import Parameters
 from tuner.vae.seeds import Stream, derive_seed
@@ -29,6 +32,7 @@ CAUSES = {  # by what Ray says of them; the first that is said
     "its node died": ("node has died", "NodeDiedError"),
     "its process died": ("ActorUnavailableError", "ActorDiedError", "is dead", "unavailable"),
 }
+SCORED = (TrialState.COMPLETE, TrialState.PRUNED)
 FAILURES = {"diverged", "collapsed", "out of memory", "error"}  # outcomes that a trial reports of itself
 
 
@@ -39,15 +43,19 @@ class StudySearcher(Searcher):
     number). So a search that was cut off goes on as if nothing had happened. The baseline is trial 0, but starts only
     when a quarter of the others are proposed, until when nobody needs it; under a time limit it starts first. A trial
     whose worker was lost is put back and goes on from its checkpoint: Tune's own retries spare it nothing where an
-    actor that it was to reuse died with its node.
+    actor that it was to reuse died with its node. What a proposal or a result takes does not grow with the study.
     """
 
     def __init__(self, study: Study, spec: Spec, capacity: Callable[[], float] = lambda: math.inf):
         super().__init__(metric=[o.metric for o in spec.objective], mode=[o.direction[:3] for o in spec.objective])
         self.study, self.spec, self.capacity = study, spec, capacity
-        self.distributions, self.foreign = distributions(spec), study.foreign()
+        self.distributions, self.points, known = distributions(spec), Points(study, spec), study.known()
         self.live: dict[str, optuna.trial.Trial] = {}  # by Ray's trial id
-        self.unfinished = [trial for trial in study.known() if trial.state == TrialState.RUNNING]
+        self.unfinished = [trial for trial in known if trial.state == TrialState.RUNNING]
+        self.count, self.waiting = len(known), bool(known) and known[BASELINE].state == TrialState.WAITING
+        ended = [trial for trial in known if trial.state in SCORED]
+        ended.sort(key=lambda trial: (trial.datetime_complete, trial.number))
+        self.costs = [self._cost(trial) for trial in ended]
 
     def __reduce__(self) -> tuple[type[Searcher], tuple[()]]:
         """Ray pickles it for a restore of its own, which the journal replaces."""
@@ -57,22 +65,21 @@ class StudySearcher(Searcher):
     def remaining(self) -> int:
         """Trials still to be started: those cut off or put back, and those never proposed; on a plateau of these the
         baseline alone."""
-        states = [trial.state for trial in self.study.known()] or [TrialState.WAITING]
-        begun = sum(state != TrialState.WAITING for state in states)
-        new = states.count(TrialState.WAITING) if self.on_plateau else self.spec.budget.trials - begun
-        return max(0, new) + len(self.unfinished)
+        begun = self.count - self.waiting
+        return max(0, self.waiting if self.on_plateau else self.spec.budget.trials - begun) + len(self.unfinished)
 
     @property
     def on_plateau(self) -> bool:
         """Whether the last trials to end have not improved on those before them as `budget.plateau` wants."""
-        plateau, objective = self.spec.budget.plateau, self.spec.trial_objective
-        ended = [trial for trial in self.study.known() if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)]
-        if plateau is None or len(ended) <= plateau.trials:
+        plateau, costs = self.spec.budget.plateau, self.costs
+        if plateau is None or len(costs) <= plateau.trials:
             return False
-        ended.sort(key=lambda trial: (trial.datetime_complete, trial.number))
-        costs = [min((objective.cost(found) for found in evaluations(trial)), default=math.inf) for trial in ended]
         before, last = min(costs[: -plateau.trials]), min(costs[-plateau.trials :])
         return last > before - plateau.min_improvement * abs(before)
+
+    def _cost(self, trial: FrozenTrial) -> float:
+        """Of a trial's best evaluation."""
+        return min(map(self.spec.trial_objective.cost, evaluations(trial)), default=math.inf)
 
     @fatal
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
@@ -89,19 +96,21 @@ class StudySearcher(Searcher):
 
     def _propose(self) -> FrozenTrial:
         """The baseline where its time has come, else the next trial."""
-        if not self.study.known():
+        if not self.count:
             self._add(TrialState.WAITING, self.spec.baseline, self.spec.baseline_point())
-        known = self.study.known()
-        others, number = len(known) - 1, len(known)
-        if known[BASELINE].state == TrialState.WAITING and (
+            self.waiting = True
+        number, others = self.count, self.count - 1
+        if self.waiting and (
             self.spec.budget.time_limit or self.on_plateau or 4 * others >= self.spec.budget.trials - 1
         ):
-            number = self.study.ask().number  # Optuna gives out what waits
+            number, self.waiting = self.study.ask().number, False  # Optuna gives out what waits
         else:
             fixed = self.spec.points_to_evaluate[number - 1] if number <= len(self.spec.points_to_evaluate) else None
-            params = self._sample(known, number, fixed)
+            params = self._sample(number, fixed)
             self._add(TrialState.RUNNING, self.spec.parameters(params), params)
-        return self.study.known()[number]
+        frozen = self.study.at(number)
+        self.points.add(number, frozen)
+        return frozen
 
     def _add(self, state: TrialState, parameters: Parameters, params: dict[str, Any] | None) -> None:
         """In one write, so that a kill leaves a whole trial or none. Without `params` it is none of the space."""
@@ -110,17 +119,19 @@ class StudySearcher(Searcher):
         self.study.add_trial(
             optuna.trial.create_trial(state=state, params=params, distributions=known, user_attrs=attributes)
         )
+        self.count += 1
 
-    def _sample(self, known: list[FrozenTrial], number: int, fixed: dict[str, Any] | None) -> dict[str, Any]:
-        """Ask TPE on a copy of the study in memory; `fixed` parameters are taken as they are."""
+    def _sample(self, number: int, fixed: dict[str, Any] | None) -> dict[str, Any]:
+        """Ask TPE on what it is to look at, in memory; `fixed` parameters are taken as they are."""
         seed = derive_seed(self.spec.seed, Stream.PROPOSAL, number) % 2**32
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             # group: a baseline outside of the space is a trial without parameters, which must not empty the space
             sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, constant_liar=True)
-        scratch = optuna.create_study(sampler=sampler, directions=self.study.directions)
-        scratch.add_trials(self.foreign)
-        scratch.add_trials([trial for trial in known if trial.state != TrialState.WAITING])
+        memory = optuna.storages.InMemoryStorage()
+        scratch = optuna.create_study(storage=memory, sampler=sampler, directions=self.study.directions)
+        for point in self.points():
+            memory.create_new_trial(scratch._study_id, point)
         if fixed:
             scratch.enqueue_trial(fixed)
         trial, found = scratch.ask(), dict[str, Any]()
@@ -133,7 +144,10 @@ class StudySearcher(Searcher):
     @fatal
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Write one evaluation: its scores, and the objective as the rung's intermediate value."""
-        trial = self.live[trial_id]
+        with self.study.journal.event():
+            self._keep(self.live[trial_id], result)
+
+    def _keep(self, trial: optuna.trial.Trial, result: dict[str, Any]) -> None:
         if "worker" not in trial.user_attrs:
             trial.set_user_attr("worker", f"{result['hostname']}:{result['pid']}")
         if "rung" not in result or f"evaluation:{result['rung']}" in trial.user_attrs:
@@ -148,13 +162,16 @@ class StudySearcher(Searcher):
     @fatal
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """End the trial in the study, with its reason."""
-        if trial_id not in self.live:
-            return
+        if trial_id in self.live:
+            with self.study.journal.event():
+                self._complete(self.live.pop(trial_id), result, error)
+
+    def _complete(self, trial: optuna.trial.Trial, result: dict[str, Any] | None, error: bool) -> None:
         if result:
-            self.on_trial_result(trial_id, result)
-        trial, result = self.live.pop(trial_id), result or {"outcome": "error", "reason": "never started"}
+            self._keep(trial, result)
+        result = result or {"outcome": "error", "reason": "never started"}
         if error:
-            frozen = self.study.known()[trial.number]  # the rule wrote, not this object
+            frozen = self.study.at(trial.number)  # the rule wrote, not this object
             causes = frozen.user_attrs.get("lost", ["unknown"])
             if sum(cause != PREEMPTED for cause in causes) <= WORKER_RETRIES:
                 self.unfinished.append(frozen)
@@ -177,12 +194,84 @@ class StudySearcher(Searcher):
     ) -> None:
         trial.set_user_attr("reason", reason)
         self.study.tell(trial, values, state)
+        frozen = self.study.at(trial.number)
+        self.points.add(trial.number, frozen)
+        if state in SCORED:
+            self.costs.append(self._cost(frozen))
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing to save: the journal holds all."""
 
     def restore(self, checkpoint_path: str) -> None:
         """Nothing to restore: the journal holds all."""
+
+
+class Point(FrozenTrial):
+    """A trial for the sampler, which changes none: Optuna would copy each, with all it holds, for every proposal."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Point":
+        return copy.copy(self)
+
+    @classmethod
+    def of(cls, trial: FrozenTrial) -> "Point":
+        point = cls.__new__(cls)
+        vars(point).update(vars(trial))
+        return point
+
+
+class Points:
+    """What the sampler looks at: of the trials that ended the best hundred in TPE's own order (of several objectives
+    the front) and the latest 200 others, and the latest hundred of those that run.
+
+    A trial that is left out never comes back, so it makes no difference whether it was left out when it ended or when
+    the journal was read.
+    """
+
+    def __init__(self, study: Study, spec: Spec):
+        self.objectives = spec.objective
+        foreign = study.foreign()
+        found = {place: Point.of(trial) for place, trial in enumerate((*foreign, *study.known()), -len(foreign))}
+        self.running = {place: point for place, point in found.items() if point.state == TrialState.RUNNING}
+        self.ended = {place: point for place, point in found.items() if point.state in SCORED}
+        self._forget()
+
+    def __call__(self) -> list[Point]:
+        """In order."""
+        latest = dict(sorted(self.running.items())[-BEST:])
+        return [point for _, point in sorted((latest | self.ended).items())]
+
+    def add(self, number: int, trial: FrozenTrial) -> None:
+        """A trial that has begun or ended."""
+        self.running.pop(number, None)
+        if trial.state == TrialState.RUNNING:
+            self.running[number] = Point.of(trial)
+        elif trial.state in SCORED:
+            self.ended[number] = Point.of(trial)
+            self._forget()
+
+    def _forget(self) -> None:
+        best = self._best()
+        others = sorted(self.ended.keys() - best)[BEST - MANY :]
+        self.ended = {place: self.ended[place] for place in (*best, *others)}
+
+    def _best(self) -> set[int]:
+        if len(self.objectives) == 1:
+            return set(sorted(self.ended, key=lambda place: (self._standing(self.ended[place]), place))[:BEST])
+        names = [objective.metric for objective in self.objectives]
+        rows = [
+            {"place": place} | dict(zip(names, point.values, strict=True))
+            for place, point in self.ended.items()
+            if point.state == TrialState.COMPLETE
+        ]
+        return {row["place"] for row in front(rows, self.objectives)}
+
+    def _standing(self, trial: FrozenTrial) -> tuple[float, ...]:
+        """The less the better: complete ones by their value, then those that came further."""
+        (objective,) = self.objectives
+        if trial.state == TrialState.COMPLETE:
+            return (0, 0, objective.cost({objective.metric: trial.value}))
+        step, value = max(trial.intermediate_values.items(), default=(-1, 0.0))
+        return (1, -step, objective.cost({objective.metric: value}))
 
 
 def suggest(trial: optuna.trial.Trial, name: str, distribution: BaseDistribution) -> None:
@@ -203,9 +292,9 @@ class FinalistSearcher(StudySearcher):
         self.finalists = parameters
 
     def _propose(self) -> FrozenTrial:
-        number = len(self.study.known())
+        number = self.count
         self._add(TrialState.RUNNING, self.finalists[number], None)
-        return self.study.known()[number]
+        return self.study.at(number)
 
 
 class ToTheEnd(FIFOScheduler):
@@ -226,7 +315,7 @@ class ToTheEnd(FIFOScheduler):
     def on_trial_error(self, tune_controller: Any, trial: RayTrial) -> None:
         """Note in the study why a worker was lost, each time: Tune tells the rule, but not the searcher."""
         text = Path(trial.error_file).read_text() if trial.error_file else ""
-        frozen = self.study.known()[trial.config["trial"]]
+        frozen = self.study.at(trial.config["trial"])
         causes = [*frozen.user_attrs.get("lost", []), cause_of(text)]
         self.study.trial(frozen.number).set_user_attr("lost", causes)
 
@@ -242,16 +331,22 @@ class SuccessiveHalving(ToTheEnd):
     def __init__(self, study: Study, spec: Spec):
         super().__init__(study, spec)
         self.objective = spec.objective[0]
-        self.rungs: dict[int, dict[int, float]] = {}
+        self.rungs: defaultdict[int, list[float]] = defaultdict(list)  # the costs at each, in order
+        self.counted: set[tuple[int, int]] = set()
         for trial in study.known():
             for rung, value in trial.intermediate_values.items():
-                self.rungs.setdefault(rung, {})[trial.number] = self.objective.cost({self.objective.metric: value})
+                self._count(rung, trial.number, self.objective.cost({self.objective.metric: value}))
+
+    def _count(self, rung: int, number: int, cost: float) -> None:
+        if (rung, number) not in self.counted:
+            self.counted.add((rung, number))
+            insort(self.rungs[rung], cost)
 
     def is_weak(self, trial: RayTrial, result: dict[str, Any]) -> bool:
-        number, value, budget = trial.config["trial"], self.objective.cost(result), self.spec.budget
-        rung = self.rungs.setdefault(result["rung"], {})
-        rung.setdefault(number, value)
-        better = sum(other < value for other in rung.values())
+        number, cost, budget = trial.config["trial"], self.objective.cost(result), self.spec.budget
+        self._count(result["rung"], number, cost)
+        rung = self.rungs[result["rung"]]
+        better = bisect_left(rung, cost)
         weak = result["epoch"] >= budget.grace_epochs and better >= math.ceil(len(rung) / budget.reduction_factor)
         return weak and number != BASELINE and len(self.spec.objective) == 1  # of several none alone says "weaker"
 

@@ -5,15 +5,16 @@ The only module that knows how Optuna keeps things. Knows nothing of Ray, and im
 
 import json
 import math
-import operator
 import os
 import sys
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import optuna
 import optuna.artifacts
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
@@ -30,6 +31,7 @@ from tuner.vae.parameters import Parameters
 
 BASELINE = 0  # the trial of the classic settings
 SEARCH, RETRAIN, WARM_START = "search", "retrain", "warm_start"  # the studies in a run's journal
+MANY, BEST = 300, 100  # trials: of more than MANY the sampler sees so many, and views show the best hundred
 NEEDED = ("epoch", "seconds_train", "seconds_score", "frechet_distance", "frechet_distance_standard_normal")
 ENDED = ("complete", "pruned", "failed")
 UNFINISHED = "unfinished"  # what a limit cut off: running to Optuna, with the reason
@@ -42,10 +44,35 @@ STATES = {
 }
 
 
-class ReadJournal(JournalFileBackend):
-    """A journal to look at: what comes before a line that is none."""
+class Journal(JournalFileBackend):
+    """Optuna's own, but the lines of one event are synced together."""
 
-    damage = ""
+    damage = ""  # that a reader met
+
+    def __init__(self, path: Path):
+        super().__init__(str(path), lock_obj=RunLock())  # type: ignore[arg-type]
+        self.path, self.in_event = path, False
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        with self.path.open("ab") as file:
+            file.write("".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode())
+            if not self.in_event:
+                file.flush()
+                os.fsync(file.fileno())
+
+    @contextmanager
+    def event(self) -> Iterator[None]:
+        """What the body writes is there at once, and synced at its end."""
+        self.in_event = True
+        try:
+            yield
+        finally:
+            self.in_event = False
+            self.append_logs([])
+
+
+class ReadJournal(Journal):
+    """A journal to look at: what comes before a line that is none."""
 
     def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
         try:
@@ -67,22 +94,26 @@ class RunLock:
 class Study(optuna.Study):
     """Optuna's study with what a stage keeps beside its trials."""
 
-    def __init__(self, storage: JournalStorage, name: str):
+    def __init__(self, storage: JournalStorage, name: str, journal: Journal):
         super().__init__(name, storage, sampler=optuna.samplers.RandomSampler())  # never asked: see the searcher
-        self.storage = storage
+        self.storage, self.journal = storage, journal
         self.identity = storage.get_study_id_from_name(name)
 
     def delete(self) -> None:
         optuna.delete_study(study_name=self.study_name, storage=self.storage)
 
     def known(self) -> list[FrozenTrial]:
-        """All trials by number, not to be changed."""
+        """All trials by number, not to be changed. Takes a millisecond for each ten thousand."""
         return self.get_trials(deepcopy=False)
+
+    def at(self, number: int) -> FrozenTrial:
+        """One trial, not to be changed. Raises KeyError where there is none."""
+        return self.storage.get_trial(self.storage.get_trial_id_from_study_id_trial_number(self.identity, number))
 
     def foreign(self) -> list[FrozenTrial]:
         """Those of earlier runs that the sampler knows, too."""
         names = optuna.get_all_study_names(self.storage)
-        return Study(self.storage, WARM_START).known() if WARM_START in names else []
+        return Study(self.storage, WARM_START, self.journal).known() if WARM_START in names else []
 
     def trial(self, number: int) -> optuna.trial.Trial:
         """A trial to write to."""
@@ -109,10 +140,12 @@ class Study(optuna.Study):
         """The classic settings' last distance under N(0, I); NaN until that trial ended."""
         if "baseline" in self.user_attrs:  # of a study that has no trial of theirs
             return float(self.user_attrs["baseline"])
-        trials = self.known()
-        if not trials or trials[BASELINE].state != TrialState.COMPLETE:
+        try:
+            trial = self.at(BASELINE)
+        except KeyError:
             return math.nan
-        return evaluations(trials[BASELINE])[-1]["frechet_distance_standard_normal"]
+        done = trial.state == TrialState.COMPLETE
+        return evaluations(trial)[-1]["frechet_distance_standard_normal"] if done else math.nan
 
 
 def open_study(journal: Path, spec: Spec, name: str = SEARCH) -> Study:
@@ -170,7 +203,7 @@ def _is_record(line: bytes) -> bool:
 def _load(journal: Path, spec: Spec | None, name: str) -> Study | None:
     """None where there is no such study beside the search's yet and none is to be made."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    backend = (JournalFileBackend if spec else ReadJournal)(str(journal), RunLock())  # type: ignore[arg-type]
+    backend = (Journal if spec else ReadJournal)(journal)
     try:
         storage = JournalStorage(backend)
         if spec:
@@ -178,14 +211,14 @@ def _load(journal: Path, spec: Spec | None, name: str) -> Study | None:
             optuna.create_study(storage=storage, study_name=name, directions=directions, load_if_exists=True)
         elif name != SEARCH and name not in optuna.get_all_study_names(storage):
             return None
-        study = Study(storage, name)
+        study = Study(storage, name, backend)
         study.known()
     except Exception as error:  # Optuna raises whatever the damage provokes; a full disk is another matter
         if isinstance(error, OSError) and not isinstance(error, IsADirectoryError):
             raise
-        said = getattr(backend, "damage", "") or one_line(error)
+        said = backend.damage or one_line(error)
         raise Refused(f"{journal}: not readable as an Optuna journal: {said}") from error
-    if isinstance(backend, ReadJournal) and backend.damage:
+    if backend.damage:
         print(f"warning: {journal}: damaged, read up to there: {backend.damage}", file=sys.stderr)
     with refusing(f"{journal}: not the journal of a search", KeyError, TypeError, ValueError, OverflowError):
         _check(study)
@@ -239,12 +272,13 @@ def evaluations(trial: FrozenTrial) -> list[dict[str, float]]:
 
 def front(rows: Sequence[Mapping[str, Any]], objectives: Sequence[Objective]) -> list[Mapping[str, Any]]:
     """The rows that no other row is at least as good as in all objectives, and better in one."""
-    points = [[objective.cost(row) for objective in objectives] for row in rows]
-    return [
-        row
-        for row, point in zip(rows, points, strict=True)
-        if not any(other != point and all(map(operator.le, other, point)) for other in points)
-    ]
+    costs = np.array([[objective.cost(row) for objective in objectives] for row in rows])
+    left = np.arange(len(rows))
+    for index in range(len(rows)):
+        if index in left:  # what another is better than says nothing that the other doesn't
+            here = costs[index]
+            left = left[~((costs[left] >= here).all(1) & (costs[left] != here).any(1))]
+    return [rows[index] for index in left.tolist()]
 
 
 def ranked(rows: Sequence[Mapping[str, Any]], spec: Spec) -> list[Mapping[str, Any]]:
@@ -255,28 +289,34 @@ def ranked(rows: Sequence[Mapping[str, Any]], spec: Spec) -> list[Mapping[str, A
     return sorted(scored, key=lambda row: (spec.trial_objective.cost(row), row["trial"]))
 
 
+def in_view(rows: Sequence[Mapping[str, Any]], spec: Spec) -> list[Mapping[str, Any]]:
+    """The rows that a view has room for, by number: all, or of more than 300 the best hundred."""
+    return [*rows] if len(rows) <= MANY else sorted(ranked(rows, spec)[:BEST], key=lambda row: int(row["trial"]))
+
+
 def table(study: Study, spec: Spec) -> list[dict[str, Any]]:
     """A row a trial: number, state, reason, parameters, scores of its best evaluation, gap closed, times.
 
     What is not known yet is left out. `gap_closed` compares with the baseline's last distance under N(0, I).
     """
-    floor, baseline = study.floor, study.baseline
-    rows = []
-    for trial in study.known():
-        scored = evaluations(trial)
-        best = min(scored, key=spec.trial_objective.cost, default={})
-        state, reason = STATES[trial.state], trial.user_attrs.get("reason", "")
-        state = UNFINISHED if reason and trial.state == TrialState.RUNNING else state
-        row: dict[str, Any] = {"trial": trial.number, "state": state, "reason": reason}
-        row |= {"epoch": best["epoch"]} if best else {}
-        row["epochs_trained"] = scored[-1]["epoch"] if scored else 0
-        row |= trial.user_attrs["parameters"]
-        row |= {metric: best[metric] for metric in METRICS if metric in best}
-        if best and math.isfinite(floor) and math.isfinite(baseline):
-            row["gap_closed"] = gap_closed(best["frechet_distance"], floor, baseline)
-        for name in ("seconds_train", "seconds_score"):
-            row[name] = round(sum(scores[name] for scores in scored), 3)
-        times = {"started": trial.datetime_start, "ended": trial.datetime_complete}
-        row |= {name: time.isoformat(timespec="milliseconds") for name, time in times.items() if time}
-        rows.append(row)
-    return rows
+    scale = (study.floor, study.baseline)
+    return [row_of(trial, spec, *scale) for trial in study.known()]
+
+
+def row_of(trial: FrozenTrial, spec: Spec, floor: float, baseline: float) -> dict[str, Any]:
+    """A trial's row of the table."""
+    scored = evaluations(trial)
+    best = min(scored, key=spec.trial_objective.cost, default={})
+    state, reason = STATES[trial.state], trial.user_attrs.get("reason", "")
+    state = UNFINISHED if reason and trial.state == TrialState.RUNNING else state
+    row: dict[str, Any] = {"trial": trial.number, "state": state, "reason": reason}
+    row |= {"epoch": best["epoch"]} if best else {}
+    row["epochs_trained"] = scored[-1]["epoch"] if scored else 0
+    row |= trial.user_attrs["parameters"]
+    row |= {metric: best[metric] for metric in METRICS if metric in best}
+    if best and math.isfinite(floor) and math.isfinite(baseline):
+        row["gap_closed"] = gap_closed(best["frechet_distance"], floor, baseline)
+    for name in ("seconds_train", "seconds_score"):
+        row[name] = round(sum(scores[name] for scores in scored), 3)
+    times = {"started": trial.datetime_start, "ended": trial.datetime_complete}
+    return row | {name: time.isoformat(timespec="milliseconds") for name, time in times.items() if time}

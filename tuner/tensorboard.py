@@ -1,15 +1,16 @@
 """What TensorBoard shows: one run per trial, written by the driver alone, so that workers share no disk."""
 
+import io
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 from tensorboard.plugins.hparams import summary_v2 as hp
@@ -17,7 +18,7 @@ from torch.utils.tensorboard.writer import SummaryWriter
 
 from tuner.space import Choices, IntRange
 from tuner.spec import Spec
-from tuner.study import SEARCH
+from tuner.study import BEST, MANY, SEARCH
 from tuner.vae.metrics import METRICS
 
 GROUPS = {
@@ -82,7 +83,9 @@ class TensorBoard:
         self._add(writer, hp.hparams_config_pb(parameters, metrics))
         unit = {1: "epochs", 10: "tenths", 100: "hundredths", 1000: "thousandths"}[self.steps_per_epoch]
         unit += "" if self.steps_per_epoch == 1 else " of an epoch"
-        writer.add_text("how_to_read", f"Steps are {unit}. The metric {OUTCOME_TAG} in HParams: {legend}.")
+        trials = self.spec.budget.trials
+        most = f" Of the {trials} trials only the best {BEST} so far are here." if trials > MANY else ""
+        writer.add_text("how_to_read", f"Steps are {unit}. The metric {OUTCOME_TAG} in HParams: {legend}.{most}")
         writer.flush()
 
     def start_trial(self, number: int, parameters: Mapping[str, Any]) -> None:
@@ -101,14 +104,26 @@ class TensorBoard:
         writer.add_scalar(OUTCOME_TAG, NUMBERS["running"], 0)
         writer.flush()
 
-    def add_trial(self, number: int, evaluation: Mapping[str, Any], pictures: Mapping[str, np.ndarray]) -> None:
-        """Scalars and pictures, uint8 (H, W) or (H, W, 3), of one evaluation of a trial."""
+    def shows(self, number: int) -> bool:
+        """Whether a trial has begun to be shown, and has not ended."""
+        return self.names.get(number) in self.writers
+
+    def keep(self, numbers: Container[int]) -> None:
+        """Remove the files of all other trials of the search."""
+        for folder in self.directory.glob("[0-9]*"):
+            if int(folder.name.partition(",")[0]) not in numbers:
+                if folder.name in self.writers:
+                    self.writers.pop(folder.name).close()
+                shutil.rmtree(folder)
+
+    def add_trial(self, number: int, evaluation: Mapping[str, Any], pictures: Mapping[str, bytes]) -> None:
+        """Scalars and pictures, PNG files, of one evaluation of a trial."""
         writer, step = self._writer(self.names[number]), round(evaluation["epoch"] * self.steps_per_epoch)
         for key, tag in TAGS.items():
             if key in evaluation:
                 writer.add_scalar(tag, evaluation[key], step)
         for tag, picture in pictures.items():
-            writer.add_image(tag, picture, step, dataformats="HW" if picture.ndim == 2 else "HWC")
+            self._add(writer, _image(tag, picture), step)
         writer.flush()
 
     def end_trial(self, number: int, outcome: str, reason: str) -> None:
@@ -140,10 +155,17 @@ class TensorBoard:
             self.writers[name] = SummaryWriter(str(self.directory / name))
         return self.writers[name]
 
-    def _add(self, writer: SummaryWriter, summary: Any) -> None:
+    def _add(self, writer: SummaryWriter, summary: Any, step: int | None = None) -> None:
         """HParams' own summaries are of TensorFlow's message type where TensorFlow is there; bytes fit both."""
         assert writer.file_writer is not None
-        writer.file_writer.add_summary(Summary.FromString(summary.SerializeToString()))
+        writer.file_writer.add_summary(Summary.FromString(summary.SerializeToString()), step)
+
+
+def _image(tag: str, png: bytes) -> Summary:
+    """A picture as it is; PyTorch's own writer would encode it again, in colour."""
+    width, height = Image.open(io.BytesIO(png)).size
+    shown = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png)
+    return Summary(value=[Summary.Value(tag=tag, image=shown)])
 
 
 def _session_end(outcome: str) -> Summary:

@@ -17,11 +17,11 @@ from tuner import spec as specs
 from tuner.run import RunFiles
 from tuner.space import Choices
 from tuner.spec import Spec
-from tuner.study import ENDED, UNFINISHED, read_study, table
+from tuner.study import ENDED, UNFINISHED, in_view, read_study, table
 from tuner.summary import Promoted, Summary
 
 LOG_COLUMNS = 160
-PLAIN_SECONDS = 10  # between lines where output is not a terminal
+LIVE_SECONDS, PLAIN_SECONDS = 0.25, 10  # between two texts on a terminal, and in a log
 
 
 def console(file: TextIO | None = None) -> Console:
@@ -58,7 +58,7 @@ class Progress:
     def __init__(self, title: str):
         self.title, self.console = title, console()
         self.started, self.printed = time.monotonic(), -math.inf
-        self.live = Live(console=self.console, refresh_per_second=4, transient=True)
+        self.live = Live(console=self.console, refresh_per_second=1 / LIVE_SECONDS, transient=True)
 
     def __enter__(self) -> "Progress":
         if self.console.is_terminal:
@@ -72,14 +72,20 @@ class Progress:
     def seconds(self) -> float:
         return time.monotonic() - self.started
 
+    @property
+    def due(self) -> bool:
+        """Whether there is time for another text."""
+        return time.monotonic() - self.printed >= (LIVE_SECONDS if self.console.is_terminal else PLAIN_SECONDS)
+
     def show(self, text: str) -> None:
         """Put `text` behind the stage's title and time."""
-        line = self._line(text)
         if self.console.is_terminal:
-            self.live.update(line)
-        elif time.monotonic() - self.printed >= PLAIN_SECONDS:
-            self.printed = time.monotonic()
-            self.console.print(line, soft_wrap=True)
+            self.live.update(self._line(text))
+        elif self.due:
+            self.console.print(self._line(text), soft_wrap=True)
+        else:
+            return
+        self.printed = time.monotonic()
 
     def done(self, text: str) -> None:
         """The stage's closing line, which stays."""
@@ -223,7 +229,9 @@ def status_words(run: RunFiles) -> list[Table | str]:
     words: list[Table | str] = [f"stages   {', '.join(done) or 'none done'}"]
     rows = table(study, spec) if study else []
     if rows:
-        words += [f"search   {search_line(rows, spec)}", as_table(trials_rows(rows, spec))]
+        best = in_view(rows, spec)
+        title = f"The best {len(best)} of {len(rows)} trials" if len(best) < len(rows) else None
+        words += [f"search   {search_line(rows, spec)}", as_table(trials_rows(best, spec), title)]
     return words + (final_words(run, spec) if summary.best else [])
 
 

@@ -19,7 +19,7 @@ from tuner.study import BASELINE
 from tuner.vae.checkpoint import Checkpoint
 from tuner.vae.data import as_floats
 from tuner.vae.extractor import from_bytes
-from tuner.vae.image_grid import evenly_spaced, image_grids
+from tuner.vae.image_grid import evenly_spaced, image_grids, png
 from tuner.vae.losses import Diverged
 from tuner.vae.model import Builder, OwnModel
 from tuner.vae.parameters import Parameters
@@ -148,7 +148,7 @@ class TrialTrainable(tune.Trainable):
             "done": last,
         }
         shown = as_floats(evenly_spaced(self.data.validation.images[:SEARCH_SAMPLES])).cpu()
-        pictures = image_grids(fitted, shown, self.spec.data.ink)
+        pictures = {name: png(grid) for name, grid in image_grids(fitted, shown, self.spec.data.ink).items()}
         past_grace = last or record.epoch > self.spec.budget.grace_epochs  # till then latents that sleep often wake up
         if past_grace and not fitted.scores["active_units"] and self.number != BASELINE:
             reason = f"no active latent unit at epoch {record.epoch:g}"

@@ -20,6 +20,8 @@ from tuner.callbacks import (
     KeepContenders,
     KeepExtractors,
     KeepTable,
+    SearchCallback,
+    ShowBest,
     ShowTrials,
 )
 from tuner.cluster import alive, dead_processes, slots
@@ -31,7 +33,7 @@ from tuner.pool import RayPool
 from tuner.run import RunFiles, write_atomic
 from tuner.searcher import FinalistSearcher, StudySearcher, SuccessiveHalving, ToTheEnd
 from tuner.spec import Resources, Spec
-from tuner.study import ENDED, RETRAIN, SEARCH, UNFINISHED, Study, open_study, read_study
+from tuner.study import ENDED, MANY, RETRAIN, SEARCH, UNFINISHED, Study, open_study, read_study
 from tuner.tensorboard import TensorBoard
 from tuner.terminal import stage
 from tuner.trainable import Shared, TrialTrainable
@@ -54,8 +56,9 @@ def search_stage(run: RunFiles, spec: Spec, pool: RayPool, extractors: FeatureEx
         board.start_search()
         table = KeepTable(run, spec, study)
         shown = ShowTrials(spec, table, board, Trackers(run, spec, SEARCH), progress)
-        kept = [KeepContenders(run, spec, table), KeepExtractors(spec, study, extractors), AttachSheets(run, study)]
-        callbacks = [table, *kept, shown]
+        kept: list[SearchCallback] = [KeepContenders(run, spec, table), KeepExtractors(spec, study, extractors)]
+        kept += [ShowBest(spec, table, board)] if spec.budget.trials > MANY else []
+        callbacks = [table, *kept, AttachSheets(run, study), shown]
         train(run, spec, study, pool, callbacks, others=extractors.in_work)
         table.write()
         progress.done(shown.line())

@@ -43,7 +43,7 @@ def gather(run: RunFiles, spec: Spec, held_out: bytes) -> list[Earlier]:
 
     Raises Refused, naming the earlier run, where its scores don't compare.
     """
-    known = read_study(run.journal, WARM_START)
+    known = read_study(run.journal, WARM_START) if spec.warm_start else None
     if known and known.user_attrs.get(COMPLETE):
         return []
     found = [_earlier(place, spec, held_out) for place in spec.warm_start]

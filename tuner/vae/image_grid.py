@@ -45,7 +45,7 @@ def grid(images: Tensor, columns: int, ink: bool, scale: int = 1) -> np.ndarray:
 def png(picture: np.ndarray) -> bytes:
     """A uint8 picture (H, W) or (H, W, 3) as a PNG file."""
     file = io.BytesIO()
-    Image.fromarray(picture).save(file, "PNG", optimize=True)
+    Image.fromarray(picture).save(file, "PNG")
     return file.getvalue()
 
 
