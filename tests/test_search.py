@@ -226,7 +226,7 @@ def in_the_midst(run: RunFiles, stage: str) -> bool:
     if not run.spec.exists() or stage_of(run) != stage:
         return False
     if stage == "search":
-        return run.trials.exists() and any(row["state"] not in ("waiting", "running") for row in rows_of(run))
+        return run.trials.exists() and any(trial.state.is_finished() for trial in trials_of(run))
     if stage == "retrain":
         study = read_study(run.journal, RETRAIN)
         return study is not None and any(evaluations(trial) for trial in study.known())
