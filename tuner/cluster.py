@@ -49,8 +49,8 @@ def address_of(given: str | None) -> str | None:
     found, _, port = address.rpartition(":")
     if address != "auto" and ("://" in address or not (found and port.isdigit())):
         raise Refused(
-            f"{name} {address}: expected HOST:PORT of a cluster's head, auto or local; neither Ray Client (ray://) nor "
-            "the dashboard (http://) runs a search, but `ray job submit` does"
+            f"{name} {address}: expected HOST:PORT of a cluster's head, auto or local; Ray Client (ray://) and the "
+            "dashboard can't run a search, but `ray job submit` can"
         )
     with refusing(f"{name} {address}"):
         place = canonicalize_bootstrap_address(address)
