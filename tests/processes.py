@@ -2,7 +2,10 @@
 
 import shutil
 import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,4 +26,13 @@ def processes_of(mark: str) -> list[int]:
                 found.append(int(entry.name))
         except OSError:  # gone meanwhile, or not ours
             continue
+    return found
+
+
+def wait_for(condition: Callable[[], Any], seconds: float, what: str) -> Any:
+    """What `condition` gives as soon as it gives something."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, what
+        time.sleep(0.01)
     return found

@@ -6,15 +6,17 @@ One search on nodes that come and go is in test_nodes.
 import inspect
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 
 import pytest
 import ray
-from processes import AS_NOBODY, in_namespaces
+from processes import AS_NOBODY, in_namespaces, processes_of, wait_for
 from ray._private import ray_constants
 from ray._private.grpc_utils import init_grpc_channel
 from ray._private.services import canonicalize_bootstrap_address
@@ -50,6 +52,15 @@ def under_uv_run(folder: Path) -> subprocess.CompletedProcess[str]:
         text=True,
         timeout=120,
     )
+
+
+def is_starting(pid: int) -> bool:
+    """Whether it is a worker of Ray's that has not come up yet."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return any(word.endswith(b"default_worker.py") for word in words[:3])
 
 
 # Places for trials
@@ -164,6 +175,43 @@ with cluster(None, 1, Resources()):
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert f"CutOff Ray's {kind} died" in done.stdout.splitlines(), done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_so_it_is_where_ray_breaks_off_a_call():
+    code = """
+import os, ray, signal, time
+from tuner.cluster import cluster
+from tuner.exits import CutOff
+from tuner.spec import Resources
+try:
+    with cluster(None, 1, Resources()):
+        ray._private.worker._global_node.all_processes["raylet"][0].process.send_signal(signal.SIGKILL)
+        raise BrokenPipeError("Broken pipe")  # as ray.wait does, now and then
+except CutOff as error:
+    os.write(1, f"\\n{error}\\n".encode())
+    os._exit(0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert "Ray's raylet died" in done.stdout.splitlines(), done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_it_opens_and_works_where_a_worker_dies_before_it_is_up():
+    code = """
+import ray
+from tuner.cluster import cluster
+from tuner.spec import Resources
+with cluster(None, 2, Resources()):
+    print(ray.get(ray.remote(lambda: 7).remote()))
+"""
+    mark = uuid.uuid4().hex
+    body = subprocess.Popen(
+        [sys.executable, "-c", code], env=os.environ | {"TUNER_TEST": mark}, stdout=subprocess.PIPE, text=True
+    )
+    starting = wait_for(lambda: list(filter(is_starting, processes_of(mark))), 60, "no worker was started")
+    os.kill(starting[0], signal.SIGKILL)
+    assert body.communicate(timeout=120)[0] == "7\n"
 
 
 @pytest.mark.slow

@@ -13,9 +13,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ import pytest
 import sklearn.datasets
 import yaml
 from optuna.trial import FrozenTrial
+from processes import wait_for
 
 import tuner
 from tuner import sources
@@ -61,14 +61,6 @@ SMALL = [
 ]
 
 pytestmark = pytest.mark.slow
-
-
-def wait_for(condition: Callable[[], Any], seconds: float, what: str) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, what
-        time.sleep(0.05)
-    return found
 
 
 def free_port(address: str) -> int:

@@ -6,6 +6,7 @@ import secrets
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from ray._private.grpc_utils import init_grpc_channel  # past proxies and with c
 from ray._private.services import canonicalize_bootstrap_address  # what Ray makes of an address, before it waits
 from ray._private.utils import get_num_cpus, validate_socket_filepath  # the cores of a container, as Ray counts them
 from ray.autoscaler.v2.sdk import get_cluster_status
+from ray.exceptions import RayError
 
 from tuner.exits import CutOff
 from tuner.spec import Resources
@@ -27,6 +29,7 @@ from tuner.vae.errors import Refused, named, refusing
 
 CONNECT_SECONDS = 5
 SHORT_FOLDER = "/tmp/ray"  # Ray's own where the environment names none
+DEAD_SECONDS = 0.2  # until a process whose connections broke is known to be dead
 WORKER_SECONDS = 60  # as long as Ray itself waits for a worker's first word
 NO_AUTOSCALER = "0"  # the version of the autoscaler's state where there is none
 
@@ -34,6 +37,9 @@ NO_AUTOSCALER = "0"  # the version of the autoscaler's state where there is none
 # A cluster of our own, as on a Mac: Ray takes 127.0.0.1 for its address and opens ports nowhere else. And its workers
 # run in this environment as it is, where `uv run` would have each made from a copy of this folder.
 OWN = {"ENABLE_RAY_CLUSTER": False, "RAY_ENABLE_UV_RUN_RUNTIME_ENV": False}
+
+# With it Ray starts workers before they are asked for, and waits for ever for one that dies before it is up.
+SYSTEM = {"prestart_worker_first_driver": False}
 
 
 def address_of(given: str | None) -> str | None:
@@ -68,7 +74,7 @@ def address_of(given: str | None) -> str | None:
 def cluster(address: str | None, concurrency: int | None, wanted: Resources) -> Iterator[None]:
     """Join the Ray cluster that `address_of` found, or start one that listens on this machine's loopback alone.
 
-    Raises CutOff where Ray can't start, and Refused where it can't join or none of its nodes can ever hold a trial.
+    Raises CutOff where Ray can't start or dies, and Refused where it can't join or no node can ever hold a trial.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the older reporter honours verbose=0
@@ -89,9 +95,9 @@ def cluster(address: str | None, concurrency: int | None, wanted: Resources) -> 
             os.environ.pop("RAY_REDIS_ADDRESS", None)  # where another cluster keeps its state
             logging.getLogger("ray._private.utils").setLevel(logging.CRITICAL)  # it warns of less than a core
             cpus = max(1, get_num_cpus(), concurrency or 0)  # knows the limits of containers
-            folder = _ray_folder()
+            mine: dict[str, Any] = {"_temp_dir": _ray_folder(), "_system_config": SYSTEM}
             try:
-                ray.init("local", num_cpus=cpus, include_dashboard=False, _temp_dir=folder, **quiet)
+                ray.init("local", num_cpus=cpus, include_dashboard=False, **mine, **quiet)
             except Exception as error:  # its processes were slow to come up, or died, or can't be where they are told
                 raise CutOff(named("Ray can't start", error)) from error
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own in place
@@ -99,6 +105,10 @@ def cluster(address: str | None, concurrency: int | None, wanted: Resources) -> 
         _require_room(wanted)
         with worker_awaited(wanted):
             yield
+    except (OSError, RayError):  # also what Ray makes of it where it dies in the midst of a call
+        time.sleep(DEAD_SECONDS)
+        require_ray()
+        raise
     finally:
         ray.shutdown()
         vars(ray_constants).update(before)
