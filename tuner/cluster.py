@@ -147,7 +147,9 @@ def worker_awaited(wanted: Resources, seconds: float = WORKER_SECONDS) -> Iterat
     logs = Path(ray._private.worker._global_node.get_logs_dir_path())
 
     def tell() -> None:
-        lines = [line for line in _lines(logs / "raylet.out") if " E " in line] + _lines(logs / "raylet.err")
+        told = [line for line in _lines(logs / "raylet.out") if " E " in line] + _lines(logs / "raylet.err")
+        # a disk that is nearly full is told of every ten seconds, and keeps no worker from coming up
+        lines = [line for line in told if "file_system_monitor" not in line]
         said = f"Ray's last words: {lines[-1].strip()} ({logs})" if lines else "no node may have room: see `ray status`"
         print(f"warning: no worker has come up in {seconds:g} s; {said}", file=sys.stderr)
 
