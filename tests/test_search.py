@@ -151,6 +151,15 @@ def test_trials_csv_says_what_the_journal_says(finished_run, workspace):
         assert list(trial.intermediate_values) == list(rungs)
 
 
+def test_that_of_the_retrain_says_how_it_ended(finished_run):
+    with (finished_run.retrain / "trials.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    finalists = trials_of(finished_run, RETRAIN)
+    assert [(row["state"], row["epochs_trained"]) for row in rows] == [("complete", "4.0")] * len(finalists)
+    for row, trial in zip(rows, finalists, strict=True):
+        assert float(row["frechet_distance"]) == min(found["frechet_distance"] for found in evaluations(trial))
+
+
 def test_tensorboard_has_scalars_and_pictures_of_each_trial(finished_run):
     scored = [row for row in rows_of(finished_run) if row["state"] != "failed"]
     assert len(scored) >= 2

@@ -103,6 +103,7 @@ def retrain_trials(workspace: Workspace, pool: RayPool, finalists: Sequence[Fitt
         callbacks = [table, KeepCheckpoints(run), shown]
         searcher = partial(FinalistSearcher, [start.parameters for start in finalists])
         train(run, spec, study, pool, callbacks, searcher=searcher, rule=ToTheEnd, kept=KEPT)
+        table.write()
         progress.done(shown.line())
     return [workspace.checkpoints.read(run.checkpoint(number)) for number in range(len(finalists))]
 
