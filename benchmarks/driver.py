@@ -34,15 +34,7 @@ from ray.tune.experiment import Trial as RayTrial
 from ray.tune.schedulers import TrialScheduler
 from sklearn.datasets import load_digits
 
-from tuner.callbacks import (
-    AttachSheets,
-    KeepContenders,
-    KeepExtractors,
-    KeepTable,
-    SearchCallback,
-    ShowBest,
-    ShowTrials,
-)
+from tuner.callbacks import KeepTable, ShowTrials, search_callbacks
 from tuner.loggers import Trackers
 from tuner.report import report
 from tuner.run import RunFiles
@@ -269,9 +261,8 @@ def measure(run: RunFiles, size: int, workers: int, seconds: float) -> Iterator[
         extractors: Any = SimpleNamespace(run=run, begin_all=lambda: None, keep_done=lambda: [])
         table = KeepTable(run, spec, study)
         shown = ShowTrials(spec, table, board, Trackers(run, spec, SEARCH), progress)
-        kept: list[SearchCallback] = [KeepContenders(run, spec, table), KeepExtractors(spec, study, extractors)]
-        kept += [ShowBest(spec, table, board)] if spec.budget.trials > MANY else []
-        loop = Loop(searcher, rule, [table, *kept, AttachSheets(run, study), shown], Formula(spec), workers)
+        callbacks = search_callbacks(table, extractors, board, shown)
+        loop = Loop(searcher, rule, callbacks, Formula(spec), workers)
         ready = now() - started
         yield "resume", {"journal_mb": run.journal.stat().st_size / 2**20, "opened_s": opened, "ready_s": ready}
         deadline = time.perf_counter() + seconds

@@ -246,3 +246,13 @@ class ShowTrials(SearchCallback):
         if not self.searches:
             return finalists_line(self.table.rows, self.spec)
         return search_line(self.table.rows, self.spec, self.progress.seconds, self.before)
+
+
+def search_callbacks(
+    table: KeepTable, extractors: FeatureExtractors, board: TensorBoard, shown: ShowTrials
+) -> list[SearchCallback]:
+    """What listens to a search: rows before who reads them, who lets pictures through before who takes them."""
+    run, spec, study = table.run, table.spec, table.study
+    best = [ShowBest(spec, table, board)] if spec.budget.trials > MANY else []
+    kept = [KeepContenders(run, spec, table), KeepExtractors(spec, study, extractors)]
+    return [table, *kept, *best, AttachSheets(run, study), shown]

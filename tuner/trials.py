@@ -14,16 +14,7 @@ from ray import tune
 from ray.autoscaler import sdk as autoscaler
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from tuner.callbacks import (
-    AttachSheets,
-    KeepCheckpoints,
-    KeepContenders,
-    KeepExtractors,
-    KeepTable,
-    SearchCallback,
-    ShowBest,
-    ShowTrials,
-)
+from tuner.callbacks import KeepCheckpoints, KeepTable, ShowTrials, search_callbacks
 from tuner.cluster import alive, dead_processes, slots
 from tuner.extractors import FeatureExtractors
 from tuner.file_server import FileServer
@@ -33,7 +24,7 @@ from tuner.pool import RayPool
 from tuner.run import RunFiles, write_atomic
 from tuner.searcher import FinalistSearcher, StudySearcher, SuccessiveHalving, ToTheEnd
 from tuner.spec import Resources, Spec
-from tuner.study import ENDED, MANY, RETRAIN, SEARCH, UNFINISHED, Study, open_study, read_study
+from tuner.study import ENDED, RETRAIN, SEARCH, UNFINISHED, Study, open_study, read_study
 from tuner.tensorboard import TensorBoard
 from tuner.terminal import stage
 from tuner.trainable import Shared, TrialTrainable
@@ -56,10 +47,7 @@ def search_stage(run: RunFiles, spec: Spec, pool: RayPool, extractors: FeatureEx
         board.start_search()
         table = KeepTable(run, spec, study)
         shown = ShowTrials(spec, table, board, Trackers(run, spec, SEARCH), progress)
-        kept: list[SearchCallback] = [KeepContenders(run, spec, table), KeepExtractors(spec, study, extractors)]
-        kept += [ShowBest(spec, table, board)] if spec.budget.trials > MANY else []
-        callbacks = [table, *kept, AttachSheets(run, study), shown]
-        train(run, spec, study, pool, callbacks, others=extractors.in_work)
+        train(run, spec, study, pool, search_callbacks(table, extractors, board, shown), others=extractors.in_work)
         table.write()
         progress.done(shown.line())
     with stage(run, "extractor") as progress:
