@@ -221,15 +221,10 @@ class Array:
         The weights of those that are not `active` (M,) stay; their averages don't.
         """
         weights, first, second = self.flat
-        gradients = self.gradients.float()
-        count = (step + 1).double().unsqueeze(1)
-        first.lerp_(gradients, 1 - BETAS[0])
-        second.mul_(BETAS[1]).addcmul_(gradients, gradients, value=1 - BETAS[1])
-        # both sides of the fraction times the root's correction: a pass over all weights less
-        correction = (1 - BETAS[1] ** count).sqrt()
-        rate = torch.where(active, learning_rate, 0).double().unsqueeze(1) / (1 - BETAS[0] ** count) * correction
-        root = second.sqrt().add_((EPSILON * correction).float())
-        weights.addcmul_(torch.div(first, root, out=root), rate.float(), value=-1)
+        moved = torch.zeros_like(weights)  # by Adam at a rate of 1: its kernel takes one rate for all
+        count = list(step.float())
+        adam(list(moved), list(self.gradients.float()), list(first), list(second), [], count, lr=1.0, **ADAM)
+        weights.addcmul_(moved, torch.where(active, learning_rate, 0).unsqueeze(1))
 
 
 def running_mse(mean: Tensor, squared_error: Tensor, shape: ImageShape) -> Tensor:
