@@ -58,11 +58,6 @@ def export(workspace: Workspace, show: Callable[[str], None]) -> Summary:
     test = sources.load_test(spec.data, run.images)
     workers = workspace.workers(test)
     scored = {"real": None, "baseline": checkpoints.baseline(), **models}
-    show("scoring on the test split")
-    *measured, final = workers.map(_measure, [*((fitted, False) for fitted in scored.values()), (chosen, True)])
-    measured[-1].scores.update(final)
-    tested = compared(dict(zip(scored, measured, strict=True)))
-    show("writing the files")
     trial = summary.retrain.trial if summary.retrain else summary.best.trial
     (promoted,) = (entry for entry in summary.promotion if entry.trial == trial)
     info = {
@@ -76,7 +71,6 @@ def export(workspace: Workspace, show: Callable[[str], None]) -> Summary:
         "parameters": chosen.parameters.model_dump(),
         "temperature": chosen.temperature,
         "weights": sum(parameter.numel() for parameter in chosen.model.parameters()),
-        "test": tested.exported.model_dump(),
         "lineage": {
             "run": run.name,
             "trial": promoted.trial,
@@ -88,10 +82,20 @@ def export(workspace: Workspace, show: Callable[[str], None]) -> Summary:
             "versions": {name: version(name) for name in VERSIONS} | {"python": platform.python_version()},
         },
     }
-    ((files, latents),) = workers.map(files_of, [(chosen, info, workspace.own)])
-    files["README.md"] = model_card(
-        run.name, spec, sum(summary.trials.values()), json.loads(files["config.json"])
-    ).encode()
+    show("scoring on the test split, and writing the files")
+    (files, latents), final, *measured = workers.map(
+        _work,
+        [
+            (files_of, chosen, info, workspace.own),
+            (neighbourhood, chosen),
+            *((Bench.score, it) for it in scored.values()),
+        ],
+    )
+    measured[-1].scores.update(final)
+    tested = compared(dict(zip(scored, measured, strict=True)))
+    config = json.loads(files["config.json"]) | {"test": tested.exported.model_dump()}
+    files["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
+    files["README.md"] = model_card(run.name, spec, sum(summary.trials.values()), config).encode()
     temporary = run.export.with_name(f".{run.export.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     for name, content in files.items():
@@ -106,8 +110,8 @@ def export(workspace: Workspace, show: Callable[[str], None]) -> Summary:
     return run.update_summary(test=tested)
 
 
-def _measure(bench: Bench, fitted: FittedModel | None, final: bool) -> Any:
-    return neighbourhood(bench, fitted) if final and fitted else bench.score(fitted)
+def _work(bench: Bench, work: Callable[..., Any], *arguments: object) -> Any:
+    return work(bench, *arguments)
 
 
 def files_of(

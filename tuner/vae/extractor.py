@@ -30,6 +30,8 @@ from tuner.vae.shape import ImageShape
 FEATURES = 64
 BATCH = 100
 MOST_STEPS, MOST_EPOCHS = 2_000, 50  # 4 epochs of MNIST: 98 % right
+CONTIGUOUS: dict[str, Any] = {"memory_format": torch.contiguous_format}
+CHANNELS_LAST: dict[str, Any] = {"memory_format": torch.channels_last}
 AT_ONCE = 500 * 28 * 28  # numbers in a batch of images whose features are taken
 
 
@@ -40,10 +42,11 @@ class FeatureExtractor(nn.Module):
     trunk: nn.Module
     shape: ImageShape
     options: dict[str, Any]  # what makes another one of the same layers, beside the shape
+    layout = CONTIGUOUS  # of its weights while it works
 
     def on(self, device: torch.device) -> "FeatureExtractor":
         """A copy there."""
-        return copy.deepcopy(self).to(device)
+        return copy.deepcopy(self).to(device, **self.layout)
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
@@ -63,6 +66,8 @@ class Classifier(FeatureExtractor):
     def __init__(self, shape: ImageShape, classes: int, width: int = 16, deep: bool = False):
         super().__init__()
         self.shape, self.options = shape, {"classes": classes, "width": width, "deep": deep}
+        if deep:
+            self.layout = CHANNELS_LAST  # a CPU pools six times as fast in it
         self.trunk = nn.Sequential(*(_pooling if deep else _striding)(shape, width), nn.ReLU())
         self.classes = nn.Linear(FEATURES, classes)
 
@@ -205,7 +210,7 @@ def _pooling(shape: ImageShape, width: int) -> list[nn.Module]:
     channels = [*channels_of(shape, width), width * min(2 ** (len(shape.maps()) - 1), MOST_CHANNELS)]
     layers: list[nn.Module] = []
     for kernel, (inputs, outputs) in zip([5] + [3] * len(channels), pairwise(channels), strict=False):
-        layers += [nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2), nn.ReLU(), nn.MaxPool2d(2)]
+        layers += [nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2), nn.MaxPool2d(2), nn.ReLU()]
     halved = len(channels) - 1
     flat = channels[-1] * (shape.height >> halved) * (shape.width >> halved)
     return [*layers, nn.Flatten(), nn.Linear(flat, FEATURES)]
@@ -233,14 +238,14 @@ def train_rotations(data: Data, seed: int) -> Rotations:
 def fit(extractor: Trained, train: Split, rate: float = 4e-3) -> Trained:
     """Train and freeze a classifier in place, where the images are; at a quarter of the rate where its units die, and
     all images look alike to it."""
-    extractor.to(train.images.device)
+    extractor.to(train.images.device, **extractor.layout)
     start = copy.deepcopy(extractor.state_dict())
     for slower in range(4):
         extractor.load_state_dict(start)
         _descend(extractor, train, rate / 4**slower)
         if bool(extractor.features(as_floats(train.images[:BATCH])).var(0).any()):
             break
-    return extractor.cpu().eval().requires_grad_(False)
+    return extractor.to(CPU, **CONTIGUOUS).eval().requires_grad_(False)
 
 
 def _descend(extractor: Classifier, train: Split, rate: float) -> None:

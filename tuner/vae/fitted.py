@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tuner.vae.data import Split, as_floats, binarize
-from tuner.vae.extractor import FeatureExtractor
+from tuner.vae.extractor import CHANNELS_LAST, FeatureExtractor
 from tuner.vae.losses import Diverged
 from tuner.vae.model import Builder, Model, OwnModel, features
 from tuner.vae.moment_matching import match
@@ -27,7 +27,6 @@ from tuner.vae.shape import ImageShape
 BATCH = 100  # a decoder's activations at this size stay in the cache
 GREY = 0.1  # pixels above this and below 1 minus it
 TEMPERATURE_IMAGES = 1_000
-LAYOUT: dict[str, Any] = {"memory_format": torch.channels_last}
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ class Fitter:
         self.images = as_floats(train.images[shuffled(len(train), seed)[:count]])
         self.seed, self.device = seed, self.images.device
         self.matching_count = max(20, min(samples // 5, len(train) // 10))
-        self.guide = guide.on(self.device).to(**LAYOUT) if guide else None
+        self.guide = guide.on(self.device) if guide else None
 
     @cached_property
     def training_grey(self) -> float:
@@ -133,7 +132,7 @@ class Fitter:
 
         Raises Diverged where codes or temperature are not finite or all codes the same.
         """
-        there = copy.deepcopy(model.eval()).to(self.device).to(**LAYOUT)
+        there = copy.deepcopy(model.eval()).to(self.device).to(**CHANNELS_LAST)
         prior = self._prior(there, parameters)
         temperature = self._temperature(there, parameters, prior)
         if parameters.prior == "matched_mixture":
