@@ -61,6 +61,8 @@ FLAGS = (
 AGAIN = 1 / 3  # how often the attempt after a kill is disturbed as well
 HANG_SECONDS = 420  # an attempt that takes longer hangs
 LEFT_SECONDS = 20  # what the other processes of a command may take to go after it
+AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+AGENT_SECONDS = 75  # where driver and raylet were killed, these tell the head so for a minute, though that is gone too
 POLL_SECONDS = 0.02
 
 
@@ -107,7 +109,7 @@ class Attempt:
                 kinds.setdefault("driver", {})[pid] = "driver"
             elif name in ("raylet", "gcs_server"):
                 kinds.setdefault(name, {})[pid] = name
-            elif title.startswith("ray::") and not title.startswith(("ray::DashboardAgent", "ray::RuntimeEnvAgent")):
+            elif title.startswith("ray::") and not title.startswith(AGENTS):
                 kinds.setdefault("worker", {})[pid] = title.split(".")[0]
         busy = {pid: title for pid, title in kinds.get("worker", {}).items() if title != "ray::IDLE"}
         return kinds | ({"worker": busy} if busy else {})
@@ -119,14 +121,15 @@ class Attempt:
         except subprocess.TimeoutExpired:
             raise TimeoutError(f"hangs: {self.seconds:.0f} s, alive are {self.processes()}") from None
 
-    def gone(self) -> bool:
-        """Wait for all other processes of the command to go."""
-        deadline = time.monotonic() + LEFT_SECONDS
-        while self.processes():
-            if time.monotonic() > deadline:
-                return False
+    def left(self) -> dict[int, str]:
+        """Wait for all other processes of the command to go -> what stayed for too long, by pid."""
+        begun = time.monotonic()
+        while alive := self.processes():
+            agents = all(title.startswith(AGENTS) for title in alive.values())
+            if time.monotonic() > begun + (AGENT_SECONDS if agents else LEFT_SECONDS):
+                return alive
             time.sleep(0.1)
-        return True
+        return {}
 
     def clear(self) -> None:
         """Kill what is left of the command."""
@@ -215,8 +218,8 @@ class Chaos:
                 time.sleep(POLL_SECONDS)
             self.durations[stage] = attempt.seconds - begun
             faults = [*ended(attempt, attempt.wait(), None), *accounting(run), *tally(run, Snapshot([], {}))]
-            if not attempt.gone():
-                faults.append(f"left behind {LEFT_SECONDS} s later: {attempt.processes()}")
+            if left := attempt.left():
+                faults.append(f"left behind: {left}")
         finally:
             attempt.clear()
         if faults or self.durations.keys() != set(STAGES):
@@ -300,8 +303,8 @@ class Chaos:
         if _files(run) != files:
             this.faults.append("the command once more changed a finished run")
         for attempt in attempts:
-            if not attempt.gone():
-                this.faults.append(f"left behind {LEFT_SECONDS} s later: {attempt.processes()}")
+            if left := attempt.left():
+                this.faults.append(f"left behind: {left}")
 
     def _in_turn(self) -> tuple[str, str]:
         """Each stage with each kind of process once in random order, and again."""
