@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,15 @@ from tuner.vae.process import settle
 from tuner.workspace import Workspace, open_workspace
 
 ROOT = Path(__file__).parents[1]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file that needs the finished run first, the others after those that don't: no worker waits for it. Of these the
+    ones with most slow tests first: no worker is left alone with them at the end."""
+    waiting = {item.path for item in items if "finished_run" in getattr(item, "fixturenames", ())}
+    slow = Counter(item.path for item in items if {"slow", "long"} & {mark.name for mark in item.iter_markers()})
+    first = next((item.path for item in items if item.path in waiting), None)
+    items.sort(key=lambda item: (item.path != first, item.path in waiting, -slow[item.path]))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -140,7 +140,7 @@ send()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["TMPDIR", "RAY_TMPDIR"])
+@pytest.mark.parametrize("name", [pytest.param("TMPDIR", marks=pytest.mark.long), "RAY_TMPDIR"])
 def test_a_temporary_folder_with_too_long_a_path_for_sockets_is_replaced_and_that_is_said(
     tmp_path, monkeypatch, capsys, name
 ):
@@ -214,7 +214,7 @@ with cluster(None, 2, Resources()):
     assert body.communicate(timeout=120)[0] == "7\n"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @in_namespaces
 def test_it_opens_in_half_a_core_for_a_user_without_name_and_home_and_under_uv_run(tmp_path):
     """As containers have it. Under `uv run`, Ray would start each worker by `uv run` in a copy of the folder."""
@@ -235,7 +235,7 @@ with cluster(None, None, Resources()):
     assert done.stdout == "12345 1 12345\n", done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_where_no_worker_comes_up_that_is_said(capsys):
     with cluster(None, 1, Resources()):
         ray.get(ray.remote(lambda: None).remote())
@@ -250,7 +250,7 @@ def test_where_no_worker_comes_up_that_is_said(capsys):
         assert capsys.readouterr().err == f"warning: {said}\n"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_so_is_why_where_ray_knows(tmp_path):
     """Ray's own way with `uv run`, on a machine without uv."""
     code = """
@@ -274,8 +274,8 @@ with worker_awaited(Resources(), seconds=8):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
-    [{}, {"RAY_ADDRESS": "auto"}, {"http_proxy": NOWHERE, "https_proxy": NOWHERE, "all_proxy": NOWHERE}],
-    ids=["--address", "RAY_ADDRESS=auto", "past a proxy, as Ray does"],
+    [{}, {"RAY_ADDRESS": "auto", "http_proxy": NOWHERE, "https_proxy": NOWHERE, "all_proxy": NOWHERE}],
+    ids=["--address", "RAY_ADDRESS=auto, past a proxy as Ray does"],
 )
 def test_it_is_joined_as_it_is_and_goes_on_without_us(other_cluster, more):
     address, environment = other_cluster

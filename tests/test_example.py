@@ -65,7 +65,7 @@ def in_the_midst_of_the_retrain(run: RunFiles) -> bool:
     return study is not None and any(evaluations(trial) for trial in study.known())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_example_is_searched_killed_in_the_retrain_gone_on_with_exported_and_used_by_onnxruntime_alone(
     begin_run, small_flags, monkeypatch, tmp_path
 ):

@@ -60,7 +60,7 @@ SMALL = [
     "--no-retrain",
 ]
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 def free_port(address: str) -> int:

@@ -178,7 +178,13 @@ def runner(command: str) -> tuple[Callable[[list[str], RunFiles], None], list[st
     pytest.fail(f"nothing here runs: {command}")
 
 
-@pytest.mark.parametrize("command", commands())
+def opens_a_cluster(command: str) -> bool:
+    return command.startswith(("python -m tuner.retrain", "python -m tuner.export"))
+
+
+@pytest.mark.parametrize(
+    "command", [pytest.param(line, marks=[pytest.mark.slow] * opens_a_cluster(line)) for line in commands()]
+)
 def test_a_command_does_its_work(command, place, finished_run):
     run, words = runner(command)
     run(words, finished_run)
@@ -198,11 +204,11 @@ def test_a_block_of_a_language_that_nobody_reads_is_found():
 
 
 @pytest.mark.slow
-def test_the_own_spec_is_searched(place):
+def test_the_own_spec_is_searched(begin_run, place):
     command = next(line for line in commands() if line.startswith("python -m tuner.search my_spec.yaml"))
     words = shlex.split(command)[3:]
+    run = begin_run(Path(tuner.search.parse(words).run), *words, *TINY)
     assert tuner.search.main([*words, *TINY]) == 0
-    run = RunFiles(Path(tuner.search.parse(words).run))
     searched = load(run.spec)
     assert searched.points_to_evaluate == load(Path("my_spec.yaml")).points_to_evaluate
     assert run.summary().trials["complete"] == 2
@@ -225,7 +231,7 @@ def write_mnist(folder: Path) -> None:
             (folder / name).write_bytes(head.tobytes() + values.astype(np.uint8).tobytes())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_mnist_is_searched_from_a_folder(place):
     command = next(line for line in commands() if "mnist --data-dir" in line)
     words = shlex.split(command)[3:]

@@ -246,6 +246,7 @@ def pool(ray_cluster: str, workspace: Workspace) -> RayPool:
     return RayPool(workspace.spec, workspace.data)
 
 
+@pytest.mark.slow
 def test_a_finalist_that_diverges_is_out_of_it_and_the_start_remains(run_copy, workspace, pool):
     run = without_retrain(run_copy)
     finalists = [entry.trial for entry in run.summary().promotion[:2]]
@@ -275,7 +276,9 @@ def test_a_checkpoint_of_a_finalist_that_has_ended_is_missed_by_its_name(run_cop
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("start", ["the promotion", "a damaged checkpoint", "its end"])
+@pytest.mark.parametrize(
+    "start", [pytest.param("the promotion", marks=pytest.mark.long), "a damaged checkpoint", "its end"]
+)
 def test_from_wherever_it_begins_it_ends_bit_for_bit_with_the_same_numbers(
     run_copy, finished_run, workspace, pool, start
 ):

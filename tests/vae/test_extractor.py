@@ -151,6 +151,7 @@ def test_rotations_are_told_by_the_turns_that_keep_the_shape(shape, turns):
         assert torch.equal(image, as_floats(images[number]).rot90(list(turns)[label], (1, 2)))
 
 
+@pytest.mark.slow
 def test_rotations_of_digits_are_learned_without_their_labels(digits):
     data = Data(Split(digits.train.images), Split(digits.validation.images))
     extractor = train_rotations(data, seed=0)

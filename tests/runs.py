@@ -1,0 +1,26 @@
+"""What tests of whole runs read of them, and the command as a process of its own."""
+
+import csv
+import sys
+from pathlib import Path
+
+from optuna.trial import FrozenTrial
+
+from tuner.run import RunFiles
+from tuner.study import SEARCH, read_study
+
+
+def rows_of(run: RunFiles) -> list[dict[str, str]]:
+    """The rows of trials.csv as text."""
+    with run.trials.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def trials_of(run: RunFiles, name: str = SEARCH) -> list[FrozenTrial]:
+    study = read_study(run.journal, name)
+    assert study
+    return study.known()
+
+
+def command(path: Path, *flags: str) -> list[str]:
+    return [sys.executable, "-m", "tuner.search", "--run", str(path), *flags]
