@@ -96,6 +96,7 @@ def test_it_is_one_node_on_loopback_with_a_place_for_each_trial_that_is_to_run_a
     assert not ray.is_initialized()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "value", "printed"),
     [
@@ -120,6 +121,7 @@ except CutOff as error:
     assert (done.stdout, done.stderr) == (f"{printed}\n", "")
 
 
+@pytest.mark.slow
 def test_signals_do_what_they_did_before_while_it_is_open_and_afterwards():
     """Ray's C++ has handlers of its own, of which Python knows nothing: so they are sent."""
     code = """

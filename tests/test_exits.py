@@ -219,6 +219,7 @@ def test_a_fatal_method_passes_arguments_and_values_and_wraps_only_exceptions():
 # A whole command
 
 
+@pytest.mark.slow
 def test_a_search_in_which_every_trial_failed_ends_with_status_1_and_the_commonest_reason(run_copy, capsys):
     spec, extractors = load(run_copy.spec), run_copy.summary().extractors
     for path in (run_copy.summary_file, run_copy.journal, run_copy.trials, run_copy.report):

@@ -114,6 +114,7 @@ def test_so_with_what_is_begun_beside_the_trials(workers, tmp_path):
     assert (tmp_path / "3").exists()
 
 
+@pytest.mark.slow
 def test_it_begins_beside_whatever_fills_the_cluster(workers, tmp_path):
     """Four wait on four cores for what needs a fifth."""
     pending = workers.begin(opens, (tmp_path / "open",))
