@@ -15,7 +15,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --root-user-action=ignore --constraint constraints.txt
 
-.PHONY: install search test test-3.12 test-3.13 test-3.14 check docs long chaos lint types contracts constraints wheel clean bench-step bench-search bench-fused
+.PHONY: install search test test-3.12 test-3.13 test-3.14 check all-but-long docs long chaos lint types contracts constraints wheel clean bench-step bench-search bench-fused
 
 install: $(VENV)/installed
 
@@ -44,7 +44,10 @@ test: install
 test-3.12 test-3.13 test-3.14: test-%:
 	$(MAKE) test VENV=.venv-$* PYTHON=python$*
 
-check: lint types contracts
+check: install
+	$(MAKE) --jobs=2 lint types contracts all-but-long
+
+all-but-long: install
 	$(BIN)/python -m pytest -m "not long"
 
 docs: install

@@ -145,8 +145,8 @@ def test_a_url_is_for_the_command_line(tmp_path):
 def test_arrays_are_tuned_from_python_and_the_same_call_finds_them_done(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     small, labels = load_digits(return_X_y=True)
-    images = np.kron(small[:600].reshape(-1, 8, 8) / 16, np.ones((1, 2, 2))).clip(0, 1)
-    wanted = {"spec": SPEC, "data": (images, labels[:600]), "trials": 2, "max_epochs": 1, "budget.grace_epochs": 1}
+    images = np.kron(small[:1_000].reshape(-1, 8, 8) / 16, np.ones((1, 2, 2))).clip(0, 1)
+    wanted = {"spec": SPEC, "data": (images, labels[:1_000]), "trials": 2, "max_epochs": 1, "budget.grace_epochs": 1}
     result = tuner.tune(**wanted, no_retrain=True)
     assert result.path.parent == Path("runs")
     assert result.spec.data.name == "arrays"

@@ -146,7 +146,7 @@ def compare(run: RunFiles, other: RunFiles) -> None:
         assert (run.export / name).read_bytes() == (other.export / name).read_bytes(), name
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_finished_run_grows_by_more_trials_and_another_retrain_whatever_befell_its_journal_and_table(
     finished_run, run_copy, small_flags, tmp_path
 ):

@@ -203,7 +203,7 @@ def test_a_block_of_a_language_that_nobody_reads_is_found():
 # Searches
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_own_spec_is_searched(begin_run, place):
     command = next(line for line in commands() if line.startswith("python -m tuner.search my_spec.yaml"))
     words = shlex.split(command)[3:]

@@ -249,12 +249,12 @@ def test_the_training_loss_as_objective_is_searched_and_promotion_looks_at_sampl
     assert list(summary.test.models) == ["baseline", "best", "refitted", "retrained"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_photos_without_labels_go_through_all_stages(tmp_path):
     """In colour, each a blot of some colour; nothing of them is known but what they show."""
     draws = np.random.default_rng(0)
     rows, columns = np.mgrid[:16, :16]
-    for number in range(500):
+    for number in range(1_000):
         centre, colour = draws.uniform(4, 12, 2), draws.uniform(0, 255, 3)
         blot = np.exp(-((rows - centre[0]) ** 2 + (columns - centre[1]) ** 2) / 9)
         image = Image.fromarray((blot[..., None] * colour).astype(np.uint8))

@@ -166,7 +166,7 @@ def test_a_real_gpu_comes_close_to_the_cpus_numbers(what):  # the first: beside 
     assert NUMBERS[what](device_of(["0"])) == pytest.approx(NUMBERS[what](CPU), rel=TOLERANCE)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("what", NUMBERS)
 def test_a_gpu_that_rounds_otherwise_comes_close_to_the_cpus_numbers(what):
     expected = NUMBERS[what](CPU)
