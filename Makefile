@@ -1,9 +1,9 @@
 # make search: install into .venv and run the main job on the embedded digits.
 # make test:   install into .venv and run the quick tests, among them one run through all stages; under four minutes.
 # make test-3.12, test-3.13, test-3.14: the same under another Python, in an environment of its own.
-# make check:  the whole gate, exactly as CI runs it: lint, types, import contracts and all tests but the long; ten minutes.
+# make check:  the whole gate, exactly as CI runs it: lint, types, import contracts and all tests but the long.
 # make docs:   docs/spec.md and the schema, anew from the code.
-# make long:   the tests that take the gate beyond ten minutes.
+# make long:   whole runs that would make the gate half as long again; before a release.
 # make bench-step, bench-search, bench-fused: the training step, the search and fused trials against plain references;
 #              QUICK=1 for the short form, DATA=DIR for the MNIST that lies there.
 # make chaos:  30 small runs, each killed at random moments and taken up again; about 40 minutes.

@@ -343,6 +343,7 @@ def test_local_is_rays_word_for_a_cluster_of_our_own(monkeypatch):
     assert address_of(None) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flag", [True, False], ids=["--address, nobody listens", "RAY_ADDRESS, who listens is silent"])
 def test_where_no_cluster_answers_the_command_ends_in_one_line_before_anything_is_made(
     tmp_path, monkeypatch, capsys, flag

@@ -56,6 +56,7 @@ def test_at_most_five_are_scored_again_and_the_best_rank_wins(summary, searched)
     assert summary.validation.best.frechet_distance == pytest.approx(entries[0].again["search"], rel=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state", ["", "unfinished"], ids=["ended", "cut off by a limit"])
 def test_in_this_process_the_promotion_comes_out_as_on_the_cluster(workspace, run_copy, summary, searched, state):
     searched = [row | ({"state": state} if state and row["trial"] == summary.best.trial else {}) for row in searched]

@@ -47,6 +47,7 @@ def opened_at(browser: Browser, path: Path, width: int) -> tuple[Page, list[str]
     return page, troubles
 
 
+@pytest.mark.slow
 @needs_browser
 @pytest.mark.parametrize("width", [390, 1440])
 def test_the_page_opens_without_network_or_errors_and_fits_the_window(browser, finished_run, width):

@@ -234,6 +234,7 @@ def test_features_are_the_cpus(kind):
     _assert_same(*_both(features))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("prior", "kind"),
     [
