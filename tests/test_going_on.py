@@ -60,8 +60,9 @@ def test_a_run_that_is_cut_off_ends_with_the_numbers_of_one_that_was_left_alone(
 @pytest.mark.long
 def test_so_does_one_that_is_killed_or_stopped_in_each_of_the_other_stages(finished_run, small_flags, tmp_path):
     run = RunFiles(tmp_path / "run")
-    killed = dict.fromkeys(("extractor", "promote", "export"), signal.SIGKILL)
-    go_on_to_the_end(run, small_flags, killed | {"search": signal.SIGINT, "priors": signal.SIGTERM})
+    signals = dict.fromkeys(("extractor", "search", "promote", "priors", "export"), signal.SIGKILL)
+    signals |= {"search": signal.SIGINT, "priors": signal.SIGTERM}
+    go_on_to_the_end(run, small_flags, signals)
     compare(run, finished_run)
 
 
