@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import ray
 from plain_pool import PlainWorkers
+from runs import command
 
 from tuner.cluster import cluster
 from tuner.job import load_spec
@@ -79,8 +80,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, small_flags: list[str
     with (folder / "finished.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not run.report.exists():
-            command = [sys.executable, "-m", "tuner.search", "--run", str(run.path), *small_flags]
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+            done = subprocess.run(command(run.path, *small_flags), cwd=ROOT, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
             (folder / "finished" / "stderr.txt").write_text(done.stderr)
     return run

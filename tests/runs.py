@@ -7,7 +7,7 @@ from pathlib import Path
 from optuna.trial import FrozenTrial
 
 from tuner.run import RunFiles
-from tuner.study import SEARCH, read_study
+from tuner.study import RETRAIN, SEARCH, evaluations, read_study
 
 
 def rows_of(run: RunFiles) -> list[dict[str, str]]:
@@ -20,6 +20,12 @@ def trials_of(run: RunFiles, name: str = SEARCH) -> list[FrozenTrial]:
     study = read_study(run.journal, name)
     assert study
     return study.known()
+
+
+def in_the_midst_of_the_retrain(run: RunFiles) -> bool:
+    """Whether a finalist has been evaluated."""
+    study = read_study(run.journal, RETRAIN)
+    return study is not None and any(evaluations(trial) for trial in study.known())
 
 
 def command(path: Path, *flags: str) -> list[str]:

@@ -15,11 +15,11 @@ import pytest
 import torch
 from own_models import COLOUR, DIGITS, left_out, spec_of, written
 from processes import processes_of
+from runs import in_the_midst_of_the_retrain
 
 from tuner import spec as specs
 from tuner.own_model import check, load
-from tuner.run import RunFiles
-from tuner.study import BASELINE, RETRAIN, evaluations, read_study
+from tuner.study import BASELINE
 from tuner.terminal import final_words
 from tuner.vae import codec
 from tuner.vae.shape import ImageShape
@@ -57,12 +57,6 @@ drawn = prior.run(None, {"noise": noise, "uniform": np.random.default_rng(1).ran
 np.savez("result.npz", latents=latents, decoded=decoded, samples=decoder.run(None, {"latents": drawn})[0])
 assert not {"tuner", "torch", "examples"} & set(sys.modules)
 """
-
-
-def in_the_midst_of_the_retrain(run: RunFiles) -> bool:
-    """Whether a finalist has been evaluated."""
-    study = read_study(run.journal, RETRAIN)
-    return study is not None and any(evaluations(trial) for trial in study.known())
 
 
 @pytest.mark.long

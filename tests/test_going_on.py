@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 from optuna.trial import FrozenTrial
 from processes import processes_of
-from runs import command, rows_of, trials_of
+from runs import command, in_the_midst_of_the_retrain, rows_of, trials_of
 
 from tuner.run import RunFiles
 from tuner.search import main
-from tuner.study import RETRAIN, evaluations, read_study
+from tuner.study import RETRAIN, evaluations
 from tuner.vae.metrics import METRICS
 
 
@@ -41,8 +41,7 @@ def in_the_midst(run: RunFiles, stage: str) -> bool:
     if stage == "search":
         return run.trials.exists() and any(trial.state.is_finished() for trial in trials_of(run))
     if stage == "retrain":
-        study = read_study(run.journal, RETRAIN)
-        return study is not None and any(evaluations(trial) for trial in study.known())
+        return in_the_midst_of_the_retrain(run)
     if stage == "priors":
         return run.refitted.exists()
     return any(run.path.glob("*export*/*")) if stage == "export" else True

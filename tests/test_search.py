@@ -1,11 +1,9 @@
 """The main job: what a finished run on the real digits holds, and runs of other data, models and objectives."""
 
-import csv
 import io
 import json
 import math
 import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -133,8 +131,7 @@ def test_trials_csv_says_what_the_journal_says(finished_run, workspace):
 
 
 def test_that_of_the_retrain_says_how_it_ended(finished_run):
-    with (finished_run.retrain / "trials.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = rows_of(finished_run.of_retrain())
     finalists = trials_of(finished_run, RETRAIN)
     assert [(row["state"], row["epochs_trained"]) for row in rows] == [("complete", "4.0")] * len(finalists)
     for row, trial in zip(rows, finalists, strict=True):
@@ -269,8 +266,8 @@ def test_photos_without_labels_go_through_all_stages(tmp_path):
     }
     (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec | {"fixed": spec["fixed"] | {"prior": "gaussian_mixture"}}))
     run = RunFiles(tmp_path / "run")
-    command = [sys.executable, "-m", "tuner.search", tmp_path / "spec.yaml", "--run", run.path]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    searched = command(run.path, str(tmp_path / "spec.yaml"))
+    done = subprocess.run(searched, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     summary = run.summary()
     kinds = {name: info.kind for name, info in summary.extractors.items()}
