@@ -111,6 +111,7 @@ def export(workspace: Workspace, show: Callable[[str], None]) -> Summary:
 
 
 def _work(bench: Bench, work: Callable[..., Any], *arguments: object) -> Any:
+    """Different work side by side, where a pool's map is given one kind."""
     return work(bench, *arguments)
 
 

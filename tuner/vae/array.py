@@ -222,7 +222,7 @@ class Array:
         """
         weights, first, second = self.flat
         moved = torch.zeros_like(weights)  # by Adam at a rate of 1: its kernel takes one rate for all
-        count = list(step.float())
+        count = list(step.to(torch.float32, copy=True))  # Adam moves them on
         adam(list(moved), list(self.gradients.float()), list(first), list(second), [], count, lr=1.0, **ADAM)
         weights.addcmul_(moved, torch.where(active, learning_rate, 0).unsqueeze(1))
 
