@@ -234,14 +234,14 @@ def test_the_first_extractor_tells_the_floor_once_and_the_second_begins_with_the
     kept.on_trial_start(**told(5))
     assert list(extractors.begun) == ["second"]
     kept.on_step_end()
-    assert (list(extractors.begun), extractors.in_work()) == (["second"], 1)
+    assert (list(extractors.begun), extractors.awaited()) == (["second"], 0)
 
 
 def test_before_there_is_an_extractor_there_is_no_floor(run, study, bench):
     extractors = FeatureExtractors(run, SPEC, bench.data, Busy(bench))
     KeepExtractors(SPEC, study, extractors)
     assert math.isnan(study.floor)
-    assert extractors.in_work() == 1
+    assert extractors.awaited() == 1
 
 
 def test_a_trial_whose_worker_was_lost_is_shown_as_running_until_it_ends(run, study, tmp_path):

@@ -59,9 +59,9 @@ class FeatureExtractors:
             program = read_program(self.spec) if self.spec.features and name == "search" else None
             self.begun[name] = self.workers.begin(make, (name, program))
 
-    def in_work(self) -> int:
-        """How many are: while the first is, a trial more would only make both its score and the others' wait."""
-        return sum(not pending.ready() for pending in self.begun.values())
+    def awaited(self) -> int:
+        """1 while the search's is in work, else 0: a trial more would only make all scores wait for it longer."""
+        return int("search" in self.begun and not self.begun["search"].ready())
 
     def keep_done(self) -> list[str]:
         """Write to the run what has been made since -> its names."""

@@ -47,7 +47,7 @@ def search_stage(run: RunFiles, spec: Spec, pool: RayPool, extractors: FeatureEx
         board.start_search()
         table = KeepTable(run, spec, study)
         shown = ShowTrials(spec, table, board, Trackers(run, spec, SEARCH), progress)
-        train(run, spec, study, pool, search_callbacks(table, extractors, board, shown), others=extractors.in_work)
+        train(run, spec, study, pool, search_callbacks(table, extractors, board, shown), others=extractors.awaited)
         table.write()
         progress.done(shown.line())
     with stage(run, "extractor") as progress:
