@@ -107,14 +107,14 @@ def ended(*kept: float, at: float) -> Checkpoint:
     ("kept", "at", "epochs"),
     [
         ([30, 50, 20], 50, [50, 30, 20]),
-        ([50, 30, 20], 50, [50, 30, 20]),
+        ([50, 30, 20], 50, [50]),
         ([30, 20, 40], 50, [50, 30, 20]),  # of three that are not the last, the two best
         ([50], 50, [50]),
         ([10, 5], 15, [10, 5]),  # it diverged on the way
         ([], 0, []),  # at once
     ],
 )
-def test_a_finalist_stands_as_its_last_epoch_and_its_two_best_others(kept, at, epochs):
+def test_a_finalist_stands_as_its_last_epoch_and_unless_that_was_best_its_two_best_others(kept, at, epochs):
     end = ended(*kept, at=at)
     found = contenders(end, 50)
     assert [fitted.epoch for fitted in found] == epochs

@@ -112,7 +112,7 @@ class Fitter:
     """Fits what is fitted after training, on the codes of `count` training images.
 
     Randomness depends on `seed` alone. Matched mixtures are fitted by the model's own encoder and by a `guide`, an
-    extractor that must not be the one that scores them; each of their steps draws a fifth of the `samples` of a score,
+    extractor that must not be the one that scores them; each of their steps draws a tenth of the `samples` of a score,
     or a tenth as many as there are training images: more come no closer, and laid out with channels last a CPU takes a
     fifth less time over them. Works where the training images are; gives what is on the CPU.
     """
@@ -120,7 +120,7 @@ class Fitter:
     def __init__(self, train: Split, *, seed: int, count: int, samples: int, guide: FeatureExtractor | None = None):
         self.images = as_floats(train.images[shuffled(len(train), seed)[:count]])
         self.seed, self.device = seed, self.images.device
-        self.matching_count = max(20, min(samples // 5, len(train) // 10))
+        self.matching_count = max(20, min(samples, len(train)) // 10)
         self.guide = guide.on(self.device) if guide else None
 
     @cached_property
