@@ -211,10 +211,11 @@ def test_an_autoencoder_has_no_rate(metric):
         (0.5, 2, 3, (0.5, 1, 2, 3)),
         (1, 3, 10, (1, 3, 9, 10)),
         (3, 3, 9, (1, 3, 9)),
-        (6, 3, 18, (2, 6, 18)),
+        (3, 5, 9, (1, 3, 9)),
+        (6, 3, 18, (1, 6, 18)),
         (2, 3, 2, (2,)),
         (0.1, 10, 0.9, (0.1, 0.9)),
-        (2, 1.5, 5, (4 / 3, 2, 3, 4.5, 5)),
+        (2, 1.5, 5, (2, 3, 4.5, 5)),
     ],
 )
 def test_rungs_are_a_first_look_grace_times_powers_of_the_factor_and_the_end(grace, factor, most, rungs):

@@ -59,6 +59,7 @@ class Objective(Frozen):
         return value if self.direction == "minimize" else -value
 
 
+FIRST_LOOK = 3  # epochs of grace from which on a trial is scored before them
 DRAWN_BEST = Objective.model_validate("frechet_distance")
 
 
@@ -87,10 +88,10 @@ class Budget(Frozen):
     def rungs(self) -> tuple[float, ...]:
         """Epochs at which a trial is scored: grace * factor^k below max_epochs (by 5 % at least), then max_epochs.
 
-        And at grace / factor, where that is an epoch or more: a first look, at which nobody is stopped.
+        And after the first epoch, where grace is three or more: a first look, at which nobody is stopped.
         """
-        power = -1 if self.grace_epochs >= self.reduction_factor else 0
-        rungs = []
+        power = 0
+        rungs = [1.0] if self.grace_epochs >= FIRST_LOOK else []
         while (epoch := self.grace_epochs * self.reduction_factor**power) < 0.95 * self.max_epochs:
             rungs.append(epoch)
             power += 1
