@@ -74,6 +74,7 @@ class Attempt:
         self.log = run.path.with_name(f"{run.path.name}-{name}.log")
         key, value = self.mark.split("=")
         environment = {name: text for name, text in os.environ.items() if name != "RAY_ADDRESS"} | {key: value}
+        environment["XDG_CACHE_HOME"] = f"{run.path}-cache"  # what a run is to make anew
         with self.log.open("wb") as log:
             self.driver = subprocess.Popen(
                 [sys.executable, "-m", "tuner.search", "--run", str(run.path), *FLAGS],

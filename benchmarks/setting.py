@@ -178,13 +178,18 @@ def tutorial_loss(model: Model, images: Tensor, kl_weight: float = 1.0) -> Tenso
 
 
 def watch(command: list[str], folder: Path, kept: Path, seconds: float) -> list[tuple[float, Path]]:
-    """Run a command for `seconds`; copy each checkpoint that appears in `folder` -> (its time, its copy)."""
+    """Run a command for `seconds`, with nothing cached; copy each checkpoint that appears in `folder` -> (its time, its
+    copy)."""
     kept.mkdir(parents=True)
     found: list[tuple[float, Path]] = []
     seen: set[tuple[str, int]] = set()
     started = time.monotonic()
     process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=(kept / "stderr.txt").open("w"), start_new_session=True
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=(kept / "stderr.txt").open("w"),
+        start_new_session=True,
+        env=os.environ | {"XDG_CACHE_HOME": str(kept / "cache")},
     )
     while time.monotonic() - started < seconds and process.poll() is None:
         for file in sorted(folder.glob("*.pt")):

@@ -72,8 +72,8 @@ Besides these ranges:
 - `loss` is refused as the objective while `kl_weight`, `likelihood`, `model` or `kl_warmup_epochs` is searched.
 - `nll` needs `fixed.likelihood: bernoulli`. `model: autoencoder` has no `calibrated_nll`, `rate` and `nll`.
 - A trial is scored at its rungs: `grace_epochs`, then each time `reduction_factor` times as many epochs while that is
-  below 95 % of `max_epochs`, then `max_epochs`; and where `grace_epochs` is 3 or more after the first epoch, a first look
-  at which nobody is stopped.
+  below 95 % of `max_epochs`, then `max_epochs`; and where `grace_epochs` is 3 or more after the first epoch, a first
+  look at which nobody is stopped.
 - A run goes on with another `data.directory`, `data.file`, `data.download`, `features` that is the same program,
   `budget.time_limit`, `budget.plateau`, `resources`, `execution` or `loggers` than it began with. It grows by a larger
   `budget.trials` and by another `retrain`. What would change finished trials is refused.

@@ -40,16 +40,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: (item.path != first, item.path in waiting, -slow[item.path]))
 
 
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all of pytest-xdist's workers, each of which has a folder of its own in it."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
 @pytest.fixture(scope="session", autouse=True)
-def _settled() -> None:
-    """Settled as each trial is, so that scores are equal to the last bit; and clusters of our own alone.
+def _settled(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Settled as each trial is, so that scores are equal to the last bit; clusters of our own alone, and a cache.
 
     Ctrl-C means what it means in a terminal: a shell that starts a command in the background has it ignored, and the
     commands that the tests start would inherit that.
     """
     settle()
     os.environ.pop("RAY_ADDRESS", None)
+    os.environ["XDG_CACHE_HOME"] = str(shared_folder(tmp_path_factory) / "cache")
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of its own, for what is to make its extractors."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "vae-tuner"
 
 
 @pytest.fixture(scope="session")
@@ -73,9 +87,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, small_flags: list[str
     The first of pytest-xdist's workers to ask makes it, the others wait for it. It is made in a process of its own:
     whoever asks may have a cluster open.
     """
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent  # each worker has a folder of its own in it
+    folder = shared_folder(tmp_path_factory)
     run = RunFiles(folder / "finished" / "run")
     with (folder / "finished.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

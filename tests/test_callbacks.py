@@ -217,7 +217,7 @@ class Busy(PlainWorkers):
 
 
 def test_the_first_extractor_tells_the_floor_once_and_the_second_begins_with_the_last_quarter(
-    run, study, bench, lend_extractors
+    run, study, bench, lend_extractors, empty_cache
 ):
     lend_extractors(run)
     run.extractor("second").unlink()
@@ -237,7 +237,7 @@ def test_the_first_extractor_tells_the_floor_once_and_the_second_begins_with_the
     assert (list(extractors.begun), extractors.awaited()) == (["second"], 0)
 
 
-def test_before_there_is_an_extractor_there_is_no_floor(run, study, bench):
+def test_before_there_is_an_extractor_there_is_no_floor(run, study, bench, empty_cache):
     extractors = FeatureExtractors(run, SPEC, bench.data, Busy(bench))
     KeepExtractors(SPEC, study, extractors)
     assert math.isnan(study.floor)

@@ -1,22 +1,26 @@
 """FeatureExtractors: made by the workers, kept by the run."""
 
+import os
 import time
 
 import pytest
 import torch
 from plain_pool import PlainWorkers
 
+from tuner.extractor_cache import MOST, ExtractorCache
 from tuner.extractors import FeatureExtractors, load_extractors
 from tuner.pool import RayPool
 from tuner.run import RunFiles
 from tuner.scoring import Bench, search_scorer
 from tuner.spec import Spec
-from tuner.summary import EXTRACTORS
+from tuner.summary import EXTRACTORS, ExtractorInfo
 from tuner.vae.data import Data, Split
 from tuner.vae.extractor import train_classifier
 from tuner.vae.seeds import Stream, derive_seed
 
 SPEC = Spec.model_validate({"space": {"latent_dim": {"choices": [4, 8]}}, "seed": 3})
+
+pytestmark = pytest.mark.usefixtures("empty_cache")
 
 
 @pytest.mark.slow
@@ -25,11 +29,11 @@ def test_an_extractor_trained_on_the_cluster_is_the_one_that_its_seed_gives_here
 ):
     run, workers = RunFiles(tmp_path), RayPool(SPEC, workspace.data)(Bench(SPEC, workspace.data, {}))
     extractors = FeatureExtractors(run, SPEC, workspace.data, workers)
-    assert extractors.in_work() == 1
+    assert extractors.awaited() == 1
     while not extractors.kept:
         extractors.keep_done()
         time.sleep(0.05)
-    assert extractors.in_work() == 0
+    assert extractors.awaited() == 0
     here = train_classifier(workspace.data, derive_seed(SPEC.seed, Stream.EXTRACTOR, 0))
     weights = here.state_dict()
     for kept in (extractors.kept["search"], load_extractors(run)["search"]):
@@ -37,7 +41,7 @@ def test_an_extractor_trained_on_the_cluster_is_the_one_that_its_seed_gives_here
     floor = search_scorer(SPEC, workspace.data, here).floor
     assert run.summary().extractors["search"].floor == pytest.approx(floor, rel=1e-9)
     again = FeatureExtractors(run, SPEC, workspace.data, workers)
-    assert again.in_work() == 0
+    assert again.awaited() == 0
     assert again.kept.keys() == {"search"}
 
 
@@ -48,7 +52,7 @@ def test_those_that_a_run_has_are_not_made_again(lend_extractors, bench, tmp_pat
     extractors.begin_all()
     for name in EXTRACTORS:
         assert extractors.keep(name) is extractors.kept[name]
-    assert (extractors.in_work(), extractors.keep_done(), extractors.begun) == (0, [], {})
+    assert (extractors.awaited(), extractors.keep_done(), extractors.begun) == (0, [], {})
 
 
 def labelled(count: int) -> Data:
@@ -74,6 +78,53 @@ def test_classifiers_are_begun_and_kept_once_they_are_there(tmp_path):
     for name, extractor in load_extractors(run).items():
         assert 0.5 <= described[name].accuracy <= 1
         assert described[name].floor == search_scorer(SPEC, data, extractor).floor
+
+
+def test_another_run_on_the_same_images_takes_them_from_the_cache(empty_cache, tmp_path):
+    data = labelled(60)
+    bench = Bench(SPEC, data, {})
+
+    def begun(folder: str, spec: Spec = SPEC, images: Data = data) -> tuple[RunFiles, FeatureExtractors]:
+        run = RunFiles(tmp_path / folder)
+        extractors = FeatureExtractors(run, spec, images, PlainWorkers(bench))
+        extractors.begin_all()
+        return run, extractors
+
+    run, extractors = begun("first")
+    assert list(extractors.begun) == ["search", "second"]
+    assert extractors.keep_done() == ["search", "second"]
+    again, taken = begun("second")
+    assert (taken.begun, taken.awaited()) == ({}, 0)
+    assert again.summary().extractors == run.summary().extractors
+    for name in EXTRACTORS:
+        files = [each.extractor(name).read_bytes() for each in (run, again)]
+        assert files[0] == files[1]
+
+    other = labelled(60)
+    other.train.labels[0] = 1 - other.train.labels[0]
+    assert list(begun("other labels", images=other)[1].begun) == ["search", "second"]
+    assert list(begun("other seed", SPEC.model_copy(update={"seed": 4}))[1].begun) == ["search", "second"]
+    for file in empty_cache.glob("second-*.safetensors"):
+        file.write_bytes(b"damaged")
+    assert list(begun("damaged")[1].begun) == ["second"]
+
+
+def test_a_cache_that_cannot_be_written_or_read_is_as_good_as_none(empty_cache, tmp_path):
+    empty_cache.parent.write_text("a file in the place of the folder")
+    data = labelled(60)
+    extractors = FeatureExtractors(RunFiles(tmp_path / "run"), SPEC, data, PlainWorkers(Bench(SPEC, data, {})))
+    assert extractors.keep("search") is extractors.kept["search"]
+
+
+def test_the_cache_forgets_the_oldest(empty_cache):
+    cache = ExtractorCache(labelled(60), 0)
+    info = ExtractorInfo(kind="classifier", sha256="0", floor=1)
+    for number in range(MOST):
+        cache.keep(f"{number}", b"", info)
+        for file in empty_cache.glob(f"{number}-*"):
+            os.utime(file, (number, number))
+    left = {path.name.partition("-")[0] for path in empty_cache.iterdir()}
+    assert left == {f"{number}" for number in range(MOST // 2, MOST)}
 
 
 def test_without_labels_they_are_made_as_classifiers_are(tmp_path):

@@ -57,7 +57,9 @@ def test_a_run_that_is_cut_off_ends_with_the_numbers_of_one_that_was_left_alone(
 
 
 @pytest.mark.long
-def test_so_does_one_that_is_killed_or_stopped_in_each_of_the_other_stages(finished_run, small_flags, tmp_path):
+def test_so_does_one_that_is_killed_or_stopped_in_each_of_the_other_stages(
+    finished_run, small_flags, empty_cache, tmp_path
+):
     run = RunFiles(tmp_path / "run")
     signals = dict.fromkeys(("extractor", "search", "promote", "priors", "export"), signal.SIGKILL)
     signals |= {"search": signal.SIGINT, "priors": signal.SIGTERM}

@@ -3,6 +3,7 @@
 import hashlib
 from dataclasses import dataclass
 
+from tuner.extractor_cache import ExtractorCache
 from tuner.run import RunFiles, write_atomic
 from tuner.scoring import Bench, Pending, Workers, search_scorer
 from tuner.spec import Spec
@@ -37,7 +38,7 @@ def has_classes(data: Data) -> bool:
 
 class FeatureExtractors:
     """Has a run's extractors made by the workers, beside the trials; nothing is scored before a first rung. The
-    search's is begun at once.
+    search's is begun at once. One that is in the user's cache is taken from there.
 
     Raises ValueError where an extractor of the run is not the one that was frozen, or the user's own is not the spec's.
     """
@@ -45,7 +46,7 @@ class FeatureExtractors:
     def __init__(self, run: RunFiles, spec: Spec, data: Data, workers: Workers):
         self.run, self.spec, self.data, self.workers = run, spec, data, workers
         self.names = EXTRACTORS if has_classes(data) else (*EXTRACTORS, GUIDE)
-        self.kept = load_extractors(run)
+        self.kept, self.cache = load_extractors(run), ExtractorCache(data, spec.seed)
         self.begun: dict[str, Pending[Made]] = {}
         self.begin("search")
 
@@ -54,9 +55,16 @@ class FeatureExtractors:
             self.begin(name)
 
     def begin(self, name: str) -> None:
-        """Have an extractor made, unless that was begun before."""
-        if name not in self.kept and name not in self.begun:
-            program = read_program(self.spec) if self.spec.features and name == "search" else None
+        """Have an extractor made, unless it is there or that was begun before."""
+        if name in self.kept or name in self.begun:
+            return
+        program = read_program(self.spec) if self.spec.features and name == "search" else None
+        found = None if program else self.cache.find(name)
+        if found:
+            extractor, info = found
+            self.kept[name] = extractor
+            keep_extractor(self.run, name, Made(extractor, info.accuracy, info.floor))
+        else:
             self.begun[name] = self.workers.begin(make, (name, program))
 
     def awaited(self) -> int:
@@ -76,7 +84,9 @@ class FeatureExtractors:
         if name in self.begun:
             made = self.begun.pop(name).result()
             self.kept[name] = made.extractor
-            keep_extractor(self.run, name, made)
+            info = keep_extractor(self.run, name, made)
+            if not isinstance(made.extractor, Program):
+                self.cache.keep(name, self.run.extractor(name, info.kind).read_bytes(), info)
         return self.kept[name]
 
 
@@ -114,13 +124,14 @@ def make(bench: Bench, name: str, program: Program | None = None) -> Made:
     return Made(extractor, accuracy, scorer.floor)
 
 
-def keep_extractor(run: RunFiles, name: str, made: Made) -> None:
-    """Write a frozen extractor; describe it by kind, hash, accuracy and floor."""
+def keep_extractor(run: RunFiles, name: str, made: Made) -> ExtractorInfo:
+    """Write a frozen extractor -> what the summary says of it: kind, hash, accuracy and floor."""
     content = to_bytes(made.extractor)
     write_atomic(run.extractor(name, made.extractor.kind), content)
     sha256 = hashlib.sha256(content).hexdigest()
     described = ExtractorInfo(kind=made.extractor.kind, sha256=sha256, accuracy=made.accuracy, floor=made.floor)
     run.update_summary(extractors={name: described})
+    return described
 
 
 def load_extractors(run: RunFiles) -> dict[str, FeatureExtractor]:
