@@ -93,7 +93,7 @@ class Formula:
         digits = torch.from_numpy(load_digits().images[:144, None]).float() / 16
         drawn = grid(F.interpolate(digits, (28, 28), mode="bilinear"), 12, ink=True)  # noise is no picture to encode
         self.pictures = {name: png(drawn[: len(like), : len(like[0])]) for name, like in grids.items()}
-        self.checkpoint = Checkpoint(parameters, replace(state, averages=torch.rand_like(state.averages)), [fitted])
+        self.checkpoint = Checkpoint(parameters, replace(state, averages=torch.rand_like(state.averages)), fitted)
         self.content = self.checkpoint.to_bytes()
 
     def result(self, number: int, parameters: dict[str, Any], rung: int) -> dict[str, Any]:

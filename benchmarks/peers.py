@@ -73,7 +73,7 @@ def evaluations(
         fitted = fitter(model, parameters, epoch)
         distance = scorer(fitted)["frechet_distance"]
         temporary = folder / f".{number}.tmp"
-        temporary.write_bytes(Checkpoint(parameters, State.of(model), [fitted]).to_bytes())
+        temporary.write_bytes(Checkpoint(parameters, State.of(model), fitted).to_bytes())
         temporary.rename(folder / f"{number:04d}-{epoch:02.0f}.pt")
         yield distance
 

@@ -97,25 +97,23 @@ def test_by_another_objective_the_best_is_taken_whatever_its_distance():
 # Who is a candidate
 
 
-def ended(*kept: float, at: float) -> Checkpoint:
-    """A finalist with these epochs among its best, which came as far as `at`."""
+def ended(best: float | None, at: float) -> Checkpoint:
+    """A finalist that scored best at this epoch, and came as far as `at`."""
     model = Builder(ImageShape(1, 28, 28))(SMALL, seed=1)
-    return Checkpoint(SMALL, State.of(model), [fitted_at(epoch) for epoch in kept], {"epoch": at} if at else {})
+    return Checkpoint(SMALL, State.of(model), fitted_at(best) if best else None, {"epoch": at} if at else {})
 
 
 @pytest.mark.parametrize(
-    ("kept", "at", "epochs"),
+    ("best", "at", "epochs"),
     [
-        ([30, 50, 20], 50, [50, 30, 20]),
-        ([50, 30, 20], 50, [50]),
-        ([30, 20, 40], 50, [50, 30, 20]),  # of three that are not the last, the two best
-        ([50], 50, [50]),
-        ([10, 5], 15, [10, 5]),  # it diverged on the way
-        ([], 0, []),  # at once
+        (30, 50, [50, 30]),
+        (50, 50, [50]),
+        (10, 15, [10]),  # it diverged on the way
+        (None, 0, []),  # at once
     ],
 )
-def test_a_finalist_stands_as_its_last_epoch_and_unless_that_was_best_its_two_best_others(kept, at, epochs):
-    end = ended(*kept, at=at)
+def test_a_finalist_stands_as_its_last_epoch_and_the_one_that_scored_best(best, at, epochs):
+    end = ended(best, at)
     found = contenders(end, 50)
     assert [fitted.epoch for fitted in found] == epochs
     for fitted in found:
@@ -182,11 +180,10 @@ def test_finalists_are_trials_of_a_study_of_their_own(finished_run, workspace):
         changed = {"schedule": "cosine", "warmup_steps": 100, "kl_warmup_epochs": 0.0}
         assert trained == start.parameters.model_copy(update=changed)
         end = Checkpoints(finished_run).read(finished_run.of_retrain().checkpoint(number))
-        assert (end.evaluation["epoch"], len(end.kept)) == (4, 3)
+        assert end.evaluation["epoch"] == 4
         distances = {found["epoch"]: found["frechet_distance"] for found in scored}
-        assert {kept.epoch: kept.scores["frechet_distance"] for kept in end.kept} == {
-            epoch: distances[epoch] for epoch in sorted(distances, key=distances.__getitem__)[:3]
-        }
+        best = min(distances, key=distances.__getitem__)
+        assert (end.best.epoch, end.best.scores["frechet_distance"]) == (best, distances[best])
 
 
 def test_what_is_kept_is_a_finalist_at_some_epoch_with_one_of_the_priors_exactly_as_it_was_scored(
@@ -257,7 +254,7 @@ def test_a_finalist_that_diverges_is_out_of_it_and_the_start_remains(run_copy, w
             checkpoint.best, parameters=checkpoint.best.parameters.model_copy(update={"learning_rate": 1e12})
         )
         starts.append(wild)
-        checkpoint.kept = [wild]
+        checkpoint.best = wild
         write_atomic(run.checkpoint(trial), checkpoint.to_bytes())
     summary = retrain(replace(workspace, run=run, pool=pool), pool)
     study = read_study(run.journal, RETRAIN)

@@ -41,10 +41,10 @@ def begin(workspace: Workspace, ray_cluster: str, run: RunFiles) -> Begin:
     files = ray.remote(FileServer).options(num_cpus=0).remote(run)
     data = ray.put(workspace.data)
 
-    def make(parameters: Parameters = GOOD, number: int = NUMBER, kept: int = 1, **budget: Any) -> TrialTrainable:
+    def make(parameters: Parameters = GOOD, number: int = NUMBER, **budget: Any) -> TrialTrainable:
         spec = Spec.model_validate({"space": {"latent_dim": {"choices": [4, 8]}}, "budget": HALF | budget})
         trial = TrialTrainable.__new__(TrialTrainable)  # Tune's own beginning makes a log folder at home
-        trial.setup({"trial": number, "parameters": parameters.model_dump()}, Shared(spec, files, data, kept=kept))
+        trial.setup({"trial": number, "parameters": parameters.model_dump()}, Shared(spec, files, data))
         return trial
 
     return make
@@ -141,16 +141,6 @@ def test_a_result_has_every_score_and_a_checkpoint_that_holds_them(straight):
     first, second = (result["frechet_distance"] for result in straight)
     assert checkpoint.best.epoch == (0.5 if first <= second else 1)
     assert checkpoint.best.scores["frechet_distance"] == min(first, second)
-
-
-def test_a_checkpoint_holds_as_many_of_the_best_evaluations_as_it_is_told_to(begin, straight):
-    trial = begin(kept=2)
-    first, second = (Checkpoint.from_bytes(trial.step()["checkpoint"]) for _ in range(2))
-    assert [kept.epoch for kept in first.kept] == [0.5]
-    scores = {rung / 2: result["frechet_distance"] for rung, result in enumerate(straight, 1)}
-    assert [kept.epoch for kept in second.kept] == sorted(scores, key=scores.__getitem__)
-    assert {kept.epoch: kept.scores["frechet_distance"] for kept in second.kept} == scores
-    assert [len(Checkpoint.from_bytes(result["checkpoint"]).kept) for result in straight] == [1, 1]
 
 
 def test_a_trial_with_a_checkpoint_repeats_its_result_and_ends_with_the_same_numbers(begin, straight, saved):

@@ -47,7 +47,7 @@ def checkpoint() -> Checkpoint:
     """Of a small model that trained on after its best evaluation."""
     latents = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
     best = FittedModel(build(SMALL, seed=0), SMALL, fit_mixture(latents, 1, seed=0), 0.5, 1.0, {"mse": 0.25})
-    return Checkpoint(SMALL, State.of(build(SMALL, seed=1)), [best], {"epoch": 2.0})
+    return Checkpoint(SMALL, State.of(build(SMALL, seed=1)), best, {"epoch": 2.0})
 
 
 def saved(content: Any) -> bytes:
@@ -102,8 +102,8 @@ OTHERS: dict[str, Callable[[], bytes | None]] = {
     "a tensor": lambda: saved(torch.zeros(3)),
     "a list": lambda: saved([1, 2]),
     "an empty mapping": lambda: saved({}),
-    "empty parts": lambda: saved({"parameters": {}, "state": {}, "kept": [], "evaluation": {}}),
-    "nothing in parts": lambda: saved({"parameters": None, "state": None, "kept": None, "evaluation": None}),
+    "empty parts": lambda: saved({"parameters": {}, "state": {}, "best": None, "evaluation": {}}),
+    "nothing in parts": lambda: saved({"parameters": None, "state": None, "best": None, "evaluation": None}),
     "code": lambda: saved(Code()),
     "a pickle with code": lambda: pickle.dumps(Code()),
     "a module": lambda: saved(torch.nn.Linear(2, 2)),

@@ -38,9 +38,9 @@ class Candidate:
 def retrain(workspace: Workspace, pool: RayPool) -> Summary:
     """Train the finalists for `retrain.epochs` with a cosine to zero and keep one of the best.
 
-    The last epoch of each, its two best others if one of them scored better, and the promoted trial as it was get each
-    of `retrain.priors`: what is kept is chosen under the prior that is exported. Writes `retrain/kept.pt` and, for the
-    comparison, `retrain/refitted.pt`: the promoted trial with nothing but its prior chosen anew.
+    The last epoch of each, the one that scored best and the promoted trial as it was get each of `retrain.priors`: what
+    is kept is chosen under the prior that is exported. Writes `retrain/kept.pt` and, for the comparison,
+    `retrain/refitted.pt`: the promoted trial with nothing but its prior chosen anew.
     """
     run, spec = workspace.run, workspace.spec
     promoted = [entry.trial for entry in run.summary().promotion[: spec.retrain.finalists]]
@@ -61,7 +61,7 @@ def retrain(workspace: Workspace, pool: RayPool) -> Summary:
         begun = begun or [Candidate(promoted[0], starts[0], measured["best"])]
         start = choose(begun, spec.selection_objective)
         for path, fitted in ((run.refitted, start.fitted), (run.kept, kept.fitted)):
-            content = Checkpoint(fitted.parameters, State.of(fitted.model), [fitted]).to_bytes()
+            content = Checkpoint(fitted.parameters, State.of(fitted.model), fitted).to_bytes()
             write_atomic(path, content)
         validation = compared(measured | {"refitted": start.measured, "retrained": kept.measured})
         last = validation.exported
@@ -78,13 +78,12 @@ def retrain(workspace: Workspace, pool: RayPool) -> Summary:
 
 
 def contenders(end: Checkpoint, epochs: int) -> list[FittedModel]:
-    """The last epoch of a finalist, if it got there, and unless that scored best its two best others."""
-    others = [fitted for fitted in end.kept if fitted.epoch != epochs][:2]
+    """The last epoch of a finalist, if it got there, and the one that scored best."""
+    best = [end.best] if end.best and end.best.epoch != epochs else []
     if end.evaluation.get("epoch") != epochs:
-        return others
+        return best
     model = end.state.model
-    last = FittedModel(model, end.parameters, standard_normal(model.latent_dim), epoch=epochs)
-    return [last] if end.kept and end.kept[0].epoch == epochs else [last, *others]
+    return [FittedModel(model, end.parameters, standard_normal(model.latent_dim), epoch=epochs), *best]
 
 
 def refitted(

@@ -41,7 +41,6 @@ class Shared:
     arrays_score: bool = False
     own: OwnModel | None = None  # the code of a user's own model
     errors: str = "errors"  # where in the run tracebacks lie
-    kept: int = 1  # how many of its best evaluations a checkpoint holds
 
 
 class TrialTrainable(tune.Trainable):
@@ -154,7 +153,7 @@ class TrialTrainable(tune.Trainable):
             reason = f"no active latent unit at epoch {record.epoch:g}"
             return self._failed("collapsed", reason, evaluation) | {"pictures": pictures}
         checkpoint.evaluation = evaluation
-        checkpoint.keep(fitted, self.spec.trial_objective.cost, self.shared.kept)
+        checkpoint.keep(fitted, self.spec.trial_objective.cost)
         return evaluation | {"checkpoint": checkpoint.to_bytes(), "pictures": pictures}
 
     def _failed(self, outcome: str, reason: str, evaluation: dict[str, Any] | None = None) -> dict[str, Any]:

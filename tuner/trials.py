@@ -37,7 +37,6 @@ from tuner.workspace import Workspace
 
 SearcherMaker = Callable[[Study, Spec, Callable[[], float]], StudySearcher]
 RuleMaker = Callable[[Study, Spec], ToTheEnd]
-KEPT = 3  # evaluations of a finalist that may yet be the best once the priors are chosen, the last perhaps among them
 
 
 def search_stage(run: RunFiles, spec: Spec, pool: RayPool, extractors: FeatureExtractors) -> list[dict[str, Any]]:
@@ -90,7 +89,7 @@ def retrain_trials(workspace: Workspace, pool: RayPool, finalists: Sequence[Fitt
         shown = ShowTrials(spec, table, board, Trackers(workspace.run, spec, RETRAIN), progress)
         callbacks = [table, KeepCheckpoints(run), shown]
         searcher = partial(FinalistSearcher, [start.parameters for start in finalists])
-        train(run, spec, study, pool, callbacks, searcher=searcher, rule=ToTheEnd, kept=KEPT)
+        train(run, spec, study, pool, callbacks, searcher=searcher, rule=ToTheEnd)
         table.write()
         progress.done(shown.line())
     return [workspace.checkpoints.read(run.checkpoint(number)) for number in range(len(finalists))]
@@ -106,7 +105,6 @@ def train(
     searcher: SearcherMaker = StudySearcher,
     rule: RuleMaker = SuccessiveHalving,
     others: Callable[[], int] = lambda: 0,
-    kept: int = 1,
 ) -> None:
     """Train the trials that `searcher` proposes until `rule` or the spec's last rung ends each."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -114,7 +112,7 @@ def train(
     files, errors = lasting(FileServer).remote(run), run.errors.relative_to(run.path).as_posix()
     storage, at_once = run.ray.absolute(), pool.concurrency
     with fusion(spec, pool.data, at_once) as fused:
-        shared = Shared(spec, files, pool.data, fused.arrays, fused.scores, pool.own, errors, kept)
+        shared = Shared(spec, files, pool.data, fused.arrays, fused.scores, pool.own, errors)
         trainable = tune.with_parameters(TrialTrainable, shared=shared)
         run_trials(study, spec, trainable, storage, at_once, callbacks, fused, others, searcher=searcher, rule=rule)
 

@@ -38,7 +38,7 @@ def checkpoint(images) -> Checkpoint:
     state = _train(State.fresh(build, PARAMETERS, 5, 1), images, 1.5)
     latents = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
     best = FittedModel(state.model, PARAMETERS, fit_mixture(latents, 2, seed=0), 0.5, 1.5, {"mse": 0.1})
-    return Checkpoint(PARAMETERS, state, [best.snapshot()], EVALUATION)
+    return Checkpoint(PARAMETERS, state, best.snapshot(), EVALUATION)
 
 
 def test_a_checkpoint_comes_back_whole(checkpoint):
@@ -55,7 +55,7 @@ def test_a_checkpoint_comes_back_whole(checkpoint):
 def test_a_checkpoint_before_the_first_evaluation_has_no_best(images):
     state = State.fresh(build, PARAMETERS, 5, 1)
     again = Checkpoint.from_bytes(Checkpoint(PARAMETERS, state).to_bytes())
-    assert (again.kept, again.best, again.evaluation, again.state.step) == ([], None, {}, 0)
+    assert (again.best, again.evaluation, again.state.step) == (None, {}, 0)
 
 
 def _mse(scores: Mapping[str, float]) -> float:
@@ -71,40 +71,28 @@ def _scored(state: State, *values: float) -> list[FittedModel]:
 
 
 @pytest.mark.parametrize(
-    ("count", "epochs"),
-    [(1, [3]), (2, [3, 6]), (3, [3, 6, 1]), (4, [3, 6, 1, 2]), (9, [3, 6, 1, 2, 5, 4])],
+    ("values", "cost", "epoch"),
+    [((3, 3, 1, 5, 1, 2), _mse, 3), ((1, 3, 2), lambda scores: -scores["mse"], 2), ((4,), _mse, 1)],
 )
-def test_the_best_evaluations_are_kept_in_order_and_of_equal_ones_the_earlier_comes_first(count, epochs):
+def test_the_best_evaluation_is_kept_and_of_equal_ones_the_earlier(values, cost, epoch):
     state = State.fresh(build, PARAMETERS, 5, 1)
     checkpoint = Checkpoint(PARAMETERS, state)
-    for fitted in _scored(state, 3, 3, 1, 5, 4, 2):
-        checkpoint.keep(fitted, _mse, count)
-    assert [kept.epoch for kept in checkpoint.kept] == epochs
-    assert checkpoint.best is checkpoint.kept[0]
-    again = Checkpoint.from_bytes(checkpoint.to_bytes())
-    assert [(kept.epoch, kept.scores) for kept in again.kept] == [(kept.epoch, kept.scores) for kept in checkpoint.kept]
+    for fitted in _scored(state, *values):
+        checkpoint.keep(fitted, cost)
+    for held in (checkpoint, Checkpoint.from_bytes(checkpoint.to_bytes())):
+        assert (held.best.epoch, held.best.scores) == (epoch, {"mse": values[epoch - 1]})
 
 
-def test_where_more_is_better_the_best_has_most():
-    state = State.fresh(build, PARAMETERS, 5, 1)
-    checkpoint = Checkpoint(PARAMETERS, state)
-    for fitted in _scored(state, 1, 3, 2):
-        checkpoint.keep(fitted, lambda scores: -scores["mse"], 2)
-    assert [kept.epoch for kept in checkpoint.kept] == [2, 3]
-
-
-def test_each_that_is_kept_stays_as_it_was_scored_while_training_goes_on(images):
+def test_what_is_kept_stays_as_it_was_scored_while_training_goes_on(images):
     state = State.fresh(build, PARAMETERS, 5, 1)
     checkpoint, weights = Checkpoint(PARAMETERS, state), []
-    for fitted in _scored(state, 1, 2):
+    for fitted in _scored(state, 2, 1):
         _train(state, images, fitted.epoch)
         weights.append({name: value.clone() for name, value in state.model.state_dict().items()})
-        checkpoint.keep(fitted, _mse, 2)
+        checkpoint.keep(fitted, _mse)
     _train(state, images, 3)
-    again = Checkpoint.from_bytes(checkpoint.to_bytes())
-    for held in (checkpoint, again):
-        for kept, before in zip(held.kept, weights, strict=True):
-            torch.testing.assert_close(dict(kept.model.state_dict()), before, rtol=0, atol=0)
+    for held in (checkpoint, Checkpoint.from_bytes(checkpoint.to_bytes())):
+        torch.testing.assert_close(dict(held.best.model.state_dict()), weights[1], rtol=0, atol=0)
         torch.testing.assert_close(dict(held.state.model.state_dict()), dict(state.model.state_dict()), rtol=0, atol=0)
     assert not torch.equal(weights[0]["mean.weight"], weights[1]["mean.weight"])
     assert not torch.equal(weights[1]["mean.weight"], state.model.mean.weight)
@@ -173,11 +161,10 @@ def test_other_content_is_refused_in_one_line(content):
         ("parameters", PARAMETERS.model_copy(update={"width": 3}).model_dump()),
         ("state", None),
         ("state", {}),
-        ("kept", 7),
-        ("kept", None),
-        ("kept", [7]),
-        ("kept", [{}]),
-        ("kept", torch.zeros(3)),
+        ("best", 7),
+        ("best", [7]),
+        ("best", {}),
+        ("best", torch.zeros(3)),
         ("evaluation", None),
         ("evaluation", 7),
     ],

@@ -22,19 +22,13 @@ class Checkpoint:
 
     parameters: Parameters
     state: State
-    kept: list[FittedModel] = field(default_factory=list)  # the best evaluations, the best first
+    best: FittedModel | None = None  # as it was evaluated
     evaluation: dict[str, Any] = field(default_factory=dict)  # the last: scores, epoch, loss, times
 
-    @property
-    def best(self) -> FittedModel | None:
-        return self.kept[0] if self.kept else None
-
-    def keep(self, fitted: FittedModel, cost: Callable[[Mapping[str, float]], float], count: int) -> None:
-        """Have an evaluation among the best if it is of the best `count`; the earlier wins a tie."""
-        place = sum(cost(other.scores) <= cost(fitted.scores) for other in self.kept)
-        if place < count:
-            self.kept.insert(place, fitted.snapshot())  # which training on no longer moves
-            del self.kept[count:]
+    def keep(self, fitted: FittedModel, cost: Callable[[Mapping[str, float]], float]) -> None:
+        """Have an evaluation as the best if it is; the earlier wins a tie."""
+        if self.best is None or cost(fitted.scores) < cost(self.best.scores):
+            self.best = fitted.snapshot()  # which training on no longer moves
 
     def to_bytes(self) -> bytes:
         """Tensors, numbers and plain containers in PyTorch's format."""
@@ -43,7 +37,7 @@ class Checkpoint:
             "shape": list(self.state.model.shape),
             "parameters": self.parameters.model_dump(),
             "state": self.state.state_dict(),
-            "kept": [fitted.state_dict() for fitted in self.kept],
+            "best": self.best.state_dict() if self.best else None,
             "evaluation": self.evaluation,
         }
         torch.save(saved, buffer)
@@ -64,7 +58,7 @@ class Checkpoint:
             parameters = Parameters.model_validate(saved["parameters"])
             state = State.of(Builder(ImageShape(*saved["shape"]), own)(parameters, seed=0))
             state.load_state_dict(saved["state"])
-            kept = [FittedModel.from_state_dict(best, own) for best in saved["kept"]]
+            best = None if saved["best"] is None else FittedModel.from_state_dict(saved["best"], own)
             if state.step < 0:
                 raise ValueError(f"step is {state.step}")
-            return cls(parameters, state, kept, dict(saved["evaluation"]))
+            return cls(parameters, state, best, dict(saved["evaluation"]))
