@@ -100,7 +100,8 @@ def test_it_is_one_node_on_loopback_with_a_place_for_each_trial_that_is_to_run_a
 @pytest.mark.parametrize(
     ("name", "value", "printed"),
     [
-        ("RAY_REDIS_ADDRESS", "127.0.0.1:9", "opened"),  # else it would keep its state there
+        # else it would keep its state there
+        pytest.param("RAY_REDIS_ADDRESS", "127.0.0.1:9", "opened", marks=pytest.mark.long),
         ("RAY_OVERRIDE_RESOURCES", "nonsense", "Ray can't start: Expecting value: line 1 column 1 (char 0)"),
         ("RAY_TMPDIR", "/proc/nowhere", "Ray can't start: /proc/nowhere: No such file or directory"),
     ],
@@ -141,8 +142,8 @@ send()
     assert (done.returncode, done.stdout.split()) == (0, ["SIGINT", "SIGTERM"] * 2), done.stderr
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [pytest.param("TMPDIR", marks=pytest.mark.long), "RAY_TMPDIR"])
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["TMPDIR", "RAY_TMPDIR"])
 def test_a_temporary_folder_with_too_long_a_path_for_sockets_is_replaced_and_that_is_said(
     tmp_path, monkeypatch, capsys, name
 ):
@@ -198,7 +199,7 @@ except CutOff as error:
     assert "Ray's raylet died" in done.stdout.splitlines(), done.stdout + done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_it_opens_and_works_where_a_worker_dies_before_it_is_up():
     code = """
 import ray

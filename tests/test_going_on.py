@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from optuna.trial import FrozenTrial
 from processes import processes_of
-from runs import command, in_the_midst_of_the_retrain, rows_of, trials_of
+from runs import command, in_the_midst_of_the_retrain, rows_of, trials_of, without_retrain
 
 from tuner.run import RunFiles
 from tuner.search import main
@@ -48,10 +48,8 @@ def in_the_midst(run: RunFiles, stage: str) -> bool:
 
 
 @pytest.mark.slow
-def test_a_run_that_is_cut_off_ends_with_the_numbers_of_one_that_was_left_alone(
-    begin_run, finished_run, small_flags, tmp_path
-):
-    run = begin_run(tmp_path / "run", *small_flags)
+def test_a_run_that_is_cut_off_ends_with_the_numbers_of_one_that_was_left_alone(run_copy, finished_run, small_flags):
+    run = without_retrain(run_copy)
     go_on_to_the_end(run, small_flags, {"retrain": signal.SIGKILL})
     compare(run, finished_run)
 

@@ -1,11 +1,10 @@
 """Finalists are trained on as trials are; what is kept is chosen under the prior that is exported, and errors count."""
 
-import json
-import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+from runs import without_retrain
 
 from tuner.pool import RayPool
 from tuner.retrain import Candidate, choose, contenders, priors, refitted, retrain
@@ -214,17 +213,6 @@ def test_the_best_trial_with_a_prior_chosen_anew_has_the_weights_of_the_best_tri
 
 
 # On a cluster
-
-
-def without_retrain(run: RunFiles) -> RunFiles:
-    """A run as the promotion left it."""
-    lines, summary = run.journal.read_bytes().splitlines(keepends=True), run.summary()
-    begun = next(number for number, line in enumerate(lines) if json.loads(line).get("study_name") == RETRAIN)
-    write_atomic(run.journal, b"".join(lines[:begun]))
-    shutil.rmtree(run.retrain)
-    validation = summary.validation.model_copy(update={"refitted": None, "retrained": None})
-    run.update_summary(retrain=None, test=None, validation=validation)
-    return run
 
 
 def cut_off(run: RunFiles, workspace: Workspace) -> None:

@@ -300,10 +300,10 @@ def test_when_more_is_better_the_rule_stops_those_with_less(tmp_path):
 
 
 def test_a_first_look_before_grace_stops_nobody(tmp_path):
-    spec = spec_with(budget=THREE_RUNGS | {"grace_epochs": 2})
-    assert spec.budget.rungs == (1, 2, 4)
+    spec = spec_with(budget=THREE_RUNGS | {"grace_epochs": 3})
+    assert spec.budget.rungs == (1, 3, 4)
     rule = SuccessiveHalving(study_in(tmp_path, spec), spec)
-    for rung, worst in ((1, "CONTINUE"), (2, "STOP")):
+    for rung, worst in ((1, "CONTINUE"), (3, "STOP")):
         assert [decide(rule, number, float(number), rung) for number in range(1, 4)][1:] == [worst] * 2
 
 
