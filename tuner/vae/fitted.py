@@ -27,6 +27,7 @@ from tuner.vae.shape import ImageShape
 BATCH = 100  # a decoder's activations at this size stay in the cache
 GREY = 0.1  # pixels above this and below 1 minus it
 TEMPERATURE_IMAGES = 1_000
+MOST_MATCHED = 1_000  # samples at a step
 
 
 @dataclass(frozen=True)
@@ -112,15 +113,16 @@ class Fitter:
     """Fits what is fitted after training, on the codes of `count` training images.
 
     Randomness depends on `seed` alone. Matched mixtures are fitted by the model's own encoder and by a `guide`, an
-    extractor that must not be the one that scores them; each of their steps draws a tenth of the `samples` of a score,
-    or a tenth as many as there are training images: more come no closer, and laid out with channels last a CPU takes a
-    fifth less time over them. Works where the training images are; gives what is on the CPU.
+    extractor that must not be the one that scores them; each of their steps draws a fifth of the `samples` of a score,
+    a tenth as many as there are training images or a thousand, whichever is least: more come no closer. Laid out with
+    channels last a CPU takes a fifth less time over them. Works where the training images are, and gives what is on the
+    CPU.
     """
 
     def __init__(self, train: Split, *, seed: int, count: int, samples: int, guide: FeatureExtractor | None = None):
         self.images = as_floats(train.images[shuffled(len(train), seed)[:count]])
         self.seed, self.device = seed, self.images.device
-        self.matching_count = max(20, min(samples, len(train)) // 10)
+        self.matching_count = max(20, min(MOST_MATCHED, samples // 5, len(train) // 10))
         self.guide = guide.on(self.device) if guide else None
 
     @cached_property
