@@ -1,5 +1,5 @@
 # make search: install into .venv and run the main job on the embedded digits.
-# make test:   install into .venv and run the quick tests, among them one run through all stages; four to five minutes.
+# make test:   install into .venv and run the quick tests, among them one run through all stages; some four minutes.
 # make test-3.12, test-3.13, test-3.14: the same under another Python, in an environment of its own.
 # make check:  the whole gate, exactly as CI runs it: lint, types, import contracts and all tests but the long.
 # make docs:   docs/spec.md and the schema, anew from the code.
