@@ -46,12 +46,8 @@ class ExtractorCache:
 
     @cached_property
     def _key(self) -> str:
-        found = hashlib.sha256(f"{torch.__version__} {self.seed}".encode())
+        images = (self.data.shape, self.data.train.fingerprint(), self.data.validation.fingerprint())
+        found = hashlib.sha256(repr((torch.__version__, self.seed, images)).encode())
         for source in sorted(Path(__file__).parent.rglob("*.py")):
             found.update(source.read_bytes())
-        for split in (self.data.train, self.data.validation):
-            for part in (split.images, split.labels):
-                if part is not None:
-                    found.update(f"{tuple(part.shape)}".encode())
-                    found.update(part.contiguous().numpy().data)
         return found.hexdigest()[:32]
