@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from spec_file import SEARCH, written
 
 from tuner import spec as specs
-from tuner.spec import DEFAULT, EvenBudget, Objective, Spec
+from tuner.spec import DEFAULT, Objective, Spec
 from tuner.study import distributions
 from tuner.vae.flow import Flow
 from tuner.vae.metrics import METRICS
@@ -201,43 +201,7 @@ def test_an_autoencoder_has_no_rate(metric):
         _spec(objective=metric, space={"model": {"choices": ["vae", "autoencoder"]}})
 
 
-# Budget
-
-
-@pytest.mark.parametrize(
-    ("grace", "factor", "most", "rungs"),
-    [
-        (1, 3, 9, (1, 3, 9)),
-        (0.5, 2, 3, (0.5, 1, 2, 3)),
-        (1, 3, 10, (1, 3, 9, 10)),
-        (3, 3, 9, (1, 3, 9)),
-        (3, 5, 9, (1, 3, 9)),
-        (6, 3, 18, (1, 6, 18)),
-        (2, 3, 2, (2,)),
-        (0.1, 10, 0.9, (0.1, 0.9)),
-        (2, 1.5, 5, (2, 3, 4.5, 5)),
-    ],
-)
-def test_rungs_are_a_first_look_grace_times_powers_of_the_factor_and_the_end(grace, factor, most, rungs):
-    budget = _spec(budget={"grace_epochs": grace, "reduction_factor": factor, "max_epochs": most}).budget
-    assert budget.rungs == pytest.approx(rungs)
-
-
-@pytest.mark.parametrize(
-    ("epochs", "rungs"),
-    [
-        (1, [1]),
-        (4, [1, 2, 3, 4]),
-        (10, range(1, 11)),
-        (50, range(5, 51, 5)),
-        (15, [2, 3, 4, 6, 8, 9, 10, 12, 14, 15]),  # halves go to the even one
-        (1000, range(100, 1001, 100)),
-    ],
-)
-def test_an_even_budget_has_ten_rungs_as_far_apart_as_whole_epochs_let_them_be(epochs, rungs):
-    budget = EvenBudget(trials=2, max_epochs=epochs, grace_epochs=epochs)
-    assert budget.rungs == tuple(map(float, rungs))
-    assert all(type(rung) is float for rung in budget.rungs)
+# Retrain
 
 
 def test_finalists_are_trained_on_as_trials_are_but_all_of_them_to_the_end():
@@ -270,23 +234,6 @@ def test_finalists_are_ranked_by_one_objective_that_finished_models_have(objecti
     spec = Spec.model_validate({"space": {"latent_dim": {"choices": [4, 8]}}, "objective": objective})
     (found,) = spec.of_retrain(2, 0).objective
     assert (found.metric, found) == (ours, spec.selection_objective)
-
-
-def test_rungs_are_floats_by_default_too():
-    assert [type(rung) for rung in _spec().budget.rungs] == [float] * 3
-
-
-@pytest.mark.parametrize(
-    ("written", "seconds"), [("90s", 90), ("30m", 1800), ("1.5h", 5400), (45, 45), ("45", 45), (None, None)]
-)
-def test_time_limits(written, seconds):
-    assert _spec(budget={"time_limit": written}).budget.time_limit == seconds
-
-
-@pytest.mark.parametrize("written", ["5d", "-5s", "soon", "", 0, -1, float("nan"), float("inf"), "1" * 400, [30]])
-def test_a_time_limit_that_is_none_is_refused(written):
-    with pytest.raises(ValidationError, match=r"budget.time_limit"):
-        _spec(budget={"time_limit": written})
 
 
 @pytest.mark.parametrize(
