@@ -143,6 +143,14 @@ def test_a_result_has_every_score_and_a_checkpoint_that_holds_them(straight):
     assert checkpoint.best.scores["frechet_distance"] == min(first, second)
 
 
+def test_a_result_is_short_where_it_is_shown_and_whole_where_it_arrives(straight):
+    """Tune's controller formats each twice, whatever becomes of the text."""
+    for result in straight:
+        arrived = ray.get(ray.put(result))
+        assert arrived == result
+        assert len(f"{arrived}") < 2_000 < len(arrived["checkpoint"])
+
+
 def test_a_trial_with_a_checkpoint_repeats_its_result_and_ends_with_the_same_numbers(begin, straight, saved):
     saved(straight[0]["checkpoint"])
     trial = begin()
