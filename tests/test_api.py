@@ -11,12 +11,14 @@ import optuna
 import pytest
 import torch
 import yaml
+from mlflow import MlflowClient
 from poor_file_system import poor_file_system, with_compiler
 from processes import AS_NOBODY, in_namespaces
 from sklearn.datasets import load_digits
 
 import tuner
 from tuner.api import keep
+from tuner.loggers import PROJECT
 from tuner.run import RunFiles
 from tuner.study import read_study
 
@@ -142,17 +144,31 @@ def test_a_url_is_for_the_command_line(tmp_path):
 
 
 @pytest.mark.slow
-def test_arrays_are_tuned_from_python_and_the_same_call_finds_them_done(tmp_path, monkeypatch):
+def test_arrays_are_tuned_from_python_and_told_to_mlflow_and_the_same_call_finds_them_done(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path}/mlruns")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     small, labels = load_digits(return_X_y=True)
-    images = np.kron(small[:1_000].reshape(-1, 8, 8) / 16, np.ones((1, 2, 2))).clip(0, 1)
-    wanted = {"spec": SPEC, "data": (images, labels[:1_000]), "trials": 2, "max_epochs": 1, "budget.grace_epochs": 1}
+    images = np.kron(small[:900].reshape(-1, 8, 8) / 16, np.ones((1, 2, 2))).clip(0, 1)
+    wanted = {"spec": SPEC | {"loggers": ["mlflow"]}, "data": (images, labels[:900]), "trials": 2, "max_epochs": 1}
     result = tuner.tune(**wanted, no_retrain=True)
     assert result.path.parent == Path("runs")
     assert result.spec.data.name == "arrays"
     assert len(result.trials) == 2
     assert result.summary.test.best.frechet_distance > 0
     assert result.model().sample(2).shape == (2, 1, 16, 16)
+
+    client = MlflowClient()
+    runs = client.search_runs([client.get_experiment_by_name(PROJECT).experiment_id])
+    told = {known.info.run_name: known.data for known in runs}
+    assert set(told) == {"search-0000", "search-0001", "export"}
+    assert told["export"].metrics["frechet_distance"] == pytest.approx(result.summary.test.best.frechet_distance)
+    for row in result.trials.to_dict("records"):
+        trial = told[f"search-{row['trial']:04d}"]
+        assert trial.metrics["frechet_distance"] == pytest.approx(row["frechet_distance"])
+        assert trial.params["latent_dim"] == str(row["latent_dim"])
+        assert trial.tags["outcome"] == row["state"]
+
     written = result.files.report.stat().st_mtime_ns
     again = tuner.tune(**wanted, no_retrain=True, run=result.path)
     assert again.summary == result.summary

@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 import wandb
 from mlflow import MlflowClient
+from runs import trials_of
 from wandb.proto.wandb_internal_pb2 import Record
 
 from tuner.loggers import PROJECT, Trackers
 from tuner.run import RunFiles
 from tuner.search import main
 from tuner.spec import Spec
-from tuner.study import read_study, table
+from tuner.study import SEARCH, evaluations
 from tuner.vae.image_grid import png
 
 PICTURE = png(np.arange(48, dtype=np.uint8).reshape(6, 8))
@@ -144,26 +145,11 @@ def test_one_that_is_not_installed_is_refused_before_anything_starts(tmp_path, m
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
-def test_a_search_tells_mlflow_and_optuna_dashboard_shows_it_with_pictures(begin_run, places):
-    small = ["--trials=2", "--max-epochs=1", "--set=budget.grace_epochs=1", "--set=fixed.width=4", "--no-retrain"]
-    run = begin_run(places / RUN / "search", "--logger", "mlflow", *small)
-    assert main(["--run", str(run.path), "--logger", "mlflow", *small]) == 0
-    rows = table(read_study(run.journal), Spec.model_validate({"space": SPACE}))
-    client = MlflowClient()
-    runs = client.search_runs([client.get_experiment_by_name(PROJECT).experiment_id])
-    found = {known.info.run_name: known.data for known in runs}
-    assert set(found) == {"search-0000", "search-0001", "export"}
-    for row in rows:
-        trial = found[f"search-{row['trial']:04d}"]
-        assert trial.metrics["frechet_distance"] == pytest.approx(row["frechet_distance"])
-        assert trial.params["latent_dim"] == str(row["latent_dim"])
-        assert trial.tags["outcome"] == row["state"]
-
+def test_optuna_dashboard_shows_a_run_with_its_pictures(run_copy):
     port = 20_000 + os.getpid() % 20_000
-    program = Path(sys.executable).with_name("optuna-dashboard")
-    shown = [program, run.journal, "--artifact-dir", run.artifacts, "--host", "127.0.0.1", "--port", str(port)]
-    process = subprocess.Popen(shown, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    shown = [Path(sys.executable).with_name("optuna-dashboard"), run_copy.journal, "--artifact-dir", run_copy.artifacts]
+    at = ["--host", "127.0.0.1", "--port", str(port)]
+    process = subprocess.Popen([*shown, *at], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def get(path: str) -> bytes:
         with urlopen(f"http://127.0.0.1:{port}/{path}") as answer:
@@ -172,17 +158,20 @@ def test_a_search_tells_mlflow_and_optuna_dashboard_shows_it_with_pictures(begin
     try:
         for _ in range(100):
             try:
-                (study,) = json.loads(get("api/studies"))["study_summaries"]
+                studies = json.loads(get("api/studies"))["study_summaries"]
                 break
             except OSError:
                 time.sleep(0.2)
-        trials = json.loads(get(f"api/studies/{study['study_id']}"))["trials"]
-        assert [trial["state"] for trial in trials] == ["Complete"] * 2
-        for trial in trials:
-            (artifact,) = trial["artifacts"]
-            assert artifact["filename"] == "samples-epoch-1.png"
-            place = f"artifacts/{study['study_id']}/{trial['trial_id']}/{artifact['artifact_id']}"
-            assert get(place).startswith(b"\x89PNG")
+        (study,) = (found["study_id"] for found in studies if found["study_name"] == SEARCH)
+        trials = json.loads(get(f"api/studies/{study}"))["trials"]
+        known = trials_of(run_copy)
+        assert [trial["state"].upper() for trial in trials] == [trial.state.name for trial in known]
+        for trial, ours in zip(trials, known, strict=True):
+            names = [f"samples-epoch-{found['epoch']:g}.png" for found in evaluations(ours)]
+            assert sorted(artifact["filename"] for artifact in trial["artifacts"]) == sorted(names)
+            for artifact in trial["artifacts"]:
+                picture = get(f"artifacts/{study}/{trial['trial_id']}/{artifact['artifact_id']}")
+                assert picture.startswith(b"\x89PNG")
     finally:
         process.terminate()
         process.wait()
