@@ -52,6 +52,7 @@ def rows_of(workspace, lend_extractors, folder: Path, execution: str) -> list[di
     return search_stage(run, spec, pool, extractors)
 
 
+@pytest.mark.long
 def test_a_fused_search_gets_the_scores_of_one_in_processes(workspace, lend_extractors, ray_cluster, tmp_path):
     alone, fused = (rows_of(workspace, lend_extractors, tmp_path, execution) for execution in ("process", "fused"))
     assert [row["state"] for row in fused] == [row["state"] for row in alone] == ["complete"] * 3

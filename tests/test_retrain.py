@@ -262,7 +262,12 @@ def test_a_checkpoint_of_a_finalist_that_has_ended_is_missed_by_its_name(run_cop
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "start", [pytest.param("the promotion", marks=pytest.mark.long), "a damaged checkpoint", "its end"]
+    "start",
+    [
+        pytest.param("the promotion", marks=pytest.mark.long),
+        pytest.param("a damaged checkpoint", marks=pytest.mark.long),
+        "its end",
+    ],
 )
 def test_from_wherever_it_begins_it_ends_bit_for_bit_with_the_same_numbers(
     run_copy, finished_run, workspace, pool, start
