@@ -144,10 +144,9 @@ def test_a_url_is_for_the_command_line(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("mlflow_store")
 def test_arrays_are_tuned_from_python_and_told_to_mlflow_and_the_same_call_finds_them_done(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path}/mlruns")
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     small, labels = load_digits(return_X_y=True)
     images = np.kron(small[:900].reshape(-1, 8, 8) / 16, np.ones((1, 2, 2))).clip(0, 1)
     wanted = {"spec": SPEC | {"loggers": ["mlflow"]}, "data": (images, labels[:900]), "trials": 2, "max_epochs": 1}
