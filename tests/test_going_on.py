@@ -21,6 +21,8 @@ from tuner.search import main
 from tuner.study import RETRAIN, evaluations
 from tuner.vae.metrics import METRICS
 
+pytestmark = pytest.mark.long
+
 
 def stage_of(run: RunFiles) -> str:
     """The stage a run is in, by its files."""
@@ -47,14 +49,12 @@ def in_the_midst(run: RunFiles, stage: str) -> bool:
     return any(run.path.glob("*export*/*")) if stage == "export" else True
 
 
-@pytest.mark.slow
 def test_a_run_that_is_cut_off_ends_with_the_numbers_of_one_that_was_left_alone(run_copy, finished_run, small_flags):
     run = without_retrain(run_copy)
     go_on_to_the_end(run, small_flags, {"retrain": signal.SIGKILL})
     compare(run, finished_run)
 
 
-@pytest.mark.long
 def test_so_does_one_that_is_killed_or_stopped_in_each_of_the_other_stages(
     finished_run, small_flags, empty_cache, tmp_path
 ):
@@ -146,7 +146,6 @@ def compare(run: RunFiles, other: RunFiles) -> None:
         assert (run.export / name).read_bytes() == (other.export / name).read_bytes(), name
 
 
-@pytest.mark.long
 def test_a_finished_run_grows_by_more_trials_and_another_retrain_whatever_befell_its_journal_and_table(
     finished_run, run_copy, small_flags, tmp_path
 ):
@@ -173,7 +172,6 @@ def test_a_finished_run_grows_by_more_trials_and_another_retrain_whatever_befell
     assert main(["--run", str(run.path), *flags]) == 0, "it is finished by the spec that it has grown to"
 
 
-@pytest.mark.long
 def test_with_other_priors_its_finalists_are_not_trained_again(finished_run, run_copy, small_flags, tmp_path):
     run = run_copy
     flags = [*small_flags, "--set=retrain.priors=[{prior: gaussian_mixture, prior_components: 3}]"]
@@ -187,7 +185,6 @@ def test_with_other_priors_its_finalists_are_not_trained_again(finished_run, run
     assert {len(list(run.tensorboard.glob(f"retrain-{number},*"))) for number in range(2)} == {1}
 
 
-@pytest.mark.long
 def test_what_a_time_limit_cut_off_the_same_command_goes_on_with(begin_run, tmp_path, capsys):
     flags = ["digits", "--trials=2", "--max-epochs=1", "--set=budget.grace_epochs=1", "--no-retrain", "--concurrency=1"]
     run = begin_run(tmp_path / "run", *flags)
@@ -207,7 +204,6 @@ def test_what_a_time_limit_cut_off_the_same_command_goes_on_with(begin_run, tmp_
     assert run.report.exists()
 
 
-@pytest.mark.long
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system of its own: needs root")
 def test_a_full_disk_ends_a_search_in_one_line_and_with_more_room_the_same_command_ends_well(begin_run, tmp_path):
     flags = ["--trials=1", "--max-epochs=1", "--set=budget.grace_epochs=1", "--no-retrain", "--concurrency=1"]
