@@ -86,6 +86,7 @@ def test_a_node_holds_as_many_trials_as_each_of_its_resources_allows(node, wante
 # A cluster of its own
 
 
+@pytest.mark.slow
 def test_it_is_one_node_on_loopback_with_a_place_for_each_trial_that_is_to_run_at_once():
     with cluster(None, 3, Resources()):
         (node,) = alive()
@@ -301,6 +302,7 @@ print(ray.is_initialized())
 # No room
 
 
+@pytest.mark.slow
 def test_a_trial_that_the_own_node_can_never_hold_is_refused_with_what_is_asked_and_what_there_is():
     line = refusal(None, Resources(cpu=0.5, gpu=100), concurrency=3)
     words = "no node can hold a trial: resources asks for 0.5 CPU and 100 GPU; 127.0.0.1 has"

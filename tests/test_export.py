@@ -318,6 +318,7 @@ def test_the_samples_show_ink_on_paper(export):
     assert 0.05 < (picture < 128).mean() < 0.5
 
 
+@pytest.mark.slow
 def test_the_test_scores_are_those_of_the_exported_models_on_the_test_split(bench, finished_run, kept, tested):
     summary = finished_run.summary()
     assert len(tested) == 400

@@ -78,6 +78,7 @@ def late(bench: Bench, number: int, seconds: float) -> tuple[int, int]:
     return number, os.getpid()
 
 
+@pytest.mark.slow
 def test_results_stand_in_the_order_of_their_items_whoever_is_first_and_it_is_told_how_many_are_done(workers):
     shown: list[int] = []
     found = workers.map(late, [(number, 1 - number / 10) for number in range(8)], shown.append)

@@ -140,6 +140,7 @@ def _python(code: str, path: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_torchvision_data_sets_load_beside_a_cpu_torch(tmp_path):
     done = _python(
         """
