@@ -2,12 +2,16 @@
 a formula in the place of Ray's.
 
     python -m benchmarks.driver [--sizes 10 100 1000 3000 10000] [--workers 256] [--seconds 20] [--folder DIR]
+    python -m benchmarks.driver --through-tune 40 160
 
 Each size begins with a journal of so many ended trials, opened as a resumed run opens it, and goes on for some seconds
 with `workers` trials at once. Times are pairs, of the clock and of the core; the clock also counts what else runs on
 the machine and how long a disk takes to sync. Costs are means in milliseconds, so that what is written at intervals is
 in them: a trial's are those of its proposal, start and end, a result's those of each evaluation and of the step of
 Tune's loop around it.
+
+With --through-tune Ray Tune itself runs so many trials on real workers, once with one evaluation each and once with
+nine: what the eight more cost, and what more trials cost, is then with all that Ray and Tune do besides.
 """
 
 import argparse
@@ -16,6 +20,7 @@ import math
 import os
 import resource
 import shutil
+import sys
 import tempfile
 import time
 from collections import defaultdict, deque
@@ -23,6 +28,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
 from io import StringIO
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,20 +36,25 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from ray import cloudpickle, tune
 from ray.tune.experiment import Trial as RayTrial
 from ray.tune.schedulers import TrialScheduler
 from sklearn.datasets import load_digits
 
+from tuner.budget import EvenBudget
 from tuner.callbacks import KeepTable, ShowTrials, search_callbacks
+from tuner.cluster import cluster
 from tuner.loggers import Trackers
 from tuner.report import report
 from tuner.run import RunFiles
-from tuner.searcher import StudySearcher, SuccessiveHalving
-from tuner.spec import Spec
+from tuner.searcher import StudySearcher, SuccessiveHalving, ToTheEnd
+from tuner.spec import Resources, Spec
 from tuner.study import MANY, SEARCH, Study, open_study
 from tuner.summary import ExtractorInfo
 from tuner.tensorboard import TensorBoard
 from tuner.terminal import Progress, console, status_words
+from tuner.trainable import Content
+from tuner.trials import run_trials
 from tuner.vae.checkpoint import Checkpoint
 from tuner.vae.fitted import FittedModel
 from tuner.vae.image_grid import HELD_OUT, grid, image_grids, png
@@ -92,7 +103,7 @@ class Formula:
         grids = image_grids(fitted, torch.rand(HELD_OUT, 1, 28, 28), ink=True)
         digits = torch.from_numpy(load_digits().images[:144, None]).float() / 16
         drawn = grid(F.interpolate(digits, (28, 28), mode="bilinear"), 12, ink=True)  # noise is no picture to encode
-        self.pictures = {name: png(drawn[: len(like), : len(like[0])]) for name, like in grids.items()}
+        self.pictures = {name: Content(png(drawn[: len(like), : len(like[0])])) for name, like in grids.items()}
         self.checkpoint = Checkpoint(parameters, replace(state, averages=torch.rand_like(state.averages)), fitted)
         self.content = self.checkpoint.to_bytes()
 
@@ -110,12 +121,9 @@ class Formula:
             "images_per_second": 3000.0,
             "seconds_train": 1.0,
             "seconds_score": 0.1,
-            "hostname": "here",
-            "pid": number % 256,
-            "timestamp": int(time.time()),
             "outcome": "complete" if last else "running",
             "done": last,
-            "checkpoint": self.content,
+            "checkpoint": Content(self.content),
             "pictures": self.pictures,
         }
 
@@ -123,6 +131,22 @@ class Formula:
 def now() -> np.ndarray:
     """Seconds of the clock and of the core."""
     return np.array([time.perf_counter(), time.thread_time()])
+
+
+class Answers(tune.Trainable):  # type: ignore[misc]
+    """A trial that answers from the formula."""
+
+    def setup(self, config: dict[str, Any], formula: Formula) -> None:
+        self.formula = formula
+        self.reset_config(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self.number, self.parameters, self.rung = new_config["trial"], new_config["parameters"], 0
+        return True
+
+    def step(self) -> dict[str, Any]:
+        self.rung += 1
+        return self.formula.result(self.number, self.parameters, self.rung)
 
 
 class AtRandom(StudySearcher):
@@ -198,7 +222,9 @@ class Loop:
         if not self.live:
             return False
         trial, rung = self.live.popleft()
-        result = self.formula.result(trial.config["trial"], trial.config["parameters"], rung)
+        number = trial.config["trial"]
+        result = self.formula.result(number, trial.config["parameters"], rung)
+        result |= {"hostname": "here", "pid": number % 256, "timestamp": int(time.time())}  # as Tune adds them
         with self.timed("result", "rule"):
             stop = self.rule.on_trial_result(None, trial, result) == TrialScheduler.STOP
         if not stop:
@@ -247,24 +273,35 @@ def fill(run: RunFiles, trials: int, attached: bool) -> None:
         pass
 
 
-def measure(run: RunFiles, size: int, workers: int, seconds: float) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What it costs to go on with a study of `size` ended trials."""
-    spec = spec_of(max(MANY, 2 * size))
-    run.spec.write_text(spec.to_yaml())
-    run.update_summary(extractors={"search": ExtractorInfo(kind="untrained", sha256="00", floor=FLOOR)})
-    started = now()
-    study = open_study(run.journal, spec)
-    opened = now() - started
-    searcher, rule = Timed(study, spec, lambda: workers), SuccessiveHalving(study, spec)
+@contextmanager
+def opened(run: RunFiles, spec: Spec, study: Study) -> Iterator[list[Any]]:
+    """The callbacks of a search whose extractor is made."""
     with Progress("search") as progress, closing(TensorBoard(run.tensorboard, spec)) as board:
         board.start_search()
         extractors: Any = SimpleNamespace(run=run, begin_all=lambda: None, keep_done=lambda: [])
         table = KeepTable(run, spec, study)
         shown = ShowTrials(spec, table, board, Trackers(run, spec, SEARCH), progress)
-        callbacks = search_callbacks(table, extractors, board, shown)
+        yield search_callbacks(table, extractors, board, shown)
+
+
+def begin(run: RunFiles, spec: Spec) -> None:
+    run.path.mkdir(exist_ok=True)
+    run.spec.write_text(spec.to_yaml())
+    run.update_summary(extractors={"search": ExtractorInfo(kind="untrained", sha256="00", floor=FLOOR)})
+
+
+def measure(run: RunFiles, size: int, workers: int, seconds: float) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What it costs to go on with a study of `size` ended trials."""
+    spec = spec_of(max(MANY, 2 * size))
+    begin(run, spec)
+    started = now()
+    study = open_study(run.journal, spec)
+    read = now() - started
+    searcher, rule = Timed(study, spec, lambda: workers), SuccessiveHalving(study, spec)
+    with opened(run, spec, study) as callbacks:
         loop = Loop(searcher, rule, callbacks, Formula(spec), workers)
         ready = now() - started
-        yield "resume", {"journal_mb": run.journal.stat().st_size / 2**20, "opened_s": opened, "ready_s": ready}
+        yield "resume", {"journal_mb": run.journal.stat().st_size / 2**20, "opened_s": read, "ready_s": ready}
         deadline = time.perf_counter() + seconds
         while time.perf_counter() < deadline:
             loop.step()
@@ -290,6 +327,22 @@ def measure(run: RunFiles, size: int, workers: int, seconds: float) -> Iterator[
     yield "views", views | {"tensorboard_runs": len(list(run.tensorboard.iterdir()))}
 
 
+def through_tune(run: RunFiles, trials: int, evaluations: int, workers: int) -> dict[str, float]:
+    """Seconds of the core that Ray Tune's driver takes for so many trials: of the thread of its loop, and of all."""
+    budget = {"trials": trials, "max_epochs": evaluations, "grace_epochs": 1}
+    spec = spec_of(trials).model_copy(update={"budget": EvenBudget.model_validate(budget)})
+    begin(run, spec)
+    study = open_study(run.journal, spec)
+    trainable = tune.with_parameters(Answers, formula=Formula(spec))
+    with cluster(None, workers, Resources()), opened(run, spec, study) as callbacks:
+        started = np.array([time.thread_time(), time.process_time(), time.perf_counter()])
+        run_trials(study, spec, trainable, run.ray, workers, callbacks, rule=ToTheEnd)
+        spent = np.array([time.thread_time(), time.process_time(), time.perf_counter()]) - started
+    return {"trials": trials, "results": trials * len(spec.budget.rungs)} | dict(
+        zip(("loop_s", "all_threads_s", "clock_s"), spent.tolist(), strict=True)
+    )
+
+
 def rounded(value: Any) -> Any:
     """To three digits."""
     return [rounded(part) for part in value] if isinstance(value, np.ndarray) else float(f"{value:.3g}")
@@ -313,10 +366,18 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[10, 100, 1_000, 3_000, 10_000])
     parser.add_argument("--workers", type=int, default=256, help="trials at once")
     parser.add_argument("--seconds", type=float, default=20.0, help="how long each size is measured")
+    parser.add_argument("--through-tune", type=int, nargs="+", metavar="TRIALS", help="trials that Ray Tune runs")
     parser.add_argument("--folder", type=Path, help="where the runs are written (default: a temporary folder)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as place, tempfile.TemporaryDirectory(dir=MEMORY) as fast:
         folder, filled = Path(place), RunFiles(Path(fast) / "filled")
+        if arguments.through_tune:
+            cloudpickle.register_pickle_by_value(sys.modules[__name__])
+            for trials, evaluations in product(arguments.through_tune, (1, 9)):
+                run = RunFiles(folder / f"{trials}-{evaluations}")
+                found = through_tune(run, trials, evaluations, min(arguments.workers, os.cpu_count() or 1))
+                print(json.dumps({key: rounded(value) for key, value in found.items()}), flush=True)
+            return
         print(json.dumps({"fsync_ms": round(fsync(folder), 2)}), flush=True)
         for size in sorted(arguments.sizes):
             fill(filled, size, attached=True)

@@ -21,6 +21,7 @@ from tuner.workspace import Workspace
 
 HALF = {"max_epochs": 1, "grace_epochs": 0.5, "reduction_factor": 2}  # rungs at half an epoch and at one
 GOOD = Parameters(latent_dim=8, width=4, learning_rate=4e-3, kl_weight=0.1, batch_size=32)
+DEAD = GOOD.model_copy(update={"kl_weight": 1e6})
 TIMES = {"seconds_train", "seconds_score", "images_per_second"}
 NUMBER = 1
 
@@ -41,8 +42,11 @@ def begin(workspace: Workspace, ray_cluster: str, run: RunFiles) -> Begin:
     files = ray.remote(FileServer).options(num_cpus=0).remote(run)
     data = ray.put(workspace.data)
 
-    def make(parameters: Parameters = GOOD, number: int = NUMBER, **budget: Any) -> TrialTrainable:
-        spec = Spec.model_validate({"space": {"latent_dim": {"choices": [4, 8]}}, "budget": HALF | budget})
+    def make(
+        parameters: Parameters = GOOD, number: int = NUMBER, objective: object = "frechet_distance", **budget: Any
+    ) -> TrialTrainable:
+        space = {"latent_dim": {"choices": [4, 8]}}
+        spec = Spec.model_validate({"space": space, "budget": HALF | budget, "objective": objective})
         trial = TrialTrainable.__new__(TrialTrainable)  # Tune's own beginning makes a log folder at home
         trial.setup({"trial": number, "parameters": parameters.model_dump()}, Shared(spec, files, data))
         return trial
@@ -81,15 +85,17 @@ def check_failure(result: Result, outcome: str) -> None:
 # What goes wrong
 
 
-def test_a_trial_that_uses_no_latent_unit_has_collapsed_but_the_baseline_never_has(begin):
-    dead = GOOD.model_copy(update={"kl_weight": 1e6})
-    result = begin(dead, grace_epochs=1).step()
+def test_a_trial_that_uses_no_latent_unit_has_collapsed(begin):
+    result = begin(DEAD, grace_epochs=1).step()
     check_failure(result, "collapsed")
     assert result["active_units"] == 0
     assert math.isfinite(result["frechet_distance"])
     assert result["pictures"]
 
-    result = begin(dead, number=BASELINE, grace_epochs=1).step()
+
+@pytest.mark.parametrize("exempt", [{"number": BASELINE}, {"objective": ["rate", "distortion"]}])
+def test_the_baseline_and_trials_that_seek_a_low_rate_never_collapse(begin, exempt):
+    result = begin(DEAD, grace_epochs=1, **exempt).step()
     assert result["active_units"] == 0
     assert (result["outcome"], result["done"]) == ("complete", True)
     assert result["checkpoint"]

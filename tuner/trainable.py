@@ -157,7 +157,10 @@ class TrialTrainable(tune.Trainable):
         shown = as_floats(evenly_spaced(self.data.validation.images[:SEARCH_SAMPLES])).cpu()
         pictures = {name: Content(png(grid)) for name, grid in image_grids(fitted, shown, self.spec.data.ink).items()}
         past_grace = last or record.epoch > self.spec.budget.grace_epochs  # till then latents that sleep often wake up
-        if past_grace and not fitted.scores["active_units"] and self.number != BASELINE:
+        aims = {
+            objective.metric for objective in self.spec.objective
+        }  # a code of nothing is where a front of rates ends
+        if past_grace and not fitted.scores["active_units"] and self.number != BASELINE and "rate" not in aims:
             reason = f"no active latent unit at epoch {record.epoch:g}"
             return self._failed("collapsed", reason, evaluation) | {"pictures": pictures}
         checkpoint.evaluation = evaluation
