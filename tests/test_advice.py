@@ -3,10 +3,11 @@
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 from optuna.trial import create_trial
 
-from tuner.advice import advice, failed_alike, ignored, more_epochs, more_trials
+from tuner.advice import advice, failed_alike, ignored, importance, more_epochs, more_trials
 from tuner.run import RunFiles
 from tuner.spec import Spec
 from tuner.study import distributions, open_study, read_study, table
@@ -21,6 +22,8 @@ SPEC = Spec.model_validate(
         }
     }
 )
+
+POINT = ("kl_weight", "learning_rate", "kl_warmup_epochs")
 
 
 def rows(*gaps: float) -> list[dict]:
@@ -56,7 +59,9 @@ def test_more_epochs_pay_where_they_brought_more_than_the_errors_to_the_end(kept
         name: Scores(frechet_distance=1, gap_closed=closed, gap_closed_error=0.01)
         for name, closed in (("real", 1), ("baseline", 0), ("best", 0.85), ("refitted", 0.9), ("retrained", gap))
     }
-    retrained = Retrained(epochs=50, trial=1, kept_epoch=kept, parameters=CLASSIC.model_dump())
+    retrained = Retrained(
+        epochs=50, trial=1, kept_epoch=kept, parameters=CLASSIC.model_dump(), searched=CLASSIC.model_dump()
+    )
     (found,) = more_epochs(retrained, Compared(**scores))
     assert said in found
 
@@ -76,6 +81,20 @@ def test_a_parameter_that_explains_nothing_is_named(tmp_path: Path):
         study.add_trial(create_trial(params=point, distributions=distributions(SPEC), value=latent_dim**2))
     (found,) = ignored(study, SPEC)
     assert found.startswith("learning_rate hardly mattered (")
+
+
+def test_of_a_few_trials_the_parameter_that_explains_all_has_nearly_all(tmp_path: Path):
+    spec = Spec.model_validate({"space": {name: {"type": "float", "low": 0.001, "high": 1} for name in POINT}})
+    study, random = open_study(tmp_path / "journal", spec), np.random.default_rng(0)
+    study.add_trial(create_trial(value=2.0))  # the baseline, outside of the space
+    for _ in range(12):
+        point = {name: random.uniform(0.001, 1) for name in POINT}
+        study.add_trial(create_trial(params=point, distributions=distributions(spec), value=point["kl_weight"] ** 2))
+    shares = importance(study, spec, least=4)
+    assert list(shares) == sorted(shares, key=shares.__getitem__, reverse=True)
+    assert sum(shares.values()) == pytest.approx(1)
+    assert shares["kl_weight"] > 0.9  # here Optuna's own choice gives it three quarters
+    assert importance(study, spec, least=13) == {}
 
 
 def test_a_finished_run_gets_it_and_an_unfinished_none(finished_run: RunFiles):

@@ -89,7 +89,7 @@ def test_a_folders_name_that_yaml_might_misread_stays_a_name(export, tmp_path):
     spec = Spec.model_validate({"data": data, "space": {"latent_dim": {"type": "int", "low": 2, "high": 4}}})
     info = codec.load(export).info | {"left_out": {"decoder.onnx": "RuntimeError: a branch"}}
     info["images"] = info["images"] | {"resize": "shorter side to 64, centre crop", "invert": True}
-    found = ModelCard(model_card("null", spec, 3, info))
+    found = ModelCard(model_card("null", spec, 3, info["parameters"], info))
     (result, *_) = found.data.eval_results
     assert (found.data.model_name, result.dataset_name) == ("null", "yes: [1] <b>*x*")
     assert not found.data.datasets

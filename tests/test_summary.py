@@ -31,7 +31,7 @@ PROMOTED = Promoted(
     rank=0.5,
 )
 BEST = Best(trial=1, epoch=4, parameters=CLASSIC.model_dump())
-RETRAINED = Retrained(epochs=9, trial=1, kept_epoch=5, parameters=CLASSIC.model_dump())
+RETRAINED = Retrained(epochs=9, trial=1, kept_epoch=5, parameters=CLASSIC.model_dump(), searched=CLASSIC.model_dump())
 EXTRACTORS = {"search": ExtractorInfo(kind="classifier", sha256="00", accuracy=0.9, floor=1)}
 VALIDATION = Compared(real=scores(1), baseline=scores(3), best=SCORES)
 FINISHED: dict[str, Any] = {

@@ -151,7 +151,7 @@ def summary_with(**parts: object) -> Summary:
 def test_the_closing_table_tells_what_the_prior_did_from_what_the_epochs_did():
     named = {"real": scores(1, 0), "baseline": scores(3, 0), "best": scores(2)}
     later = {"refitted": scores(1.5), "retrained": scores(1.25)}
-    retrain = {"epochs": 50, "kept_epoch": 45, "parameters": CLASSIC.model_dump()}
+    retrain = {"epochs": 50, "kept_epoch": 45, "parameters": CLASSIC.model_dump(), "searched": CLASSIC.model_dump()}
     header = ["", "validation", "gap closed", "test", "gap closed"]
     real, classic = ["1", "1.000"], ["3", "0.000"]
     best, refitted, retrained = (

@@ -95,7 +95,8 @@ def export(workspace: Workspace, show: Callable[[str], None]) -> Summary:
     tested = compared(dict(zip(scored, measured, strict=True)))
     config = json.loads(files["config.json"]) | {"test": tested.exported.model_dump()}
     files["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
-    files["README.md"] = model_card(run.name, spec, sum(summary.trials.values()), config).encode()
+    found, trials = (summary.retrain or summary.best).searched, sum(summary.trials.values())
+    files["README.md"] = model_card(run.name, spec, trials, found, config).encode()
     temporary = run.export.with_name(f".{run.export.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     for name, content in files.items():

@@ -15,8 +15,8 @@ TASK, TAGS = "unconditional-image-generation", ["vae", "image-generation", "anom
 GAP = Metric("maximize", "share", "1 is as good as real images, 0 as the classic settings")
 
 
-def model_card(name: str, spec: Spec, trials: int, info: Mapping[str, Any]) -> str:
-    """Of the run `name` with so many trials, whose export has `info` as its config.json."""
+def model_card(name: str, spec: Spec, trials: int, searched: Mapping[str, Any], info: Mapping[str, Any]) -> str:
+    """Of the run `name`, whose so many trials found these parameters; `info` is its export's config.json."""
     images, parameters, lineage, test = (info[part] for part in ("images", "parameters", "lineage", "test"))
     kinds = {score: kind for score, kind in {"gap_closed": GAP, **METRICS, **FINAL_METRICS}.items() if score in test}
     scores = {score: with_error(test[score], test.get(f"{score}_error")) for score in kinds}
@@ -29,7 +29,7 @@ def model_card(name: str, spec: Spec, trials: int, info: Mapping[str, Any]) -> s
     prepared += ["bright strokes on black"] * images["ink"] + ["inverted before they are encoded"] * images["invert"]
     prepared += [images["resize"]] if images["resize"] else []
     scored = [[score, value, kinds[score].unit, kinds[score].meaning] for score, value in scores.items()]
-    found = [[parameter, _plain(text(parameters.get(parameter)))] for parameter in spec.space]
+    found = [[parameter, _plain(text(searched.get(parameter)))] for parameter in spec.space]
     return Template(Path(__file__).with_suffix(".md").read_text("utf-8")).substitute(
         parameters | lineage,
         head=yaml_text.dump(head | {"model-index": [{"name": name, "results": results}]}),

@@ -7,7 +7,6 @@ import argparse
 import base64
 import html
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,12 +19,11 @@ import pandas as pd
 import plotly.express as px
 import plotly.graph_objects as go
 from optuna import visualization
-from optuna.trial import TrialState
 from plotly.offline import get_plotlyjs
 
 from tuner import own_model, terminal
 from tuner import spec as specs
-from tuner.advice import advice
+from tuner.advice import advice, importance
 from tuner.exits import command, refuse, resumable
 from tuner.run import RunFiles, write_atomic
 from tuner.spec import Objective, Spec
@@ -143,7 +141,7 @@ def headline(material: Material) -> Iterator[str]:
     kept = "" if winner.trial == best.trial else f"; of those trained on, trial {winner.trial} was kept"
     yield (
         f"<p class='big'>{terminal.chosen_words(summary.promotion)}{kept} "
-        f"({terminal.searched_words(winner.parameters, material.spec)}). What is exported closes "
+        f"({terminal.searched_words(winner.searched, material.spec)}). What is exported closes "
         f"<b>{with_error(final.gap_closed, final.gap_closed_error, 3)}</b> of the gap between the classic settings "
         f"({baseline:.4g}) and real images ({floor:.4g}): Frechet distance "
         f"{with_error(final.frechet_distance, final.frechet_distance_error)} on the {split} split. "
@@ -261,22 +259,20 @@ def _lines(title: str, see: str, study: Study, rows: Sequence[Mapping[str, Any]]
 
 def importances(material: Material) -> list[str]:
     study, spec, metric = material.study, material.spec, material.spec.trial_objective.metric
-    finished = [trial for trial in study.known() if trial.state == TrialState.COMPLETE and trial.params]
-    if len(finished) < IMPORTANCE_TRIALS or len(spec.objective) > 1 or len(spec.space) < 2:
+    shares = importance(study, spec, IMPORTANCE_TRIALS)
+    if not shares:
         return []
-    complete, best = (optuna.create_study(directions=study.directions) for _ in range(2))
-    complete.add_trials(finished)
+    best = optuna.create_study(directions=study.directions)
     best.add_trials([study.at(row["trial"]) for row in material.best])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the method is experimental, and says where few trials make it coarse
-        see = f"Optuna's fANOVA: the share of the differences in {metric} that each parameter explains."
-        parts = [plot("Which parameters matter", see, visualization.plot_param_importances(complete))]
-        see = f"Each dot is a trial; look for where {metric} is low."
-        parts.append(plot("One parameter at a time", see, visualization.plot_slice(best)))
-        see = f"The colour is {metric} between the trials (dots): darker is lower."
-        for pair in combinations(spec.space, 2):
-            figure = visualization.plot_contour(best, params=list(pair))
-            parts.append(plot(f"{pair[0]} against {pair[1]}", see, figure))
+    see = f"Functional ANOVA: the share of the differences in {metric} that each parameter explains."
+    figure = px.bar(x=[*shares.values()], y=[*shares], text_auto=".0%", labels={"x": "share", "y": ""})
+    parts = [plot("Which parameters matter", see, figure.update_yaxes(autorange="reversed"))]
+    see = f"Each dot is a trial; look for where {metric} is low."
+    parts.append(plot("One parameter at a time", see, visualization.plot_slice(best)))
+    see = f"The colour is {metric} between the trials (dots): darker is lower."
+    for pair in combinations(spec.space, 2):
+        figure = visualization.plot_contour(best, params=list(pair))
+        parts.append(plot(f"{pair[0]} against {pair[1]}", see, figure))
     return parts
 
 

@@ -54,12 +54,11 @@ def retrain(workspace: Workspace, pool: RayPool) -> Summary:
             models += [(trial, fitted) for fitted in contenders(end, spec.retrain.epochs)]
         workers = workspace.workers()
         candidates = refitted(workers, models, spec, lambda done: progress.show(f"{done} fitted"))
-        kept = choose(candidates, spec.selection_objective)
         shown = {"real": None, "baseline": workspace.checkpoints.baseline(), "best": starts[0]}
         measured = dict(zip(shown, workers.map(Bench.score, [(fitted,) for fitted in shown.values()]), strict=True))
         begun = [found for found in candidates if not found.fitted.epoch]
         begun = begun or [Candidate(promoted[0], starts[0], measured["best"])]
-        start = choose(begun, spec.selection_objective)
+        start, kept = (choose(some, spec.selection_objective) for some in (begun, candidates or begun))
         for path, fitted in ((run.refitted, start.fitted), (run.kept, kept.fitted)):
             content = Checkpoint(fitted.parameters, State.of(fitted.model), fitted).to_bytes()
             write_atomic(path, content)
@@ -73,6 +72,7 @@ def retrain(workspace: Workspace, pool: RayPool) -> Summary:
         trial=kept.trial,
         kept_epoch=kept.fitted.epoch,
         parameters=kept.fitted.parameters.model_dump(),
+        searched=starts[promoted.index(kept.trial)].parameters.model_dump(),
     )
     return run.update_summary(retrain=found, validation=validation)
 

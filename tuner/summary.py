@@ -63,14 +63,21 @@ class Best(Frozen):
     epoch: float
     parameters: TrialParameters
 
+    @property
+    def searched(self) -> dict[str, Any]:
+        """The parameters that the search found."""
+        return self.parameters
+
 
 class Retrained(Frozen):
-    """What the retrain kept: of which trial, and after how many epochs more."""
+    """What the retrain kept: of which trial, after how many epochs more, and its parameters; of these schedule and
+    prior are the retrain's, as `searched` they are the trial's own."""
 
     epochs: int
     trial: int
     kept_epoch: float
     parameters: TrialParameters
+    searched: TrialParameters
 
 
 class Compared(Frozen):

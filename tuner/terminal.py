@@ -210,8 +210,8 @@ def final_words(run: RunFiles, spec: Spec) -> list[Table | str]:
     programs = ", ".join(sorted(path.name for path in run.export.glob("*/*coder.*")))
     return [
         as_table(result_rows(summary), "Frechet distance, and how much of the gap to real images is closed"),
-        f"winner   trial {winner.trial}: {searched_words(winner.parameters, spec)}",
-        *(f"note     {note}" for note in edges(winner.parameters, spec)),
+        f"winner   trial {winner.trial}: {searched_words(winner.searched, spec)}",
+        *(f"note     {note}" for note in edges(winner.searched, spec)),
         f"model    {run.name_of(run.export)}: README.md, samples.png, model.safetensors, {programs}",
         f"report   {run.name_of(run.report)}",
         f"trials   {run.name_of(run.trials)}",
