@@ -47,7 +47,7 @@ from tuner.cluster import cluster
 from tuner.loggers import Trackers
 from tuner.report import report
 from tuner.run import RunFiles
-from tuner.searcher import StudySearcher, SuccessiveHalving, ToTheEnd
+from tuner.searcher import StudySearcher, SuccessiveHalving
 from tuner.spec import Resources, Spec
 from tuner.study import MANY, SEARCH, Study, open_study
 from tuner.summary import ExtractorInfo
@@ -329,14 +329,14 @@ def measure(run: RunFiles, size: int, workers: int, seconds: float) -> Iterator[
 
 def through_tune(run: RunFiles, trials: int, evaluations: int, workers: int) -> dict[str, float]:
     """Seconds of the core that Ray Tune's driver takes for so many trials: of the thread of its loop, and of all."""
-    budget = {"trials": trials, "max_epochs": evaluations, "grace_epochs": 1}
+    budget = {"trials": trials, "max_epochs": evaluations, "grace_epochs": evaluations}
     spec = spec_of(trials).model_copy(update={"budget": EvenBudget.model_validate(budget)})
     begin(run, spec)
     study = open_study(run.journal, spec)
     trainable = tune.with_parameters(Answers, formula=Formula(spec))
     with cluster(None, workers, Resources()), opened(run, spec, study) as callbacks:
         started = np.array([time.thread_time(), time.process_time(), time.perf_counter()])
-        run_trials(study, spec, trainable, run.ray, workers, callbacks, rule=ToTheEnd)
+        run_trials(study, spec, trainable, run.ray, workers, callbacks)
         spent = np.array([time.thread_time(), time.process_time(), time.perf_counter()]) - started
     return {"trials": trials, "results": trials * len(spec.budget.rungs)} | dict(
         zip(("loop_s", "all_threads_s", "clock_s"), spent.tolist(), strict=True)

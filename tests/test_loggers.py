@@ -43,7 +43,7 @@ def told(folder: Path, *loggers: str) -> Trackers:
 
 def tell(trackers: Trackers, export: Path) -> None:
     trackers.start_trial(3, {"latent_dim": 8, "kl_weight": 0.1})
-    trackers.add_trial(3, {"trial": 3, "epoch": 1.5, "mse": 0.25, "loss": float("nan")}, {"samples": PICTURE})
+    trackers.add_trial(3, {"epoch": 1.5, "mse": 0.25, "loss": float("nan")}, {"samples": PICTURE})
     trackers.end_trial(3, "failed", "diverged: at epoch 2")
     export.mkdir()
     (export / "config.json").write_text("{}")

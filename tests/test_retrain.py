@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from runs import without_retrain
+from runs import trials_of, without_retrain
 
 from tuner.pool import RayPool
 from tuner.retrain import Candidate, choose, contenders, priors, refitted, retrain
 from tuner.run import RunFiles, write_atomic
 from tuner.scoring import Measured
-from tuner.searcher import FinalistSearcher
+from tuner.searcher import StudySearcher, add_finalists
 from tuner.spec import Objective, Spec
 from tuner.study import RETRAIN, evaluations, open_study, read_study, table
 from tuner.vae.checkpoint import Checkpoint
@@ -191,6 +191,7 @@ def test_what_is_kept_is_a_finalist_at_some_epoch_with_one_of_the_priors_exactly
     summary, kept = finished_run.summary(), kept_by(finished_run)
     assert (summary.retrain.epochs, summary.retrain.kept_epoch) == (4, kept.epoch)
     assert summary.retrain.parameters == kept.parameters.model_dump()
+    assert summary.retrain.searched == trials_of(finished_run)[summary.retrain.trial].user_attrs["parameters"]
     finalists = [entry.trial for entry in summary.promotion[:2]]
     end = Checkpoints(finished_run).read(finished_run.of_retrain().checkpoint(finalists.index(summary.retrain.trial)))
     (source,) = (fitted for fitted in contenders(end, 4) if fitted.epoch == kept.epoch)
@@ -221,7 +222,8 @@ def cut_off(run: RunFiles, workspace: Workspace) -> None:
     other, study = read_study(workspace.run.journal, RETRAIN), open_study(run.journal, spec, RETRAIN)
     study.set_user_attr("made_of", other.user_attrs["made_of"])
     parameters = [Parameters.model_validate(trial.user_attrs["parameters"]) for trial in other.known()]
-    FinalistSearcher(parameters, study, spec, lambda: 9).suggest("a")
+    add_finalists(study, parameters[:1])
+    StudySearcher(study, spec).suggest("a")
     path = run.of_retrain().checkpoint(0)
     write_atomic(path, (workspace.run.path / path.relative_to(run.path)).read_bytes()[:-100])
 

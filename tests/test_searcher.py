@@ -18,7 +18,7 @@ from optuna.trial import TrialState, create_trial
 from ray.tune.experiment import Trial as RayTrial
 from ray.tune.search import Searcher
 
-from tuner.searcher import PREEMPTED, FinalistSearcher, Points, StudySearcher, SuccessiveHalving, ToTheEnd, cause_of
+from tuner.searcher import PREEMPTED, Points, StudySearcher, SuccessiveHalving, add_finalists, cause_of
 from tuner.spec import Spec
 from tuner.study import BASELINE, BEST, MANY, Study, table
 from tuner.vae.parameters import CLASSIC
@@ -261,7 +261,7 @@ def test_a_report_that_is_repeated_after_a_cut_off_is_written_once(tmp_path):
 # The rule that stops weak trials
 
 
-def decide(rule: ToTheEnd, number: int, value: float, rung: int = 1) -> str:
+def decide(rule: SuccessiveHalving, number: int, value: float, rung: int = 1) -> str:
     trial = RayTrial("fake", config={"trial": number}, stub=True)
     return rule.on_trial_result(None, trial, evaluation(value, rung, last=False))
 
@@ -337,9 +337,11 @@ def test_rungs_refilled_from_the_study_stop_the_same_trials(tmp_path):
 FINALISTS = [CLASSIC.model_copy(update={"latent_dim": latents, "schedule": "cosine"}) for latents in (9, 5, 7)]
 
 
-def finalists_in(directory: Path, capacity: Callable[[], float] = lambda: math.inf) -> FinalistSearcher:
+def finalists_in(directory: Path, capacity: Callable[[], float] = lambda: math.inf) -> StudySearcher:
     spec = spec_with(budget=THREE_RUNGS | {"trials": 3})
-    return FinalistSearcher(FINALISTS, study_in(directory, spec), spec, capacity)
+    study = study_in(directory, spec)
+    add_finalists(study, FINALISTS)
+    return StudySearcher(study, spec, capacity)
 
 
 def test_each_finalist_is_proposed_once_in_order_and_as_it_is(tmp_path):
@@ -392,8 +394,8 @@ def test_killed_at_any_line_of_the_journal_the_finalists_are_the_same(tmp_path, 
 
 
 def test_no_finalist_is_stopped_before_its_end(tmp_path):
-    spec = spec_with(budget=THREE_RUNGS)
-    rule = ToTheEnd(study_in(tmp_path, spec), spec)
+    spec = spec_with(retrain={"epochs": 3}).of_retrain(finalists=5, seed=0)
+    rule = SuccessiveHalving(study_in(tmp_path, spec), spec)
     for rung in (1, 2):
         assert [decide(rule, number, float(number), rung) for number in range(1, 5)] == ["CONTINUE"] * 4
     trial = RayTrial("fake", config={"trial": 1}, stub=True)
@@ -402,7 +404,7 @@ def test_no_finalist_is_stopped_before_its_end(tmp_path):
 
 def test_each_loss_of_a_worker_is_noted_with_its_cause(tmp_path):
     searcher = finalists_in(tmp_path)
-    rule, number = ToTheEnd(searcher.study, searcher.spec), searcher.suggest("a")["trial"]
+    rule, number = SuccessiveHalving(searcher.study, searcher.spec), searcher.suggest("a")["trial"]
     rule.on_trial_error(None, SimpleNamespace(config={"trial": number}, error_file=None))
     assert searcher.study.trials[number].user_attrs["lost"] == ["unknown"]
     path = tmp_path / "error.txt"

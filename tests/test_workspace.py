@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from tuner.extractors import Made, keep_extractor, load_extractors, make, make_extractor, read_program
+from tuner.extractors import keep_extractor, load_extractors, make, make_extractor, read_program
 from tuner.run import RunFiles, write_atomic
 from tuner.scoring import Bench, search_scorer
 from tuner.spec import Spec
@@ -22,7 +22,7 @@ from tuner.study import BASELINE
 from tuner.vae.checkpoint import Checkpoint
 from tuner.vae.data import Data, Split, as_floats
 from tuner.vae.errors import Refused
-from tuner.vae.extractor import to_bytes
+from tuner.vae.extractor import from_bytes, to_bytes
 from tuner.vae.fitted import FittedModel
 from tuner.vae.image_grid import evenly_spaced
 from tuner.vae.model import Builder
@@ -144,7 +144,7 @@ def test_a_checkpoint_that_is_gone_is_refused_by_its_name(run):
 def test_an_extractor_comes_back_as_it_was_kept_and_another_file_in_its_place_is_refused(run, workspace):
     kept = workspace.extractors["second"]
     described = workspace.run.summary().extractors["second"]
-    keep_extractor(run, "second", Made(kept, described.accuracy, described.floor))
+    keep_extractor(run, "second", to_bytes(kept), described)
     found = load_extractors(run)["second"].state_dict()
     assert all(torch.equal(weight, found[name]) for name, weight in kept.state_dict().items())
     assert run.summary().extractors["second"] == described
@@ -225,17 +225,17 @@ def test_extractors_are_what_the_data_and_the_spec_have(run, program, labels, ow
     data, spec = pictures(0.2, 3, labels), spec_of(**({"features": str(program)} if own else {}))
     made = {"search": make(Bench(spec, data, {}), "search", read_program(spec) if own else None)}
     made["second"] = make(Bench(spec, data, {}), "second")
-    for name, found in made.items():
-        keep_extractor(run, name, found)
+    for name, (content, info) in made.items():
+        keep_extractor(run, name, content, info)
     described = run.summary().extractors
-    assert [found.extractor.kind for found in made.values()] == [info.kind for info in described.values()] == kinds
-    for name, found in made.items():
-        assert (described[name].accuracy, described[name].floor) == (found.accuracy, found.floor)
-        assert found.floor == search_scorer(spec, data, found.extractor).floor
+    assert [info.kind for info in described.values()] == kinds
+    for name, (content, info) in made.items():
+        assert described[name] == info
+        assert info.floor == search_scorer(spec, data, from_bytes(content)).floor
     assert [info.accuracy is not None for info in described.values()] == [kind == "classifier" for kind in kinds]
     again = load_extractors(run)
     assert {name: to_bytes(extractor) for name, extractor in again.items()} == {
-        name: to_bytes(found.extractor) for name, found in made.items()
+        name: content for name, (content, _) in made.items()
     }
     if own:
         assert (run.extractors / "search.pt2").read_bytes() == program.read_bytes()
@@ -317,7 +317,7 @@ def test_a_program_that_takes_other_images_is_refused_by_name_and_one_that_is_ke
     require_fit(run, spec, pictures(0.2, 3))
     with pytest.raises(ValueError, match=rf"^features: {re.escape(str(path))} takes no images 1x1x20x20: "):
         require_fit(run, spec, pictures(0.2))
-    keep_extractor(run, "search", make(Bench(spec, pictures(0.2, 3), {}), "search", read_program(spec)))
+    keep_extractor(run, "search", *make(Bench(spec, pictures(0.2, 3), {}), "search", read_program(spec)))
     path.write_bytes(b"another")
     require_fit(run, spec, pictures(0.2, 3))
     with pytest.raises(ValueError, match=rf"^{re.escape(str(path))}: not the extractor this run"):

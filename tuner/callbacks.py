@@ -18,7 +18,7 @@ from tuner.promote import promising
 from tuner.run import RunFiles, write_atomic
 from tuner.spec import Spec
 from tuner.study import BASELINE, BEST, ENDED, MANY, SEARCH, Study, evaluations, ranked, row_of, table
-from tuner.tensorboard import TensorBoard
+from tuner.tensorboard import TAGS, TensorBoard
 from tuner.terminal import Progress, finalists_line, search_line
 from tuner.vae.metrics import METRICS
 
@@ -217,7 +217,7 @@ class ShowTrials(SearchCallback):
         number, pictures = result["trial"], result.pop("pictures", None)
         if pictures is None:  # a repeated result
             return
-        self.trackers.add_trial(number, result, pictures)
+        self.trackers.add_trial(number, {key: result[key] for key in ("epoch", *TAGS) if key in result}, pictures)
         if not pictures:  # not among the best
             return
         if not self.board.shows(number):

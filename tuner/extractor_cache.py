@@ -11,7 +11,6 @@ import torch
 from tuner.run import write_atomic
 from tuner.summary import ExtractorInfo
 from tuner.vae.data import Data
-from tuner.vae.extractor import FeatureExtractor, load_extractor
 
 MOST = 200  # files, of half a megabyte or so
 
@@ -27,10 +26,12 @@ class ExtractorCache:
         self.data, self.seed = data, seed
         self.folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vae-tuner"
 
-    def find(self, name: str) -> tuple[FeatureExtractor, ExtractorInfo] | None:
+    def find(self, name: str) -> tuple[bytes, ExtractorInfo] | None:
+        """An extractor's file, and what is known of it."""
         with suppress(OSError, ValueError):
+            content = self._path(name, "safetensors").read_bytes()
             info = ExtractorInfo.model_validate_json(self._path(name, "json").read_bytes())
-            return load_extractor(self._path(name, "safetensors"), info.sha256), info
+            return (content, info) if hashlib.sha256(content).hexdigest() == info.sha256 else None
         return None
 
     def keep(self, name: str, content: bytes, info: ExtractorInfo) -> None:

@@ -1,7 +1,6 @@
 """A run's feature extractors: made on the cluster, kept in the run and read."""
 
 import hashlib
-from dataclasses import dataclass
 
 from tuner.extractor_cache import ExtractorCache
 from tuner.run import RunFiles, write_atomic
@@ -15,6 +14,7 @@ from tuner.vae.extractor import (
     Program,
     WaveletPackets,
     draw_untrained,
+    from_bytes,
     load_extractor,
     to_bytes,
     train_classifier,
@@ -22,14 +22,7 @@ from tuner.vae.extractor import (
 )
 from tuner.vae.seeds import Stream, derive_seed
 
-
-@dataclass(frozen=True)
-class Made:
-    """An extractor, how often it is right on validation if it is a classifier, and the floor of a search's scores."""
-
-    extractor: FeatureExtractor
-    accuracy: float | None
-    floor: float
+Made = tuple[bytes, ExtractorInfo]  # an extractor's file, and what the summary says of it
 
 
 def has_classes(data: Data) -> bool:
@@ -61,9 +54,7 @@ class FeatureExtractors:
         program = read_program(self.spec) if self.spec.features and name == "search" else None
         found = None if program else self.cache.find(name)
         if found:
-            extractor, info = found
-            self.kept[name] = extractor
-            keep_extractor(self.run, name, Made(extractor, info.accuracy, info.floor))
+            self.kept[name] = keep_extractor(self.run, name, *found)
         else:
             self.begun[name] = self.workers.begin(make, (name, program))
 
@@ -82,11 +73,10 @@ class FeatureExtractors:
         """An extractor, waited for and written to the run."""
         self.begin(name)
         if name in self.begun:
-            made = self.begun.pop(name).result()
-            self.kept[name] = made.extractor
-            info = keep_extractor(self.run, name, made)
-            if not isinstance(made.extractor, Program):
-                self.cache.keep(name, self.run.extractor(name, info.kind).read_bytes(), info)
+            content, info = self.begun.pop(name).result()
+            self.kept[name] = keep_extractor(self.run, name, content, info)
+            if info.kind != Program.kind:
+                self.cache.keep(name, content, info)
         return self.kept[name]
 
 
@@ -121,17 +111,16 @@ def make(bench: Bench, name: str, program: Program | None = None) -> Made:
     scorer, accuracy = search_scorer(bench.spec, bench.data, extractor), None
     if isinstance(scorer.extractor, Classifier):
         accuracy = scorer.extractor.accuracy(bench.data.validation)
-    return Made(extractor, accuracy, scorer.floor)
-
-
-def keep_extractor(run: RunFiles, name: str, made: Made) -> ExtractorInfo:
-    """Write a frozen extractor -> what the summary says of it: kind, hash, accuracy and floor."""
-    content = to_bytes(made.extractor)
-    write_atomic(run.extractor(name, made.extractor.kind), content)
+    content = to_bytes(extractor)
     sha256 = hashlib.sha256(content).hexdigest()
-    described = ExtractorInfo(kind=made.extractor.kind, sha256=sha256, accuracy=made.accuracy, floor=made.floor)
-    run.update_summary(extractors={name: described})
-    return described
+    return content, ExtractorInfo(kind=extractor.kind, sha256=sha256, accuracy=accuracy, floor=scorer.floor)
+
+
+def keep_extractor(run: RunFiles, name: str, content: bytes, info: ExtractorInfo) -> FeatureExtractor:
+    """Write a frozen extractor's file and what is known of it to a run -> the extractor."""
+    write_atomic(run.extractor(name, info.kind), content)
+    run.update_summary(extractors={name: info})
+    return from_bytes(content)
 
 
 def load_extractors(run: RunFiles) -> dict[str, FeatureExtractor]:

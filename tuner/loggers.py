@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from PIL import Image
 
@@ -22,27 +22,12 @@ from tuner.spec import Spec
 from tuner.vae.errors import Refused, one_line
 
 PROJECT = "vae-tuner"
-NO_SCORES = ("trial", "rung", "done")
 
 Pictures = Mapping[str, Image.Image]
 
 
-class Tracker(Protocol):
-    """What is told of trials, each under a name of its own; one that goes on is the same one again."""
-
-    def start(self, name: str, parameters: Mapping[str, Any]) -> None: ...
-
-    def scores(self, name: str, scores: Mapping[str, float], pictures: Pictures) -> None:
-        """Of one evaluation, its epoch among them."""
-
-    def end(self, name: str, state: str, reason: str) -> None: ...
-
-    def export(self, folder: Path, scores: Mapping[str, float]) -> None:
-        """The exported files, and the test split's scores."""
-
-
 class MLflowTracker:
-    """A run of MLflow a trial, in the experiment `vae-tuner`."""
+    """A run of MLflow a trial, in the experiment `vae-tuner`; a trial that goes on is the same run again."""
 
     def __init__(self, run: RunFiles):
         from mlflow import MlflowClient
@@ -85,7 +70,8 @@ class MLflowTracker:
 
 
 class WandbTracker:
-    """A run of Weights & Biases a trial, in the project `vae-tuner`, grouped by the run directory."""
+    """A run of Weights & Biases a trial, in the project `vae-tuner`, grouped by the run directory; a trial that goes on
+    is the same run again."""
 
     def __init__(self, run: RunFiles):
         import wandb
@@ -127,7 +113,8 @@ class WandbTracker:
         self.end("export", "complete", "")
 
 
-TRACKERS: dict[str, Callable[[RunFiles], Tracker]] = {"mlflow": MLflowTracker, "wandb": WandbTracker}
+Tracker = MLflowTracker | WandbTracker
+TRACKERS: dict[str, type[Tracker]] = {"mlflow": MLflowTracker, "wandb": WandbTracker}
 
 
 class Trackers:
@@ -180,7 +167,7 @@ def numbers(evaluation: Mapping[str, Any]) -> dict[str, float]:
     return {
         name: float(value)
         for name, value in evaluation.items()
-        if name not in NO_SCORES and isinstance(value, int | float) and math.isfinite(value)
+        if isinstance(value, int | float) and math.isfinite(value)
     }
 
 

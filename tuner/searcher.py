@@ -284,43 +284,14 @@ def suggest(trial: optuna.trial.Trial, name: str, distribution: BaseDistribution
         trial.suggest_float(name, distribution.low, distribution.high, log=distribution.log)
 
 
-class FinalistSearcher(StudySearcher):
-    """Proposes the finalists of a promotion, each once, by `parameters` in their order."""
-
-    def __init__(self, parameters: Sequence[Parameters], study: Study, spec: Spec, capacity: Callable[[], float]):
-        super().__init__(study, spec, capacity)
-        self.finalists = parameters
-
-    def _propose(self) -> FrozenTrial:
-        number = self.count
-        self._add(TrialState.RUNNING, self.finalists[number], None)
-        return self.study.at(number)
+def add_finalists(study: Study, parameters: Sequence[Parameters]) -> None:
+    """Have a `StudySearcher` propose trials with these parameters, in their order; the first may be there already."""
+    for each in parameters[len(study.known()) :]:
+        attributes = {"parameters": each.model_dump()}
+        study.add_trial(optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs=attributes))
 
 
-class ToTheEnd(FIFOScheduler):
-    """No trial is stopped before its end."""
-
-    def __init__(self, study: Study, spec: Spec):
-        super().__init__()
-        self.study, self.spec = study, spec
-
-    @fatal
-    def on_trial_result(self, tune_controller: Any, trial: RayTrial, result: dict[str, Any]) -> str:
-        return str(TrialScheduler.STOP if result["done"] or self.is_weak(trial, result) else TrialScheduler.CONTINUE)
-
-    def is_weak(self, trial: RayTrial, result: dict[str, Any]) -> bool:
-        return False
-
-    @fatal
-    def on_trial_error(self, tune_controller: Any, trial: RayTrial) -> None:
-        """Note in the study why a worker was lost, each time: Tune tells the rule, but not the searcher."""
-        text = Path(trial.error_file).read_text() if trial.error_file else ""
-        frozen = self.study.at(trial.config["trial"])
-        causes = [*frozen.user_attrs.get("lost", []), cause_of(text)]
-        self.study.trial(frozen.number).set_user_attr("lost", causes)
-
-
-class SuccessiveHalving(ToTheEnd):
+class SuccessiveHalving(FIFOScheduler):
     """Asynchronous successive halving (ASHA; Li et al. 2020).
 
     At each rung from grace_epochs on, a trial goes on while it is among the best 1/reduction_factor (rounded up) of all
@@ -329,8 +300,8 @@ class SuccessiveHalving(ToTheEnd):
     """
 
     def __init__(self, study: Study, spec: Spec):
-        super().__init__(study, spec)
-        self.objective = spec.objective[0]
+        super().__init__()
+        self.study, self.spec, self.objective = study, spec, spec.objective[0]
         self.rungs: defaultdict[int, list[float]] = defaultdict(list)  # the costs at each, in order
         self.counted: set[tuple[int, int]] = set()
         for trial in study.known():
@@ -342,13 +313,26 @@ class SuccessiveHalving(ToTheEnd):
             self.counted.add((rung, number))
             insort(self.rungs[rung], cost)
 
-    def is_weak(self, trial: RayTrial, result: dict[str, Any]) -> bool:
-        number, cost, budget = trial.config["trial"], self.objective.cost(result), self.spec.budget
+    @fatal
+    def on_trial_result(self, tune_controller: Any, trial: RayTrial, result: dict[str, Any]) -> str:
+        stop = result["done"] or self._is_weak(trial.config["trial"], result)
+        return str(TrialScheduler.STOP if stop else TrialScheduler.CONTINUE)
+
+    def _is_weak(self, number: int, result: dict[str, Any]) -> bool:
+        cost, budget = self.objective.cost(result), self.spec.budget
         self._count(result["rung"], number, cost)
         rung = self.rungs[result["rung"]]
         better = bisect_left(rung, cost)
         weak = result["epoch"] >= budget.grace_epochs and better >= math.ceil(len(rung) / budget.reduction_factor)
         return weak and number != BASELINE and len(self.spec.objective) == 1  # of several none alone says "weaker"
+
+    @fatal
+    def on_trial_error(self, tune_controller: Any, trial: RayTrial) -> None:
+        """Note in the study why a worker was lost, each time: Tune tells the rule, but not the searcher."""
+        text = Path(trial.error_file).read_text() if trial.error_file else ""
+        frozen = self.study.at(trial.config["trial"])
+        causes = [*frozen.user_attrs.get("lost", []), cause_of(text)]
+        self.study.trial(frozen.number).set_user_attr("lost", causes)
 
 
 def cause_of(error: str) -> str:

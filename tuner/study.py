@@ -45,12 +45,12 @@ STATES = {
 
 
 class Journal(JournalFileBackend):
-    """Optuna's own, but the lines of one event are synced together."""
+    """Optuna's own, but the lines of one event are synced together, and without its lock: who writes has the run's."""
 
     damage = ""  # that a reader met
 
     def __init__(self, path: Path):
-        super().__init__(str(path), lock_obj=RunLock())  # type: ignore[arg-type]
+        super().__init__(str(path))
         self.path, self.in_event = path, False
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
@@ -79,16 +79,6 @@ class ReadJournal(Journal):
             yield from super().read_logs(log_number_from)
         except ValueError as error:
             self.damage = one_line(error)
-
-
-class RunLock:
-    """For a journal that only the process writes which holds the run's own lock. Ray pickles it with the rule."""
-
-    def acquire(self) -> bool:
-        return True
-
-    def release(self) -> None:
-        pass
 
 
 class Study(optuna.Study):

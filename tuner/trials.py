@@ -2,10 +2,10 @@
 
 import os
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from tuner.fusion import Fusion, fusion
 from tuner.loggers import Trackers
 from tuner.pool import RayPool
 from tuner.run import RunFiles, write_atomic
-from tuner.searcher import FinalistSearcher, StudySearcher, SuccessiveHalving, ToTheEnd
+from tuner.searcher import StudySearcher, SuccessiveHalving, add_finalists
 from tuner.spec import Resources, Spec
 from tuner.study import ENDED, RETRAIN, SEARCH, UNFINISHED, Study, open_study, read_study
 from tuner.tensorboard import TensorBoard
@@ -35,9 +35,6 @@ from tuner.vae.seeds import Stream, derive_seed
 from tuner.vae.step import State
 from tuner.workspace import Workspace
 
-SearcherMaker = Callable[[Study, Spec, Callable[[], float]], StudySearcher]
-RuleMaker = Callable[[Study, Spec], ToTheEnd]
-
 
 def search_stage(run: RunFiles, spec: Spec, pool: RayPool, extractors: FeatureExtractors) -> list[dict[str, Any]]:
     """Run the trials that are left -> the rows of trials.csv; the extractors are made and kept on the way."""
@@ -46,7 +43,7 @@ def search_stage(run: RunFiles, spec: Spec, pool: RayPool, extractors: FeatureEx
         board.start_search()
         table = KeepTable(run, spec, study)
         shown = ShowTrials(spec, table, board, Trackers(run, spec, SEARCH), progress)
-        train(run, spec, study, pool, search_callbacks(table, extractors, board, shown), others=extractors.awaited)
+        train(run, spec, study, pool, search_callbacks(table, extractors, board, shown), extractors.awaited)
         table.write()
         progress.done(shown.line())
     with stage(run, "extractor") as progress:
@@ -84,12 +81,12 @@ def retrain_trials(workspace: Workspace, pool: RayPool, finalists: Sequence[Fitt
                 raise
             state = State.of(start.snapshot().model)
             write_atomic(run.checkpoint(number), Checkpoint(start.parameters, state).to_bytes())
+    add_finalists(study, [start.parameters for start in finalists])
     with stage(run, "retrain") as progress, closing(TensorBoard(run.tensorboard, spec, RETRAIN)) as board:
         table = KeepTable(run, spec, study)
         shown = ShowTrials(spec, table, board, Trackers(workspace.run, spec, RETRAIN), progress)
         callbacks = [table, KeepCheckpoints(run), shown]
-        searcher = partial(FinalistSearcher, [start.parameters for start in finalists])
-        train(run, spec, study, pool, callbacks, searcher=searcher, rule=ToTheEnd)
+        train(run, spec, study, pool, callbacks)
         table.write()
         progress.done(shown.line())
     return [workspace.checkpoints.read(run.checkpoint(number)) for number in range(len(finalists))]
@@ -101,12 +98,9 @@ def train(
     study: Study,
     pool: RayPool,
     callbacks: Sequence[tune.Callback],
-    *,
-    searcher: SearcherMaker = StudySearcher,
-    rule: RuleMaker = SuccessiveHalving,
     others: Callable[[], int] = lambda: 0,
 ) -> None:
-    """Train the trials that `searcher` proposes until `rule` or the spec's last rung ends each."""
+    """Train what is left of a study's trials, while `others` work beside them and want a core each."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     lasting = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)
     files, errors = lasting(FileServer).remote(run), run.errors.relative_to(run.path).as_posix()
@@ -114,7 +108,7 @@ def train(
     with fusion(spec, pool.data, at_once) as fused:
         shared = Shared(spec, files, pool.data, fused.arrays, fused.scores, pool.own, errors)
         trainable = tune.with_parameters(TrialTrainable, shared=shared)
-        run_trials(study, spec, trainable, storage, at_once, callbacks, fused, others, searcher=searcher, rule=rule)
+        run_trials(study, spec, trainable, storage, at_once, callbacks, fused, others)
 
 
 def _bundle(wanted: Resources) -> dict[str, float]:
@@ -130,9 +124,6 @@ def run_trials(
     callbacks: Sequence[tune.Callback],
     fused: Fusion | None = None,
     others: Callable[[], int] = lambda: 0,
-    *,
-    searcher: SearcherMaker = StudySearcher,
-    rule: RuleMaker = SuccessiveHalving,
 ) -> None:
     """Ray Tune over what is left of a study, while `others` work beside the trials and want a core each."""
     wanted = fused.resources if fused else spec.resources
@@ -143,9 +134,11 @@ def run_trials(
         at_once = min(there, concurrency or there)
         return max(at_once - others(), min(at_once, 1))
 
+    limit = spec.budget.time_limit
+    ends = time.monotonic() + (limit or 0)
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(spec.budget.trials)  # the searcher holds back by itself
     while True:
-        proposes = searcher(study, spec, capacity)
+        proposes = StudySearcher(study, spec, capacity)
         left = proposes.remaining
         if not left:
             return
@@ -153,9 +146,9 @@ def run_trials(
             tune.with_resources(trainable, {"cpu": wanted.cpu, "gpu": wanted.gpu}),
             tune_config=tune.TuneConfig(
                 search_alg=proposes,
-                scheduler=rule(study, spec),
+                scheduler=SuccessiveHalving(study, spec),
                 num_samples=-1,  # the searcher ends it
-                time_budget_s=spec.budget.time_limit,
+                time_budget_s=limit and max(0.1, ends - time.monotonic()),
                 reuse_actors=True,
                 trial_name_creator=lambda trial: f"{trial.config['trial']:04d}",
                 trial_dirname_creator=lambda trial: f"{trial.config['trial']:04d}",

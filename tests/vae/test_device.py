@@ -25,6 +25,7 @@ from tuner.vae.extractor import (
     Program,
     WaveletPackets,
     draw_untrained,
+    from_bytes,
 )
 from tuner.vae.fitted import FittedModel, Fitter
 from tuner.vae.fused import Fused, Job
@@ -304,9 +305,13 @@ def test_a_bench_does_all_of_it_on_its_device():
 
     def work(device: torch.device) -> tuple[Any, ...]:
         made = [make(Bench(SPEC, DATA.to(device), {}), name) for name in ("search", "second")]
-        extractors = {name: each.extractor for name, each in zip(("search", "second"), made, strict=True)}
+        extractors = {name: from_bytes(file) for name, (file, _) in zip(("search", "second"), made, strict=True)}
         bench = Bench(SPEC, DATA.to(device), extractors, TEST.to(device))
-        numbers = [(each.accuracy, each.floor) for each in made], neighbourhood(bench, fitted), bench.score(None).scores
+        numbers = (
+            [(info.accuracy, info.floor) for _, info in made],
+            neighbourhood(bench, fitted),
+            bench.score(None).scores,
+        )
         return numbers, *bench.refit(fitted, parameters), *extractors.values()
 
     ours, theirs = _both(work)
