@@ -54,7 +54,7 @@ def test_time_limits(written, seconds):
     assert Budget(time_limit=written).time_limit == seconds
 
 
-@pytest.mark.parametrize("written", ["5d", "-5s", "soon", "", 0, -1, float("nan"), float("inf"), "1" * 400, [30]])
+@pytest.mark.parametrize("written", ["5d", "-5s", "soon", "", 0, -1, float("nan"), float("inf"), "1" * 400, [30], True])
 def test_a_time_limit_that_is_none_is_refused(written):
     with pytest.raises(ValidationError, match=r"budget.time_limit"):
         Spec.model_validate({"space": {"latent_dim": {"choices": [4, 8]}}, "budget": {"time_limit": written}})

@@ -170,6 +170,7 @@ def test_a_claim_removes_what_a_killed_process_left_half_written_and_nothing_els
             (run.extractors, "search.safetensors"),
             (run.checkpoints, "0003.pt"),
             (run.retrain, "kept.pt"),
+            (run.errors, "0003.txt"),
         ]
     ]
     kept = [

@@ -305,6 +305,7 @@ def refused(capfd: pytest.CaptureFixture[str], *words: object) -> str:
         (["decode", "twice.npz", "--out", "x"], "twice.npz: not readable as latents: "),
         (["decode", "outside.npz", "--out", "x"], "outside.npz: not readable as latents: some names lead out of"),
         (["decode", "rooted.npz", "--out", "x"], "rooted.npz: not readable as latents: some names lead out of"),
+        (["decode", "nul.npz", "--out", "x"], "nul.npz: not readable as latents: some names lead out of"),
         (["decode", "good.npz", "--out", "notes.txt"], "--out notes.txt: is a file"),
         (["sample", "0"], "sample 0: expected 1 or more"),
         (["interpolate", "photos", "photos"], "photos: one photo is wanted here"),
@@ -328,7 +329,7 @@ def test_bad_input_is_told_in_one_line_before_anything_is_written(export, loaded
     np.savez("none.npz", latents=np.zeros((0, size)))
     np.savez("good.npz", latents=np.zeros((1, size)))
     np.savez("twice.npz", latents=np.zeros((2, size)), names=["a", "a"])
-    for name, place in {"outside": "a/../../b", "rooted": "/b"}.items():
+    for name, place in {"outside": "a/../../b", "rooted": "/b", "nul": "a\0b"}.items():
         np.savez(f"{name}.npz", latents=np.zeros((1, size)), names=[place])
     assert f"error: {told}" in refused(capfd, export, *words)
 

@@ -80,13 +80,13 @@ def open(run: str | Path) -> "Result":
 
 
 def keep(run: RunFiles, data: Any) -> Path:
-    """Write images, and labels if there are any, to the run. Raises Refused where it began with others."""
+    """Write images, and labels if there are any, to the run. Raises Refused where it has begun with others."""
     images, labels = data if isinstance(data, tuple) else (data, None)
     arrays = {"images": np.asarray(images)} | ({} if labels is None else {"labels": np.asarray(labels)})
-    if run.given.exists():
-        with np.load(run.given) as known:
-            if known.keys() != arrays.keys() or not all(np.array_equal(known[name], arrays[name]) for name in arrays):
-                raise Refused(f"data: {run.shown} began with other images")
+    if run.spec.exists():
+        known = dict(np.load(run.given)) if run.given.exists() else {}
+        if known.keys() != arrays.keys() or not all(np.array_equal(known[name], arrays[name]) for name in arrays):
+            raise Refused(f"data: {run.shown} has begun with other images")
     else:
         run.given.parent.mkdir(parents=True, exist_ok=True)
         np.savez(run.given, allow_pickle=False, **arrays)

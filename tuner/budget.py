@@ -21,9 +21,7 @@ def parse_seconds(value: Any) -> Any:
     return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
 
 
-Seconds = Annotated[
-    float, BeforeValidator(parse_seconds), Field(gt=0, json_schema_extra={"type": ["number", "string"]})
-]
+Seconds = Annotated[Real, BeforeValidator(parse_seconds), Field(gt=0, json_schema_extra={"type": ["number", "string"]})]
 
 
 class Plateau(Frozen):

@@ -100,7 +100,7 @@ def cluster(address: str | None, concurrency: int | None, wanted: Resources) -> 
                 ray.init("local", num_cpus=cpus, include_dashboard=False, **mine, **quiet)
             except Exception as error:  # its processes were slow to come up, or died, or can't be where they are told
                 raise CutOff(named("Ray can't start", error)) from error
-        signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own in place
+        _restore(on_sigterm)  # Ray has put its own in place
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what goes wrong is told as the trial's reason
         _require_room(wanted)
         with worker_awaited(wanted):
@@ -112,7 +112,13 @@ def cluster(address: str | None, concurrency: int | None, wanted: Resources) -> 
     finally:
         ray.shutdown()
         vars(ray_constants).update(before)
-        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's C++ has put the system's default in place
+        _restore(on_sigterm)  # Ray's C++ has put the system's default in place
+
+
+def _restore(on_sigterm: Any) -> None:
+    """Another thread than the first, as some notebooks have, may set no handler."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)
 
 
 def _ray_folder() -> str:

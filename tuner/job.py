@@ -42,7 +42,7 @@ def new_run(spec: Path | None) -> str:
 
 def new_run_lines(run: RunFiles, spec: Spec, request: Request) -> Iterator[str]:
     """What is begun, for whoever meant to go on with something, and what of the spec won't be."""
-    given = request.spec or specs.DEFAULT.stem
+    given = specs.DEFAULT.stem if request.spec is None else request.spec
     yield f"new run  {run.shown}: {'a spec from Python' if isinstance(given, Mapping) else given}"
     points, most = len(spec.points_to_evaluate), spec.budget.trials - 1
     if points > most:
@@ -175,7 +175,8 @@ def load_spec(run: RunFiles, request: Request, own: OwnModelSpec | None = None) 
         raise ValueError(f"concurrency {request.concurrency}: expected 1 or more")
     started = run.spec.exists()
     overrides = [*request.overrides, *([("own_model", own.model_dump())] if own else [])]
-    spec = specs.load(request.spec or (run.spec if started else specs.DEFAULT), overrides)
+    given = (run.spec if started else specs.DEFAULT) if request.spec is None else request.spec
+    spec = specs.load(given, overrides)
     spec = spec.with_data_at(request.data_dir)
     begun = specs.load(run.spec) if started else spec
     begun.require_model(own)

@@ -23,7 +23,7 @@ from tuner.vae.parameters import Parameters
 from tuner.vae.shape import ImageShape
 from tuner.vae.step import AutogradStep, Factors, State
 
-NOT_THEIRS = (str(Path(__file__).parent), str(Path(torch.__file__).parent), "<frozen ")  # where no user's code is
+NOT_THEIRS = (f"{Path(__file__).parent}/", f"{Path(torch.__file__).parent}/", "<frozen ")  # where no user's code is
 
 
 def load(given: str | OwnModel | None) -> tuple[OwnModel | None, OwnModelSpec | None]:

@@ -119,10 +119,9 @@ class RunFiles:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise Refused(f"{self.shown}: another process is working on this run") from error
-            for directory in (self.path, self.images, self.extractors, self.checkpoints, self.retrain):
-                for left in directory.glob(".*.tmp"):
-                    if left.is_file() and not left.name.startswith(f".{self.report.name}"):  # written without the lock
-                        left.unlink(missing_ok=True)
+            for left in (*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp")):
+                if left.is_file() and not left.name.startswith(f".{self.report.name}"):  # written without the lock
+                    left.unlink(missing_ok=True)
             yield
 
     def checkpoint(self, trial: int) -> Path:

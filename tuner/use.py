@@ -120,8 +120,9 @@ def decode(export: Export, asked: argparse.Namespace) -> None:
             names = [*map(str, file["names"] if "names" in file else range(len(latents)))]
         if not (names and latents.shape == (len(names), export.latent_dim) and latents.isfinite().all()):
             raise ValueError(f"{tuple(latents.shape)} where finite numbers (N, {export.latent_dim}) are wanted")
-        if any({"/", ".."} & set(PurePosixPath(name).parts) for name in names) or len({*names}) < len(names):
-            raise ValueError("some names lead out of the folder, or are there twice")
+        outside = any({"/", ".."} & set(PurePosixPath(name).parts) or "\0" in name for name in names)
+        if outside or len({*names}) < len(names):
+            raise ValueError("some names lead out of the folder, name no file, or are there twice")
         bare = [str(PurePosixPath(name).with_suffix("")) for name in names]
     export.draw(latents, bare if len({*bare}) == len(names) else names, asked.out)
 
