@@ -97,6 +97,15 @@ def test_of_a_few_trials_the_parameter_that_explains_all_has_nearly_all(tmp_path
     assert importance(study, spec, least=13) == {}
 
 
+def test_where_all_trials_came_to_the_same_nothing_explains_it(tmp_path: Path):
+    study = open_study(tmp_path / "journal", SPEC)
+    for latent_dim in range(4, 32, 2):
+        point = {"latent_dim": latent_dim, "learning_rate": 0.003}
+        study.add_trial(create_trial(params=point, distributions=distributions(SPEC), value=8.0))
+    assert importance(study, SPEC, least=4) == {}
+    assert not list(ignored(study, SPEC))
+
+
 def test_a_finished_run_gets_it_and_an_unfinished_none(finished_run: RunFiles):
     summary, study = finished_run.summary(), read_study(finished_run.journal)
     spec = Spec.model_validate({"space": SPEC.space})
