@@ -43,8 +43,8 @@ def importance(study: Study, spec: Spec, least: int) -> dict[str, float]:
     """The share of the differences in the objective that each parameter explains, by functional ANOVA (Hutter et al.
     2014): of a few trials Optuna's own choice, PED-ANOVA, can give a third to what explains nothing.
 
-    Empty where fewer than `least` trials with parameters are complete or all came to the same, or where there are several
-    objectives.
+    Empty where fewer than `least` trials with parameters are complete, where all came to the same, and where there are
+    several objectives.
     """
     complete = [trial for trial in study.known() if trial.state == TrialState.COMPLETE and trial.params]
     if len(complete) < least or len(spec.objective) > 1 or len(spec.space) < 2:
