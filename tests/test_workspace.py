@@ -228,7 +228,8 @@ def test_extractors_are_what_the_data_and_the_spec_have(run, program, labels, ow
     for name, (content, info) in made.items():
         keep_extractor(run, name, content, info)
     described = run.summary().extractors
-    assert [info.kind for info in described.values()] == kinds
+    files = [content for content, _ in made.values()]
+    assert [from_bytes(file).kind for file in files] == [info.kind for info in described.values()] == kinds
     for name, (content, info) in made.items():
         assert described[name] == info
         assert info.floor == search_scorer(spec, data, from_bytes(content)).floor

@@ -157,10 +157,9 @@ class TrialTrainable(tune.Trainable):
         shown = as_floats(evenly_spaced(self.data.validation.images[:SEARCH_SAMPLES])).cpu()
         pictures = {name: Content(png(grid)) for name, grid in image_grids(fitted, shown, self.spec.data.ink).items()}
         past_grace = last or record.epoch > self.spec.budget.grace_epochs  # till then latents that sleep often wake up
-        aims = {
-            objective.metric for objective in self.spec.objective
-        }  # a code of nothing is where a front of rates ends
-        if past_grace and not fitted.scores["active_units"] and self.number != BASELINE and "rate" not in aims:
+        # a code of nothing is where a front of rates ends
+        exempt = self.number == BASELINE or any(objective.metric == "rate" for objective in self.spec.objective)
+        if past_grace and not fitted.scores["active_units"] and not exempt:
             reason = f"no active latent unit at epoch {record.epoch:g}"
             return self._failed("collapsed", reason, evaluation) | {"pictures": pictures}
         checkpoint.evaluation = evaluation
