@@ -135,6 +135,18 @@ def test_of_two_objectives_those_on_the_front_with_the_best_samples_contend():
     assert [row["trial"] for row in contenders(rows, spec)] == [4, 1, 3, 0, 5]  # 2 loses to 1 and 4, which are equal
 
 
+def test_what_a_limit_cut_off_drives_others_off_the_front_and_makes_room_for_the_next():
+    spec = Spec.model_validate({"space": {"latent_dim": {"choices": [4]}}, "objective": ["rate", "distortion"]})
+    points = [(1.0, 9.0), (2.0, 8.0), (3.0, 7.0), (4.0, 6.0), (5.0, 5.0), (6.0, 4.0), (2.0, 7.0)]
+    rows = [
+        {"trial": trial, "state": "complete", "rate": rate, "distortion": distortion, METRIC: float(trial)}
+        for trial, (rate, distortion) in enumerate(points)
+    ]
+    assert [row["trial"] for row in contenders(rows[:-1], spec)] == [0, 1, 2, 3, 4]
+    rows[-1]["state"] = "unfinished"
+    assert [row["trial"] for row in contenders(rows, spec)] == [0, 3, 4, 5, 6]
+
+
 def test_a_single_objective_ranks_by_itself_in_its_direction():
     space = {"latent_dim": {"choices": [4]}}
     spec = Spec.model_validate({"space": space, "objective": "active_units"})

@@ -15,7 +15,8 @@ from tuner.terminal import edges
 
 Rows = Sequence[Mapping[str, Any]]
 
-ENOUGH = 10  # complete trials, below which nothing is said about them all
+FEWEST = 4  # complete trials, below which nothing is said of what matters
+ENOUGH = 10  # of them, below which nothing is said about them all
 LITTLE = 0.05  # of the differences in the objective: a forest gives 3 % to what explains nothing
 FOREST_TRIALS = 200  # evenly spread, in a forest: it takes minutes of a thousand
 OFTEN = 0.1  # of all trials
@@ -26,28 +27,28 @@ REMEDIES = {
 }
 
 
-def advice(study: Study, rows: Rows, summary: Summary, spec: Spec) -> list[str]:
-    """Nothing before the promotion."""
+def advice(rows: Rows, summary: Summary, spec: Spec, shares: Mapping[str, float]) -> list[str]:
+    """`shares` are what `importance` gives. Nothing before the promotion."""
     winner = summary.winner
     if winner is None:
         return []
     error = summary.promotion[0].error if len(spec.objective) == 1 else None
     found = [f"{note}." for note in edges(winner.searched, spec)]
-    found += ignored(study, spec)
+    found += ignored(rows, shares)
     found += more_trials(rows, error) if error else []
     found += more_epochs(summary.retrain, summary.validation) if summary.retrain and summary.validation else []
     return [*found, *failed_alike(rows)]
 
 
-def importance(study: Study, spec: Spec, least: int) -> dict[str, float]:
+def importance(study: Study, spec: Spec) -> dict[str, float]:
     """The share of the differences in the objective that each parameter explains, by functional ANOVA (Hutter et al.
     2014): of a few trials Optuna's own choice, PED-ANOVA, can give a third to what explains nothing.
 
-    Empty where fewer than `least` trials with parameters are complete, where all came to the same, and where there are
-    several objectives.
+    Empty where too few trials with parameters are complete, where all came to the same, and where there are several
+    objectives.
     """
     complete = [trial for trial in study.known() if trial.state == TrialState.COMPLETE and trial.params]
-    if len(complete) < least or len(spec.objective) > 1 or len(spec.space) < 2:
+    if len(complete) < FEWEST or len(spec.objective) > 1 or len(spec.space) < 2:
         return {}
     if len({trial.value for trial in complete}) == 1:
         return {}
@@ -58,10 +59,11 @@ def importance(study: Study, spec: Spec, least: int) -> dict[str, float]:
     return {name: float(share) for name, share in shares.items()}
 
 
-def ignored(study: Study, spec: Spec) -> Iterator[str]:
+def ignored(rows: Rows, shares: Mapping[str, float]) -> Iterator[str]:
     """Parameters that made next to no difference."""
-    for name, share in importance(study, spec, ENOUGH).items():
-        if share < LITTLE:
+    enough = sum(row["state"] == "complete" for row in rows) >= ENOUGH
+    for name, share in shares.items():
+        if enough and share < LITTLE:
             yield f"{name} hardly mattered ({share:.1%} of the differences): fix it, and fewer trials will do."
 
 

@@ -15,12 +15,14 @@ CONTENDERS = 5
 
 
 def contenders(rows: Sequence[Mapping[str, Any]], spec: Spec) -> list[Mapping[str, Any]]:
-    """The best few rows of ended trials, best first: those whose checkpoints the promotion scores again."""
-    return promising(rows, spec)[:CONTENDERS]
+    """The best few rows, best first, whose checkpoints the promotion scores again; of what a limit cut off as far as it
+    came."""
+    return ranked([row for row in rows if row["state"] in ("complete", "pruned", UNFINISHED)], spec)[:CONTENDERS]
 
 
 def promising(rows: Sequence[Mapping[str, Any]], spec: Spec) -> list[Mapping[str, Any]]:
-    """Contenders and, of several objectives, those that may yet be: a later trial can drive others off the front."""
+    """Of ended trials the contenders and, of several objectives, those that may yet be: a later trial can drive others
+    off the front."""
     found = ranked([row for row in rows if row["state"] in ("complete", "pruned")], spec)
     return found if len(spec.objective) > 1 else found[:CONTENDERS]
 
@@ -29,13 +31,11 @@ def promote(workspace: Workspace, rows: Sequence[Mapping[str, Any]], show: Calla
     """Choose the winner among a study's rows and write it to the summary.
 
     A contender's rank is the mean cost over all extractors, each extractor's scale set by the baseline; ties go to the
-    earlier trial. What a limit cut off takes part as far as it came. The baseline must have been scored. Raises Refused
-    where a checkpoint is damaged.
+    earlier trial. The baseline must have been scored. Raises Refused where a checkpoint is damaged.
     """
     run, spec = workspace.run, workspace.spec
     objective, searched = spec.selection_objective, spec.trial_objective.metric
-    cut_off = [row for row in rows if row["state"] == UNFINISHED]
-    chosen = ranked([*contenders(rows, spec), *cut_off], spec)[:CONTENDERS]
+    chosen = contenders(rows, spec)
     models = [workspace.checkpoints.best(run.checkpoint(row["trial"])) for row in chosen]
     scored = (None, workspace.checkpoints.baseline(), *models)
     units = [(fitted, name) for name in EXTRACTORS for fitted in scored]

@@ -61,7 +61,6 @@ BY_STATE = {"color": "state", "color_discrete_map": COLOURS}  # how plots tell t
 DOTS = {"marker": {"size": 10}}
 RATE_AND_DISTORTION = tuple(Objective.model_validate(metric) for metric in ("rate", "distortion"))
 NUMBERS = 1_000_000  # in a picture: PNG makes half a megabyte of it
-IMPORTANCE_TRIALS = 4  # fewer finished trials say nothing about importance
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 1100px; margin: 0 auto; padding: 1rem; }
@@ -87,6 +86,7 @@ class Material:
     study: Study
     rows: list[dict[str, Any]]
     best: list[Mapping[str, Any]]  # of the rows, those that plots have room for
+    shares: Mapping[str, float]  # of the differences in the objective, by parameter
     summary: Summary
     checkpoints: Checkpoints
 
@@ -99,7 +99,8 @@ def report(run: RunFiles, own: OwnModel | None = None) -> Path:
     if study is None:
         raise ValueError(f"{run.shown}: no search to report on (its {run.journal.name} is empty)")
     rows = table(study, spec)
-    material = Material(run, spec, study, rows, in_view(rows, spec), summary, Checkpoints(run, own))
+    shares, checkpoints = importance(study, spec), Checkpoints(run, own)
+    material = Material(run, spec, study, rows, in_view(rows, spec), shares, summary, checkpoints)
     parts = [part for made in SECTIONS for part in made(material)]
     document = (
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
@@ -157,7 +158,7 @@ def headline(material: Material) -> Iterator[str]:
 
 
 def next_steps(material: Material) -> Iterator[str]:
-    found = advice(material.study, material.rows, material.summary, material.spec)
+    found = advice(material.rows, material.summary, material.spec, material.shares)
     if found:
         body = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in found)
         yield section("What to do next", "Each with what it is concluded from.", f"<ul>{body}</ul>")
@@ -258,8 +259,7 @@ def _lines(title: str, see: str, study: Study, rows: Sequence[Mapping[str, Any]]
 
 
 def importances(material: Material) -> list[str]:
-    study, spec, metric = material.study, material.spec, material.spec.trial_objective.metric
-    shares = importance(study, spec, IMPORTANCE_TRIALS)
+    study, spec, metric, shares = material.study, material.spec, material.spec.trial_objective.metric, material.shares
     if not shares:
         return []
     best = optuna.create_study(directions=study.directions)
