@@ -27,12 +27,12 @@ $(VENV)/python:
 	touch $@
 
 $(VENV)/runtime: $(VENV)/python pyproject.toml constraints.txt
-	$(PIP) --editable ".[export]"
+	$(PIP) --editable .
 	touch $@
 
 $(VENV)/installed: $(VENV)/python pyproject.toml constraints.txt
 	xargs -n 20 -P 2 $(PIP) --no-deps < constraints.txt || true  # a start on two cores, where pip alone uses one
-	$(PIP) --editable ".[export,dev]"
+	$(PIP) --editable ".[dev]"
 	touch $(VENV)/runtime $@
 
 search: $(VENV)/runtime

@@ -175,4 +175,4 @@ def require_installed(loggers: Sequence[str]) -> None:
     """Raises Refused where one is not."""
     for name in loggers:
         if find_spec(name) is None:
-            raise Refused(f'loggers: {name} is not installed: pip install "vae-tuner[{name}]"')
+            raise Refused(f"loggers: {name} is not installed: pip install {name}")
