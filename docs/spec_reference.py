@@ -69,8 +69,11 @@ Besides these ranges:
   than `budget.trials` leaves beside the baseline the first are run, and a new run says so.
 - `~` at the beginning of a path is your home directory. A spec is a file in UTF-8; `1:30` and `010`, which YAML takes
   for 90 and 8, are refused.
-- `loss` is refused as the objective while `kl_weight`, `likelihood`, `model` or `kl_warmup_epochs` is searched.
+- `loss` is refused as the objective while `kl_weight`, `kl_unit`, `likelihood`, `model` or `kl_warmup_epochs` is
+  searched. A metric can't be named twice.
 - `nll` needs `fixed.likelihood: bernoulli`. `model: autoencoder` has no `calibrated_nll`, `rate` and `nll`.
+- `kl_unit: calibrated` needs `likelihood: gaussian`. `precision: auto` can be fixed, not searched. `execution: fused`
+  is refused with `model: own`. `temperature: fitted` and `pixels: binary` are refused for images in colour.
 - A trial is scored at its rungs: `grace_epochs`, then each time `reduction_factor` times as many epochs while that is
   below 95 % of `max_epochs`, then `max_epochs`; and where `grace_epochs` is 3 or more after the first epoch, a first
   look at which nobody is stopped.
@@ -87,7 +90,11 @@ What stands below `data`: keys by `name`, which is `digits` where it is left out
 PARAMETERS = """\
 Each of these can be a key of `space` or of `fixed`. What is in neither has its default; the defaults are the classic
 settings of the MNIST tutorials. The baseline, trial 0, has them too, but for `batch_size`, `likelihood`, `pixels`,
-`prior` and `prior_components` where the spec fixes these.
+`prior` and `prior_components` where the spec fixes these. `model.NAME` is an option of
+[a model of your own](own-model.md).
+
+One that matters only beside others is searched only there: `prior_components: {choices: [10, 20], when: {prior:
+gaussian_mixture}}`.
 """
 
 ENTRIES = """\

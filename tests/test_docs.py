@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import tomllib
 from pathlib import Path
 from types import ModuleType
 
@@ -41,6 +42,19 @@ def test_every_key_and_parameter_is_described(spec_reference):
     rows = [line.split(" | ") for line in spec_reference.reference().splitlines() if line.startswith("| `")]
     assert len(rows) > 60
     assert [row[0] for row in rows if not row[-1].strip(" |")] == []
+
+
+def test_the_table_of_rooms_is_that_of_the_contracts():
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    layers = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
+    page = (ROOT / "docs" / "developing.md").read_text()
+    told = re.findall(r"^\| (\d+) \| `(\w+)/?` \|", page, re.MULTILINE)
+    expected = [
+        (str(number), name.removeprefix("tuner."))
+        for number, layer in enumerate(layers, 1)
+        for name in layer.split(" | ")
+    ]
+    assert sorted(told) == sorted(expected)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)

@@ -27,9 +27,9 @@ Seconds = Annotated[Real, BeforeValidator(parse_seconds), Field(gt=0, json_schem
 class Plateau(Frozen):
     """When a search has stopped improving."""
 
-    trials: Whole = Field(ge=1, description="so many ended trials in a row")
+    trials: Whole = Field(ge=1, description="the search ends when so many ended trials in a row brought too little")
     min_improvement: Real = Field(0.01, ge=0, lt=1)
-    """that brought the best objective down, or up, by less than this share of it"""
+    """what counts as too little: an improvement by less than this share of the best objective before them"""
 
 
 class Budget(Frozen):

@@ -136,7 +136,8 @@ class FolderSpec(DecodedSpec):
 
 
 class ParquetSpec(DecodedSpec):
-    """Hugging Face's data sets: a column of images, and of labels. Shards `train-*` and `test-*` are splits."""
+    """Hugging Face's data sets: a column `image` or `img`, else the first that holds bytes, and `label`, if there is
+    one. Shards `train-*` and `test-*` are splits."""
 
     place_key: ClassVar[str] = "file"
 
@@ -145,7 +146,9 @@ class ParquetSpec(DecodedSpec):
 
 
 class ArraysSpec(_Given):
-    """Arrays (N, H, W) or (N, H, W, C), C 1 or 3, of uint8 or of floats in 0 to 1."""
+    """Arrays `images` and, if there are any, `labels`; or `train_images`, `train_labels`, `validation_images`,
+    `test_images` and so on. Images are (N, H, W) or (N, H, W, C), H and W from 16 to 128 in steps of 4, C 1 or 3, uint8
+    or floats in 0 to 1."""
 
     place_key: ClassVar[str] = "file"
 

@@ -51,7 +51,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-epochs", type=float, metavar="N", help="budget.max_epochs")
     parser.add_argument("--time-limit", metavar="TIME", help="budget.time_limit, such as 30m")
     parser.add_argument("--seed", type=int, metavar="N", help="seed of the study")
-    parser.add_argument("--concurrency", type=int, metavar="N", help="trials at once (default: one a CPU)")
+    parser.add_argument(
+        "--concurrency", type=int, metavar="N", help="trials at once (default: as many as CPUs hold, or 64 a GPU)"
+    )
     parser.add_argument("--address", metavar="ADDR", help="join this Ray cluster (default: RAY_ADDRESS, or start one)")
     parser.add_argument("--logger", action="append", metavar="NAME", help="tell mlflow or wandb of trials and export")
     parser.add_argument("--no-retrain", action="store_true", help="export the best trial as the search left it")

@@ -179,6 +179,9 @@ COMMANDS: tuple[tuple[Any, str, str, str | None], ...] = (
 )
 
 
+LATENT = "add so much to a latent, counted from 0; can be repeated"
+
+
 def main(argv: list[str] | None = None) -> int:
     words = "PHOTOS: a folder, a .zip of one, or a photo. What is drawn goes to a folder, or all to one sheet.png."
     parser = argparse.ArgumentParser(prog="python -m tuner.use", description=f"Use a trained model. {words}")
@@ -188,10 +191,12 @@ def main(argv: list[str] | None = None) -> int:
         one = commands.add_parser(work.__name__, help=work.__doc__, description=f"{work.__doc__} {words}")
         for name in takes.split():
             one.add_argument(name, type=int if name == "N" else Path)
-        one.add_argument("--out", type=Path, default=out, required=not out, metavar="PATH", help=out)
+        one.add_argument(
+            "--out", type=Path, default=out, required=not out, metavar="PATH", help=f"default: {out}" if out else None
+        )
         one.set_defaults(work=work, programs=programs.split())
     commands.choices["sample"].add_argument("--seed", type=int, default=0, help="another one draws others")
-    commands.choices["edit"].add_argument("--latent", action="append", required=True, metavar="3=+1.5")
+    commands.choices["edit"].add_argument("--latent", action="append", required=True, metavar="3=+1.5", help=LATENT)
     given = sys.argv[1:] if argv is None else argv
     asked = parser.parse_args(given)
     with resumable(command("tuner.use", given)):
