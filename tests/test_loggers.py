@@ -77,6 +77,16 @@ def test_a_trial_that_goes_on_is_the_same_run_again(places):
     assert [(metric.step, metric.value) for metric in history] == [(1000, 1.0), (2000, 0.5)]
 
 
+def test_a_trial_of_a_run_at_a_url_is_the_same_run_again_though_its_copy_lies_elsewhere(places):
+    spec = Spec.model_validate({"space": SPACE, "loggers": ("mlflow",)})
+    for folder in ("first", "second"):
+        run = RunFiles(places / folder, shown="s3://bucket/mine")
+        Trackers(run, spec, "search").start_trial(1, {"latent_dim": 4})
+    client = MlflowClient()
+    (run,) = client.search_runs([client.get_experiment_by_name(PROJECT).experiment_id])
+    assert run.data.tags["run"] == "s3://bucket/mine"
+
+
 def test_another_trial_of_the_same_number_is_another_run(places, capsys):
     for latents in (4, 8, 4):
         told(places, "mlflow").start_trial(1, {"latent_dim": latents})

@@ -264,6 +264,12 @@ def test_every_file_of_a_run_lies_inside_of_it(run):
     assert run.name_of(run.error(7)) == f"{run.shown}/errors/0007.txt"
 
 
+def test_a_run_at_a_url_is_named_without_the_urls_query(tmp_path):
+    run = RunFiles(tmp_path, shown="s3://bucket/mine?endpoint_override=http://localhost:9000&region=us-east-1")
+    assert (run.name, run.place) == ("mine", "s3://bucket/mine")
+    assert run.name_of(run.report) == "s3://bucket/mine/report.html"
+
+
 def test_the_retrain_has_its_trials_in_a_folder_of_its_own_and_shares_the_rest(run):
     ours = run.of_retrain()
     own = {ours.checkpoint(0), ours.checkpoint(1), ours.error(1), ours.trials}

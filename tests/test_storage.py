@@ -21,13 +21,14 @@ from pathlib import Path
 
 import pytest
 from processes import processes_of
-from pyarrow.fs import FileSelector, FileSystem, FileType
+from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem, copy_files
 
 import tuner
 from tuner import export, report, retrain, search
 from tuner.exits import CutOff
 from tuner.run import RunFiles, write_atomic
 from tuner.storage import Mirror, opened
+from tuner.study import read_study
 from tuner.vae.errors import Refused
 from tuner.vae.metrics import METRICS
 
@@ -177,6 +178,28 @@ def test_locks_temporary_files_decoded_images_and_rays_own_folder_stay_behind(bu
     with mirror.run.claimed():
         mirror.push()
     assert contents(bucket + "/mine") == {"spec.yaml": b"s"}
+
+
+def test_what_only_the_copy_in_storage_has_stays_there(bucket, tmp_path):
+    whole = {"spec.yaml": b"s", ".images/given.npz": b"arrays", "ray/search/state.json": b"{}"}
+    for name, content in whole.items():
+        path = tmp_path / "whole" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    copy_files(str(tmp_path / "whole"), f"{bucket}/whole", source_filesystem=LocalFileSystem())
+    with opened(f"{bucket}/whole"):
+        pass
+    assert contents(f"{bucket}/whole") == whole
+
+
+def test_a_refusal_names_the_url_and_no_copy_that_is_gone(bucket, tmp_path):
+    put(RunFiles(tmp_path / "run"), spec_yaml="s", study_journal="x")
+    copy_files(str(tmp_path / "run"), f"{bucket}/damaged", source_filesystem=LocalFileSystem())
+    with (
+        pytest.raises(Refused, match=rf"^{re.escape(bucket)}/damaged/study\.journal: "),
+        opened(f"{bucket}/damaged") as run,
+    ):
+        read_study(run.journal)
 
 
 def test_a_run_at_a_path_is_opened_as_it_is(tmp_path):

@@ -32,7 +32,7 @@ class MLflowTracker:
     def __init__(self, run: RunFiles):
         from mlflow import MlflowClient
 
-        self.client, self.run = MlflowClient(), str(run.path.absolute())
+        self.client, self.run = MlflowClient(), run.place
         self.ids: dict[str, str] = {}
         known = self.client.get_experiment_by_name(PROJECT)
         self.experiment = known.experiment_id if known else self.client.create_experiment(PROJECT)
@@ -82,7 +82,7 @@ class WandbTracker:
     def start(self, name: str, parameters: Mapping[str, Any]) -> None:
         if name in self.runs:
             return
-        place = f"{self.run.path.absolute()}/{name}"
+        place = f"{self.run.place}/{name}"
         self.runs[name] = self.wandb.init(
             project=PROJECT,
             group=self.run.name,

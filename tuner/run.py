@@ -88,12 +88,22 @@ class RunFiles:
         self.lock = path / ".lock"
 
     @property
+    def place(self) -> str:
+        """What tells the run from all others: its path, or its URL without the query."""
+        return self.shown.partition("?")[0] if "://" in self.shown else str(self.path.absolute())
+
+    @property
     def name(self) -> str:
-        return Path(self.shown).name
+        return Path(self.place).name
 
     def name_of(self, path: Path) -> str:
         """What the user calls a file of the run."""
-        return f"{self.shown}/{path.relative_to(self.path).as_posix()}"
+        place = self.place if "://" in self.shown else self.shown
+        return f"{place}/{path.relative_to(self.path).as_posix()}"
+
+    def images_at(self, place: Path | None) -> Path | None:
+        """Where the images lie: at `place`, or in the run where a call from Python gave it some."""
+        return place or (self.given if self.spec.exists() and self.given.exists() else None)
 
     def is_foreign(self) -> bool:
         """Whether the path is taken by something that is no run."""

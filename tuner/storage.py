@@ -40,6 +40,8 @@ def opened(place: str, begins: bool = False) -> Iterator[RunFiles]:
     pusher.start()
     try:
         yield RunFiles(local, shown=place)
+    except Refused as error:  # the copy is gone by the time that this is read
+        raise Refused(str(error).replace(str(local), place)) from error
     finally:
         done.set()
         pusher.join()
@@ -79,7 +81,7 @@ class Mirror:
                 copy_files(self.root, str(self.run.path), source_filesystem=self.storage)
             elif begins:
                 self.storage.create_dir(self.root, recursive=True)
-        self.known = {path: _signature(path) for path in self.run.path.rglob("*") if path.is_file()}
+        self.known = {path: _signature(path) for path in self.run.path.rglob("*") if self._belongs(path)}
 
     def follow(self, done: threading.Event) -> None:
         """Push now and then until `done`; a push that fails is tried again."""
