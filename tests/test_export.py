@@ -300,6 +300,12 @@ def test_training_images_are_copies_of_themselves(bench, tested):
     assert scores["coverage"] == pytest.approx(1, abs=0.01)
 
 
+def test_where_test_images_repeat_and_so_cover_nothing_nothing_is_said_of_coverage(bench, tested):
+    repeated = Split(tested.images[:20].repeat_interleave(8, 0), tested.labels[:20].repeat_interleave(8))
+    copies = FittedModel(Copier(as_floats(bench.data.train.images)), Parameters(latent_dim=2), standard_normal(2))
+    assert neighbourhood(replace(bench, test=repeated), copies).keys() == FINAL_METRICS.keys() - {"coverage"}
+
+
 def test_without_labels_neighbours_do_not_vote_and_groups_of_features_are_compared_as_one(bench, tested):
     data = replace(bench.data, train=Split(bench.data.train.images))
     copies = FittedModel(Copier(as_floats(data.train.images)), Parameters(latent_dim=2), standard_normal(2))

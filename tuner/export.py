@@ -27,7 +27,7 @@ from tuner.scoring import Bench, compared
 from tuner.summary import Summary
 from tuner.tensorboard import TensorBoard
 from tuner.terminal import stage
-from tuner.vae.data import Split, as_floats
+from tuner.vae.data import Split, as_floats, spread
 from tuner.vae.fitted import FittedModel, encode
 from tuner.vae.image_grid import interleaved, samples, sheet
 from tuner.vae.model import OwnModel
@@ -146,12 +146,11 @@ def neighbourhood(bench: Bench, fitted: FittedModel) -> dict[str, float]:
     if test.labels is not None and train.labels is not None:
         latents, references = encode(fitted.model, shown)[0], encode(fitted.model, learned)[0]
         scores["knn_accuracy"] = knn_accuracy(latents, test.labels, references, train.labels)
-    shown = shown[:NEIGHBOUR_IMAGES]
+    shown = spread(shown, NEIGHBOUR_IMAGES)
     sets = (shown, drawn, learned[:NEIGHBOUR_IMAGES])
     real, fake, like = (scorer.extractor.features(images).flatten(1) for images in sets)
     return scores | {
-        "recall": recall(real, fake) / recall(real, like),
-        "coverage": coverage(real, fake) / coverage(real, like),
+        **{score.__name__: score(real, fake) / best for score in (recall, coverage) if (best := score(real, like))},
         "copied": copied(drawn.flatten(1), learned.flatten(1)) - copied(shown.flatten(1), learned.flatten(1)),
     }
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tuner.vae.data import Split, as_floats, binarize
+from tuner.vae.data import Split, as_floats, binarize, spread
 
 
 def test_a_fingerprint_changes_with_one_pixel_or_one_label(digits):
@@ -21,6 +21,13 @@ def test_pixels_map_0_to_255_onto_0_to_1_and_leave_their_input_alone():
     images = torch.tensor([0, 51, 255], dtype=torch.uint8)
     assert as_floats(images).tolist() == pytest.approx([0, 0.2, 1])
     assert images.tolist() == [0, 51, 255]
+
+
+def test_some_of_a_splits_images_are_from_all_over_it():
+    images = torch.arange(11)
+    assert spread(images, 5).tolist() == [0, 2, 4, 6, 8]
+    assert spread(images, 8).tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert spread(images, 99).tolist() == images.tolist()
 
 
 def test_a_binarized_pixel_is_white_as_often_as_its_grey_value_says():

@@ -44,6 +44,13 @@ def test_frechet_distance_equals_torchmetrics():
     assert frechet_distance(moments(a), moments(b)).item() == pytest.approx(reference.compute().item(), rel=1e-6)
 
 
+def test_frechet_distance_of_a_single_feature_is_that_of_means_and_deviations():
+    a, b = torch.tensor([[1.0], [3.0], [5.0]]), torch.tensor([[0.0], [1.0]])
+    (mean, covariance) = moments(a)
+    assert (mean.tolist(), covariance.tolist()) == ([3], [[4]])
+    assert frechet_distance(moments(a), moments(b)).item() == pytest.approx((3 - 0.5) ** 2 + (2 - 0.5**0.5) ** 2)
+
+
 def test_frechet_distance_equals_the_formula_with_scipys_matrix_root():
     (mean_a, cov_a), (mean_b, cov_b) = moments(_features(300, 3)), moments(_features(200, 4, shift=1.0))
     root = scipy.linalg.sqrtm((cov_a @ cov_b).numpy()).real

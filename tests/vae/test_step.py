@@ -5,12 +5,12 @@ import io
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
 from tuner.vae.data import as_floats
 from tuner.vae.losses import RECONSTRUCTION, kl_divergence
-from tuner.vae.model import Builder, Model
+from tuner.vae.model import VAE, Builder, Model
 from tuner.vae.parameters import Parameters
 from tuner.vae.shape import ImageShape
 from tuner.vae.step import AutogradStep, Factors, State, WrittenOutStep, fastest_step
@@ -192,7 +192,15 @@ def test_a_state_learns_of_its_steps_when_they_are_stored_and_goes_on_to_the_bit
 def test_the_built_in_family_gets_the_written_out_step_and_any_other_model_the_reference(kind):
     built_in = State.fresh(build, _parameters(model=kind), seed=0, trial=1)
     assert isinstance(fastest_step(built_in, _parameters(), CPU), WrittenOutStep)
-    assert isinstance(fastest_step(State.of(_Foreign()), _parameters(), CPU), AutogradStep)
+    for other in (_Foreign(), _Inverted(ImageShape(1, 28, 28), 4)):
+        assert isinstance(fastest_step(State.of(other), _parameters(), CPU), AutogradStep)
+
+
+class _Inverted(VAE):
+    """A user's own that computes something else than what it inherits from."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return -super().decode(latents)
 
 
 class _Foreign(Model):

@@ -46,7 +46,7 @@ class ArrayShape(NamedTuple):
     def of(cls, model: Model, given: TrainingParameters, widest: int | None = None) -> "ArrayShape":
         """For a network and those like it, of up to `widest` latents; without, as many as it has. Raises ValueError on
         a model of another family: there are no arrays of those."""
-        if not isinstance(model, VAE):
+        if type(model) is not VAE:  # what inherits from it may compute something else
             raise ValueError("only the built-in models are trained as an array: execution process")
         latents, network = widest or model.latent_dim, (model.shape, model.variational, model.width)
         return cls(*network, latents, given.likelihood, given.kl_unit, given.precision, given.batch_size)

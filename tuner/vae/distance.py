@@ -15,7 +15,7 @@ def moments(features: Tensor) -> Moments:
         means, covariances = zip(*map(moments, features.unbind(1)), strict=True)
         return torch.stack(means), torch.stack(covariances)
     points = features.double()
-    return points.mean(0), points.mT.cov()
+    return points.mean(0), points.mT.cov().reshape(2 * points.shape[1:])  # of a single feature it gives a number
 
 
 def frechet_distance(a: Moments, b: Moments) -> Tensor:

@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from tuner.vae.data import Split, as_floats
+from tuner.vae.data import Split, as_floats, spread
 from tuner.vae.distance import Moments, frechet_distance, kernel_distance, moments
 from tuner.vae.extractor import FeatureExtractor
 from tuner.vae.fitted import BATCH, FittedModel, as_seen, encode, shuffled, tempered
@@ -68,8 +68,7 @@ class Scorer:
         features = self.features = self.extractor.features(everything)
         self.moments = moments(features)
         self.kernel_scale = features.square().mean().sqrt()  # the cubic kernel is not free of scale
-        apart = max(1, len(features) // KERNEL_IMAGES)  # MNIST's test images are in an order: the first are the easiest
-        self.kernel_features = features[::apart][:KERNEL_IMAGES] / self.kernel_scale
+        self.kernel_features = spread(features, KERNEL_IMAGES) / self.kernel_scale
         self.sharpness = laplacian_variance(everything)
 
     @cached_property
@@ -147,7 +146,7 @@ class Scorer:
             scores["rate"] = kl_divergence(means, log_variance).double().mean().item()
             scores["calibrated_nll"] = scores["rate"] + scores["distortion"]
             if parameters.likelihood == "bernoulli":
-                few, noise_source = images[:NLL_IMAGES], self._generator(Scoring.LIKELIHOOD)
+                few, noise_source = spread(images, NLL_IMAGES), self._generator(Scoring.LIKELIHOOD)
                 bounds = importance_weighted_bound(model, fitted.prior, few, NLL_SAMPLES, noise_source)
                 scores["nll"] = -bounds.mean().item()
         scores["active_units"] = float((means.var(0) > ACTIVE_VARIANCE).sum())

@@ -72,7 +72,7 @@ StepMaker = Callable[[State, TrainingParameters, torch.device], Step]
 
 def fastest_step(state: State, parameters: TrainingParameters, device: torch.device) -> Step:
     """The written-out step for the built-in family, the reference for any other model."""
-    return (WrittenOutStep if isinstance(state.model, VAE) else AutogradStep)(state, parameters, device)
+    return (WrittenOutStep if type(state.model) is VAE else AutogradStep)(state, parameters, device)
 
 
 class AutogradStep:
@@ -131,7 +131,7 @@ class WrittenOutStep:
     """An array of one."""
 
     def __init__(self, state: State, parameters: TrainingParameters, device: torch.device):
-        assert isinstance(state.model, VAE)
+        assert type(state.model) is VAE
         self.state, self.model, self.steps = state, state.model, state.step
         self.array = Array(ArrayShape.of(self.model, parameters), device=device)
         self.array.load(0, self.model, state.averages, state.mse)
