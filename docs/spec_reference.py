@@ -69,11 +69,13 @@ Besides these ranges:
   than `budget.trials` leaves beside the baseline the first are run, and a new run says so.
 - `~` at the beginning of a path is your home directory. A spec is a file in UTF-8; `1:30` and `010`, which YAML takes
   for 90 and 8, are refused.
-- `loss` is refused as the objective while `kl_weight`, `kl_unit`, `likelihood`, `model` or `kl_warmup_epochs` is
-  searched. A metric can't be named twice.
+- A metric is refused as the objective while a parameter is searched that changes what it counts: `loss` beside
+  `kl_weight`, `kl_unit`, `likelihood`, `model`, `kl_warmup_epochs` and `pixels`, `distortion` and `calibrated_nll`
+  beside `likelihood` and `pixels`, `mse` beside `pixels`. A metric can't be named twice.
 - `nll` needs `fixed.likelihood: bernoulli`. `model: autoencoder` has no `calibrated_nll`, `rate` and `nll`.
 - `kl_unit: calibrated` needs `likelihood: gaussian`. `precision: auto` can be fixed, not searched. `execution: fused`
-  is refused with `model: own`. `temperature: fitted` and `pixels: binary` are refused for images in colour.
+  is refused with `model: own`. `temperature: fitted` and `pixels: binary` are refused for images in colour,
+  `temperature: fitted` also for those of next to no grey.
 - A trial is scored at its rungs: `grace_epochs`, then each time `reduction_factor` times as many epochs while that is
   below 95 % of `max_epochs`, then `max_epochs`; and where `grace_epochs` is 3 or more after the first epoch, a first
   look at which nobody is stopped.

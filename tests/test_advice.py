@@ -99,6 +99,16 @@ def test_of_a_few_trials_the_parameter_that_explains_all_has_nearly_all(tmp_path
     assert shares["kl_weight"] > 0.9  # here Optuna's own choice gives it three quarters
 
 
+def test_of_a_parameter_that_has_one_value_among_complete_trials_nothing_is_said(tmp_path: Path):
+    prior = {"choices": ["standard_normal", "gaussian_mixture"]}
+    spec = Spec.model_validate({"space": SPEC.space | {"prior": prior}})
+    study = open_study(tmp_path / "journal", spec)
+    for latent_dim in range(4, 32, 2):
+        point = {"latent_dim": latent_dim, "learning_rate": latent_dim / 4_000, "prior": "gaussian_mixture"}
+        study.add_trial(create_trial(params=point, distributions=distributions(spec), value=latent_dim**2))
+    assert importance(study, spec).keys() == {"latent_dim", "learning_rate"}
+
+
 def test_where_all_trials_came_to_the_same_nothing_explains_it(tmp_path: Path):
     study = open_study(tmp_path / "journal", SPEC)
     for latent_dim in range(4, 32, 2):

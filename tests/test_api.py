@@ -21,6 +21,7 @@ import tuner
 from tuner.api import keep
 from tuner.loggers import PROJECT
 from tuner.run import RunFiles
+from tuner.spec import Spec
 from tuner.study import read_study
 from tuner.tensorboard import TAGS
 
@@ -119,6 +120,29 @@ def test_arrays_are_kept_in_the_run_and_no_others_taken_once_it_has_begun(tmp_pa
     for other in (images, (images, range(1, 41)), (images + 1, range(40))):
         with pytest.raises(ValueError, match=f"^data: {tmp_path} has begun with other images$"):
             keep(run, other)
+
+
+def test_what_is_laid_over_the_data_counts_and_a_run_that_was_moved_has_its_images_still(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images = np.zeros((40, 20, 20), np.uint8)
+    with pytest.raises(ValueError, match=r"images: .*40"):
+        tuner.tune(SPEC, run="mine", data=images, **{"data.invert": True})
+    run = RunFiles(tmp_path / "moved")
+    run.given.parent.mkdir(parents=True)
+    run.spec.write_text(Spec.model_validate(SPEC | {"data": {"name": "arrays", "file": "gone.npz"}}).to_yaml())
+    assert run.images_at(None) is None
+    run.given.touch()
+    assert run.images_at(None) == run.given
+    assert run.images_at(tmp_path) == tmp_path
+
+
+def test_what_can_not_be_a_run_is_refused_before_images_are_kept(tmp_path):
+    (tmp_path / "mine.txt").touch()
+    with pytest.raises(ValueError, match=r"exists and is not a run directory$"):
+        keep(RunFiles(tmp_path), np.zeros((40, 20, 20), np.uint8))
+    with pytest.raises(ValueError, match=r"Not a directory$"):
+        keep(RunFiles(tmp_path / "mine.txt" / "run"), np.zeros((40, 20, 20), np.uint8))
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
 @pytest.mark.parametrize(

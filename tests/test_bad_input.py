@@ -155,7 +155,7 @@ def test_a_file_that_is_no_mapping(refused, tmp_path, text, words):
         (
             "objective",
             "loss",
-            "the training loss can't be the objective while kl_weight is searched: the loss contains",
+            "loss can't be the objective while kl_weight is searched: that changes what it counts",
         ),
         ("data.name", "cifar", "data.name: 'cifar' is none of 'digits', 'mnist', 'fashion_mnist', 'kmnist', "),
         ("data", {"name": "folder"}, "data.directory: Field required"),
@@ -266,7 +266,7 @@ def test_a_tilde_is_the_home_directory_and_nothing_is_made_there(refused, tmp_pa
         (["--set", "seed.x=3"], ["--set seed.x: seed is not a mapping"]),
         (["--set", "budget.trial=3"], ["budget.trial: unknown key"]),
         (["--set", "space.latent_dim.low=33"], ["space.latent_dim: low 33 is above high 32"]),
-        (["--set", "objective=loss"], ["training loss can't be the objective while kl_weight is searched"]),
+        (["--set", "objective=loss"], ["loss can't be the objective while kl_weight is searched"]),
         (["--set", "seed=2020-13-45"], ["seed=2020-13-45"]),
     ],
     ids=" ".join,

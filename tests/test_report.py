@@ -13,10 +13,11 @@ from optuna.trial import TrialState, create_trial
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from tuner.report import main, report
+from tuner.advice import importance
+from tuner.report import Material, importances, main, report
 from tuner.run import RunFiles
-from tuner.spec import load
-from tuner.study import NEEDED, open_study
+from tuner.spec import Spec, load
+from tuner.study import NEEDED, distributions, open_study
 from tuner.vae.data import as_floats
 from tuner.vae.image_grid import evenly_spaced, grid
 from tuner.workspace import Checkpoints
@@ -138,6 +139,27 @@ def test_it_names_the_failed_trials_and_why(run_copy: RunFiles):
     assert said in text, "in the table"
     assert said.replace("/", "\\u002f") in text, "where a bar is pointed at"
     assert not re.search(r"training(<|\\u003c)", text)
+
+
+def test_a_parameter_that_no_complete_trial_has_is_in_no_picture(run_copy: RunFiles):
+    of_mixture = {"choices": [10, 20], "when": {"prior": "gaussian_mixture"}}
+    space = {"latent_dim": {"type": "int", "low": 4, "high": 32}, "learning_rate": {"choices": [0.001, 0.01]}}
+    space |= {"prior": {"choices": ["standard_normal", "gaussian_mixture"]}, "prior_components": of_mixture}
+    spec = Spec.model_validate({"space": space, "objective": {"metric": "active_units"}})
+    study = open_study(run_copy.path / "other.journal", spec)
+    for latent_dim in range(4, 32, 2):
+        complete = latent_dim % 4 == 0
+        point = {"latent_dim": latent_dim, "learning_rate": 0.001 if latent_dim % 8 else 0.01}
+        point |= {"prior": "standard_normal"} if complete else {"prior": "gaussian_mixture", "prior_components": 10}
+        known = {name: found for name, found in distributions(spec).items() if name in point}
+        state, value = (TrialState.COMPLETE, latent_dim) if complete else (TrialState.PRUNED, None)
+        study.add_trial(create_trial(state=state, params=point, distributions=known, value=value))
+    best, shares = [{"trial": trial} for trial in range(14)], importance(study, spec)
+    material = Material(run_copy, spec, study, [], best, shares, run_copy.summary(), Checkpoints(run_copy))
+    titles = re.findall("<h2>(.*?)</h2>", "".join(importances(material)))
+    assert "latent_dim against learning_rate" in titles
+    assert not [title for title in titles if "prior_components" in title]
+    assert "look for where active_units is high" in "".join(importances(material))
 
 
 def test_a_search_under_way_can_be_reported_on(run_copy: RunFiles):

@@ -188,9 +188,46 @@ def test_an_objective_can_name_its_direction_and_there_can_be_several():
     ],
 )
 def test_the_training_loss_is_no_objective_while_something_inside_of_it_is_searched(name, entry):
-    with pytest.raises(ValidationError, match=f"can't be the objective while {name} is searched: the loss contains"):
+    with pytest.raises(ValidationError, match=f"can't be the objective while {name} is searched: that changes what it"):
         _spec(space={name: entry}, objective="loss")
     assert _spec(objective="loss", fixed={"kl_weight": 0.1}).objective[0].metric == "loss"
+
+
+@pytest.mark.parametrize(
+    ("metric", "name"),
+    [("distortion", "likelihood"), ("calibrated_nll", "likelihood"), ("calibrated_nll", "pixels"), ("mse", "pixels")],
+)
+def test_no_metric_is_the_objective_beside_what_changes_its_scale(metric, name):
+    choices = {"likelihood": ["gaussian", "bernoulli"], "pixels": ["grey", "binary"]}[name]
+    with pytest.raises(ValidationError, match=f"{metric} can't be the objective while {name} is searched"):
+        _spec(space={name: {"choices": choices}}, objective=metric)
+
+
+def test_what_a_parameter_is_where_it_is_not_searched_counts():
+    conditional = {"choices": ["gaussian"], "when": {"model": "vae"}}
+    space = {"model": {"choices": ["vae", "autoencoder"]}, "likelihood": conditional}
+    assert _spec(space=space, fixed={"likelihood": "bernoulli"}).values("likelihood") == ["gaussian", "bernoulli"]
+    assert _spec(space=space).values("likelihood") == ["gaussian", "gaussian"]
+    space["latent_dim"] = {"choices": [8, 32], "when": {"model": "vae"}}
+    assert _spec(space=space, fixed={"latent_dim": 64}).widest == 64
+    space = {"width": {"choices": [16, 32]}, "likelihood": {"choices": ["gaussian"], "when": {"width": 16}}}
+    with pytest.raises(ValidationError, match=r"nll is defined for fixed\.likelihood bernoulli alone"):
+        _spec(space=space, fixed={"likelihood": "bernoulli"}, objective="nll")
+
+
+def test_the_calibrated_unit_may_be_searched_where_the_likelihood_is_gaussian():
+    unit = {"choices": ["absolute", "calibrated"], "when": {"likelihood": "gaussian"}}
+    space = {"likelihood": {"choices": ["gaussian", "bernoulli"]}, "kl_unit": unit}
+    assert _spec(space=space).is_searched("kl_unit", {"likelihood": "gaussian"})
+    with pytest.raises(ValidationError, match="it needs likelihood gaussian"):
+        _spec(space=space, fixed={"kl_unit": "calibrated"})
+    with pytest.raises(ValidationError, match="it needs likelihood gaussian"):
+        _spec(space=space | {"kl_unit": {"choices": ["absolute", "calibrated"]}})
+
+
+def test_features_may_be_given_as_a_path(tmp_path):
+    (tmp_path / "my.pt2").write_bytes(b"program")
+    assert _spec(features=tmp_path / "my.pt2").features_sha256 == hashlib.sha256(b"program").hexdigest()
 
 
 @pytest.mark.parametrize("metric", [name for name, metric in METRICS.items() if metric.needs_vae])

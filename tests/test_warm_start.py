@@ -1,5 +1,6 @@
 """A warm start: the sampler knows the trials of earlier runs, and nothing else of the run does."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -123,6 +124,9 @@ def test_scores_that_do_not_compare_are_refused(run, run_copy, finished_run, spo
     spoil(run_copy)
     with pytest.raises(Refused, match=f"^warm_start: {run_copy.path}: {said}$"):
         gather(run, spec, finished_run.held_out.read_bytes())
+    own = like(finished_run).model_copy(update={"features": Path("my.pt2"), "features_sha256": "0" * 64})
+    with pytest.raises(Refused, match=r"scored with another extractor than features: my\.pt2$"):
+        gather(run, own.model_copy(update={"warm_start": (finished_run.path,)}), finished_run.held_out.read_bytes())
     other = like(finished_run, objective="mse")
     with pytest.raises(Refused, match="another objective"):
         gather(run, other, finished_run.held_out.read_bytes())

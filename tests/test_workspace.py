@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from tuner import spec as specs
 from tuner.extractors import keep_extractor, load_extractors, make, make_extractor, read_program
 from tuner.run import RunFiles, write_atomic
 from tuner.scoring import Bench, search_scorer
@@ -157,7 +158,7 @@ def test_an_extractor_comes_back_as_it_was_kept_and_another_file_in_its_place_is
 
 
 def test_held_out_images_come_back_and_what_is_damaged_or_of_another_shape_is_refused(run, workspace):
-    write_atomic(run.held_out, held_out_bytes(workspace.data))
+    write_atomic(run.held_out, held_out_bytes(run, workspace.data))
     shape, whole = workspace.data.shape, run.held_out.read_bytes()
     expected = as_floats(evenly_spaced(workspace.data.validation.images))
     assert torch.equal(read_held_out(run, shape), expected)
@@ -172,6 +173,15 @@ def test_held_out_images_come_back_and_what_is_damaged_or_of_another_shape_is_re
 def test_a_workspace_is_what_its_run_was_made_with(workspace, finished_run):
     assert workspace.spec.data.name == "digits"
     assert workspace.extractors.keys() == finished_run.summary().extractors.keys() == {"search", "second"}
+
+
+def test_a_run_goes_on_with_the_images_that_it_began_with_and_no_others(run_copy):
+    images = np.random.default_rng(0).integers(0, 256, (1_000, 28, 28), np.uint8)
+    other = specs.load(run_copy.spec, [("data", {"name": "arrays", "file": "other.npy"})])
+    np.save(run_copy.path / "other.npy", images)
+    write_atomic(run_copy.spec, other.to_yaml())
+    with pytest.raises(Refused, match=rf"^{run_copy.path}: has begun with other images"):
+        open_workspace(run_copy, run_copy.path / "other.npy")
 
 
 def test_a_folder_without_a_spec_is_no_workspace(tmp_path):
@@ -288,6 +298,12 @@ def test_what_is_seldom_meant_is_told_with_its_evidence(source, data, said):
             {"fixed": {"temperature": "fitted"}},
             pictures(0.8),
             "fixed.temperature: fitted does not go with images of more grey (80% of their pixels) than black and white",
+        ),
+        (
+            {"fixed": {"temperature": "fitted"}},
+            pictures(0.0),
+            "fixed.temperature: fitted does not go with images of black and white alone "
+            "(0.0% of their pixels are grey)",
         ),
         (
             {"space": SPACE | {"temperature": {"choices": ["one", "fitted"]}}},

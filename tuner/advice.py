@@ -42,7 +42,8 @@ def advice(rows: Rows, summary: Summary, spec: Spec, shares: Mapping[str, float]
 
 def importance(study: Study, spec: Spec) -> dict[str, float]:
     """The share of the differences in the objective that each parameter explains, by functional ANOVA (Hutter et al.
-    2014): of a few trials Optuna's own choice, PED-ANOVA, can give a third to what explains nothing.
+    2014): of a few trials Optuna's own choice, PED-ANOVA, can give a third to what explains nothing. Of a parameter
+    whose complete trials all have one value nothing is known: the others may have been stopped for it.
 
     Empty where too few trials with parameters are complete, where all came to the same, and where there are several
     objectives.
@@ -56,7 +57,8 @@ def importance(study: Study, spec: Spec) -> dict[str, float]:
     seen.add_trials(complete[:: -(-len(complete) // FOREST_TRIALS)])
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
     shares = optuna.importance.get_param_importances(seen, evaluator=evaluator)
-    return {name: float(share) for name, share in shares.items()}
+    values = {name: {trial.params.get(name) for trial in complete} for name in shares}
+    return {name: float(share) for name, share in shares.items() if len(values[name]) > 1}
 
 
 def ignored(rows: Rows, shares: Mapping[str, float]) -> Iterator[str]:

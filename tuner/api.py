@@ -18,7 +18,7 @@ from tuner.run import RunFiles
 from tuner.spec import Spec
 from tuner.study import read_study, table
 from tuner.summary import Best, Summary
-from tuner.vae.errors import Refused
+from tuner.vae.errors import Refused, refusing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,9 +59,8 @@ def tune(
     if "://" in place:
         raise Refused(f"run {place}: from Python a run is a directory; the command line takes URLs")
     files = RunFiles(user_path(place))
-    laid = [(SHORT.get(key, key), value) for key, value in overrides.items()]
-    if data is not None:
-        laid.append(("data", {"name": "arrays", "file": str(keep(files, data))}))
+    laid = [] if data is None else [("data", {"name": "arrays", "file": str(keep(files, data))})]
+    laid += [(SHORT.get(key, key), value) for key, value in overrides.items()]
     images = Path(data_dir) if data_dir else None
     request = Request(given, laid, images, model, concurrency, address, not no_retrain)
     try:
@@ -80,14 +79,18 @@ def open(run: str | Path) -> "Result":
 
 
 def keep(run: RunFiles, data: Any) -> Path:
-    """Write images, and labels if there are any, to the run. Raises Refused where it has begun with others."""
+    """Write images, and labels if there are any, to the run. Raises Refused where it has begun with others, is none or
+    can't be written."""
     images, labels = data if isinstance(data, tuple) else (data, None)
     arrays = {"images": np.asarray(images)} | ({} if labels is None else {"labels": np.asarray(labels)})
     if run.spec.exists():
         known = dict(np.load(run.given)) if run.given.exists() else {}
         if known.keys() != arrays.keys() or not all(np.array_equal(known[name], arrays[name]) for name in arrays):
             raise Refused(f"data: {run.shown} has begun with other images")
-    else:
+        return run.given
+    if run.is_foreign():
+        raise Refused(f"{run.shown}: exists and is not a run directory")
+    with refusing(run.shown, OSError):
         run.given.parent.mkdir(parents=True, exist_ok=True)
         np.savez(run.given, allow_pickle=False, **arrays)
     return run.given

@@ -72,7 +72,7 @@ def work(run: RunFiles, request: Request) -> Spec:
         data = load_data(run, spec)
         require_fit(run, spec, data)
         own_model.check(spec, data.shape, own)
-        held_out = held_out_bytes(data)
+        held_out = held_out_bytes(run, data)
         earlier = warm_start.gather(run, spec, held_out)
     except ValueError as error:
         raise Refused(str(error)) from error
@@ -177,11 +177,11 @@ def load_spec(run: RunFiles, request: Request, own: OwnModelSpec | None = None) 
     overrides = [*request.overrides, *([("own_model", own.model_dump())] if own else [])]
     given = (run.spec if started else specs.DEFAULT) if request.spec is None else request.spec
     spec = specs.load(given, overrides)
-    spec = spec.with_data_at(request.data_dir)
+    spec = spec.with_data_at(run.images_at(request.data_dir))
     begun = specs.load(run.spec) if started else spec
     begun.require_model(own)
     if spec.fixed.get("precision") == "auto":
-        decided = begun.values("precision")[0] if started else fastest_precision(spec)
+        decided = begun.fixed["precision"] if started else fastest_precision(spec)
         spec = spec.with_fixed("precision", decided)
     if started:
         differences = spec.differences(begun)

@@ -19,6 +19,7 @@ import pandas as pd
 import plotly.express as px
 import plotly.graph_objects as go
 from optuna import visualization
+from optuna.trial import TrialState
 from plotly.offline import get_plotlyjs
 
 from tuner import own_model, terminal
@@ -267,10 +268,12 @@ def importances(material: Material) -> list[str]:
     see = f"Functional ANOVA: the share of the differences in {metric} that each parameter explains."
     figure = px.bar(x=[*shares.values()], y=[*shares], text_auto=".0%", labels={"x": "share", "y": ""})
     parts = [plot("Which parameters matter", see, figure.update_yaxes(autorange="reversed"))]
-    see = f"Each dot is a trial; look for where {metric} is low."
+    better = "low" if spec.trial_objective.direction == "minimize" else "high"
+    see = f"Each dot is a trial; look for where {metric} is {better}."
     parts.append(plot("One parameter at a time", see, visualization.plot_slice(best)))
-    see = f"The colour is {metric} between the trials (dots): darker is lower."
-    for pair in combinations(spec.space, 2):
+    see = f"The colour is {metric} between the trials (dots): darker is {better}er."
+    known = {name for trial in best.trials if trial.state == TrialState.COMPLETE for name in trial.params}
+    for pair in combinations([name for name in spec.space if name in known], 2):
         figure = visualization.plot_contour(best, params=list(pair))
         parts.append(plot(f"{pair[0]} against {pair[1]}", see, figure))
     return parts

@@ -45,6 +45,12 @@ class Objective(Frozen):
         return value if self.direction == "minimize" else -value
 
 
+YARDSTICKS = {  # what of the parameters changes what a metric counts, whatever the model learns
+    "loss": {"kl_weight", "kl_unit", "likelihood", "model", "kl_warmup_epochs", "pixels"},
+    "calibrated_nll": {"likelihood", "pixels"},
+    "distortion": {"likelihood", "pixels"},
+    "mse": {"pixels"},
+}
 DRAWN_BEST = Objective.model_validate("frechet_distance")
 
 
@@ -123,7 +129,7 @@ class Spec(Frozen):
     def _know_features(cls, value: Any) -> Any:
         """A run goes on with the file it began with, wherever that lies."""
         path = value.get("features") if isinstance(value, dict) else None
-        if not isinstance(path, str) or value.get("features_sha256"):
+        if not isinstance(path, str | Path) or value.get("features_sha256"):
             return value
         with refusing("features", Refused):
             file = user_path(path)
@@ -158,7 +164,7 @@ class Spec(Frozen):
                     raise ValueError(f"space.{name}.when.{parent}: {value!r} is outside of space.{parent}")
         for name, value in self.fixed.items():
             _check_parameter(f"fixed.{name}", name, value)
-        if "precision" in self.space and "auto" in self.values("precision"):
+        if "precision" in self.space and "auto" in self.space["precision"].ends():
             raise ValueError("space.precision: auto is decided once a run, so it is for fixed alone")
         try:
             self.in_order()
@@ -178,18 +184,20 @@ class Spec(Frozen):
         metrics = [objective.metric for objective in self.objective]
         if len(set(metrics)) < len(metrics):
             raise ValueError("objective: a metric is named twice")
-        mixed = {"kl_weight", "kl_unit", "likelihood", "model", "kl_warmup_epochs"} & self.space.keys()
-        if "loss" in metrics and mixed:
-            raise ValueError(
-                f"objective.metric: the training loss can't be the objective while {min(mixed)} is searched: the loss "
-                "contains it, so the search would tune the yardstick, not the model; use frechet_distance"
-            )
         for metric in metrics:
+            mixed = YARDSTICKS.get(metric, set()) & self.space.keys()
+            if mixed:
+                raise ValueError(
+                    f"objective.metric: {metric} can't be the objective while {min(mixed)} is searched: that changes "
+                    "what it counts, so the search would tune the yardstick, not the model; use frechet_distance"
+                )
             if "autoencoder" in self.values("model") and METRICS[metric].needs_vae:
                 raise ValueError(f"objective.metric: {metric} is not defined for model autoencoder")
-            if metric == "nll" and self.fixed.get("likelihood") != "bernoulli":
+            if metric == "nll" and {self.fixed.get("likelihood"), *self.values("likelihood")} != {"bernoulli"}:
                 raise ValueError("objective.metric: nll is defined for fixed.likelihood bernoulli alone")
-        if "calibrated" in self.values("kl_unit") and "bernoulli" in self.values("likelihood"):
+        apart = "kl_unit" in self.space and self.space["kl_unit"].when.get("likelihood") == "gaussian"
+        units = [self.fixed.get("kl_unit")] if apart else self.values("kl_unit")
+        if "calibrated" in units and "bernoulli" in self.values("likelihood"):
             raise ValueError("kl_unit: calibrated counts in squared errors, so it needs likelihood gaussian")
         if self.execution == "fused" and "own" in self.values("model"):
             raise ValueError("execution: fused trains the built-in models alone; with model own it is process or auto")
@@ -215,10 +223,11 @@ class Spec(Frozen):
         return [name for name in self.space if name in values and self.is_searched(name, values)]
 
     def values(self, name: str) -> list[Value]:
-        """What a parameter can be: the ends of its range or its choices, or the one value that all trials share."""
-        if name in self.space:
-            return self.space[name].ends()
-        return [self.fixed[name] if name in self.fixed else getattr(CLASSIC, name)]
+        """What a parameter can be: the ends of its range or its choices, and where it is not searched its one value."""
+        searched = self.space[name].ends() if name in self.space else []
+        if searched and not self.space[name].when:
+            return searched
+        return [*searched, self.fixed[name] if name in self.fixed else getattr(CLASSIC, name)]
 
     @property
     def widest(self) -> int:

@@ -50,6 +50,8 @@ def gather(run: RunFiles, spec: Spec, held_out: bytes) -> list[Earlier]:
     for other in found[1:]:
         if _extractor(other.run) != _extractor(found[0].run):
             raise Refused(f"warm_start: {other.run.shown}: scored with another extractor than {found[0].run.shown}")
+    if found and spec.features and _extractor(found[0].run) != spec.features_sha256:
+        raise Refused(f"warm_start: {found[0].run.shown}: scored with another extractor than features: {spec.features}")
     return found
 
 

@@ -28,6 +28,7 @@ from tuner.vae.prior import standard_normal
 from tuner.vae.shape import ImageShape
 
 MOST_GREY = 0.5  # share of pixels; of MNIST's 0.09 are, of Fashion-MNIST's 0.40, of the digits' 0.42
+LEAST_GREY = 0.001  # below it the temperature is next to none, and logits next to infinite
 GREY_IMAGES = 1_000
 PAPER = 0.5  # mean grey: strokes are fewer than what they stand on
 FLAT = 32  # of 255 greys: digits of 0 to 16, or masks of 0 and 1, that nobody has scaled
@@ -89,9 +90,11 @@ def open_workspace(run: RunFiles, data_place: Path | None = None, model: str | N
     if not run.spec.exists():
         raise ValueError(f"{run.shown}: not a run directory (no {run.spec.name})")
     own, named = own_model.load(model)
-    spec = specs.load(run.spec).with_data_at(data_place)
+    spec = specs.load(run.spec).with_data_at(run.images_at(data_place))
     spec.require_model(named)
-    return Workspace(run, spec, load_data(run, spec), load_extractors(run), own)
+    data = load_data(run, spec)
+    held_out_bytes(run, data)
+    return Workspace(run, spec, data, load_extractors(run), own)
 
 
 def load_data(run: RunFiles, spec: Spec) -> Data:
@@ -100,9 +103,15 @@ def load_data(run: RunFiles, spec: Spec) -> Data:
         return sources.load(spec.data, run.images, progress.show)
 
 
-def held_out_bytes(data: Data) -> bytes:
-    """Some validation images as a file of the run, whose report is made from the run's files alone."""
-    return save({"images": evenly_spaced(data.validation.images)})
+def held_out_bytes(run: RunFiles, data: Data) -> bytes:
+    """Some validation images as a file of the run, whose report is made from the run's files alone.
+
+    Raises Refused where the run has begun with others.
+    """
+    content = save({"images": evenly_spaced(data.validation.images)})
+    if run.held_out.exists() and run.held_out.read_bytes() != content:
+        raise Refused(f"{run.shown}: has begun with other images, or its {run.held_out.name} is damaged")
+    return content
 
 
 def read_held_out(run: RunFiles, shape: ImageShape) -> Tensor:
@@ -121,6 +130,8 @@ def require_fit(run: RunFiles, spec: Spec, data: Data) -> None:
         refused = {"temperature": "fitted", "pixels": "binary"}
     elif grey > MOST_GREY:
         refused, why = {"temperature": "fitted"}, f"of more grey ({grey:.0%} of their pixels) than black and white"
+    elif grey < LEAST_GREY:
+        refused, why = {"temperature": "fitted"}, f"of black and white alone ({grey:.1%} of their pixels are grey)"
     for name, value in refused.items():
         if value in spec.values(name):
             where = "space" if name in spec.space else "fixed"
