@@ -1,5 +1,6 @@
 """A user's own model: what is refused before anything starts, how it gets to workers, and how it leaves."""
 
+import functools
 import subprocess
 import sys
 import textwrap
@@ -51,6 +52,16 @@ class Linear(nn.Module):
 
 def build(shape, latent_dim, depth=1):
     return Linear(shape, latent_dim, depth)
+"""
+
+SENT = """
+from tuner.own_model import load
+from tuner.pool import send_by_value
+from tuner.spec import Spec
+own, named = load(build)
+print(named.function)
+spec = {"space": {"latent_dim": {"choices": [2]}}, "fixed": {"model": "own"}, "own_model": named.model_dump()}
+send_by_value(Spec.model_validate(spec), own)
 """
 
 
@@ -285,6 +296,18 @@ def test_it_travels_to_workers_that_do_not_have_its_package(module, tmp_path):
         [sys.executable, "-c", script, str(tmp_path / "sent")], cwd=elsewhere, capture_output=True, text=True
     )
     assert done.stdout == "Linear\n", done.stderr
+
+
+def test_a_script_that_is_run_names_its_model_as_whoever_imports_it(module, tmp_path):
+    name = module(LINEAR + SENT)
+    script = tmp_path / f"{name.partition(':')[0]}.py"
+    done = subprocess.run([sys.executable, script.name], capture_output=True, text=True)
+    assert done.stdout == f"{name}\n", done.stderr
+
+
+def test_what_is_no_function_is_refused_in_one_line():
+    with pytest.raises(ValueError, match=r"^model functools\.partial.*: .*__qualname__"):
+        load(functools.partial(print))
 
 
 def test_what_cannot_be_sent_is_refused(module):

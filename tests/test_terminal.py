@@ -21,6 +21,7 @@ from tuner.terminal import (
     promotion_rows,
     result_rows,
     search_line,
+    stage,
     trials_rows,
     with_error,
 )
@@ -196,6 +197,7 @@ def test_no_text_of_a_users_is_markup_and_what_is_printed_as_a_command_can_be_pa
     run.path.mkdir(parents=True)
     winner = Best(trial=7, epoch=9, parameters=CLASSIC.model_dump() | {"model.option": "[red]x[/b]"})
     run.update_summary(**dict(summary_with(best=winner)))
+    run.report.touch()
     spec = Spec.model_validate({"space": {"model.option": {"choices": ["[red]x[/b]", "y"]}}})
     rows = [{"trial": 7, "state": "failed", "reason": "error: [/b] in list[int]", "model.option": "[red]x[/b]"}]
     show([*final_words(run, spec), as_table(trials_rows(rows, spec), title="[b]title")])
@@ -209,6 +211,36 @@ def test_no_text_of_a_users_is_markup_and_what_is_printed_as_a_command_can_be_pa
     for words in ("model.option [red]x[/b]", "error: [/b] in list[int]", "[b]title"):
         assert words in out
     assert [line.split("s  ")[1] for line in err.splitlines()] == ["[/b]" * 100, f"{run.report} [/b]"]
+
+
+def test_what_is_not_made_yet_is_not_told_of(tmp_path):
+    run = RunFiles(tmp_path)
+    run.update_summary(**dict(summary_with(best=Best(trial=7, epoch=9, parameters=CLASSIC.model_dump()))))
+    spec = Spec.model_validate({"space": {"latent_dim": {"choices": [4, 16]}}})
+    assert not [words for words in final_words(run, spec) if str(words).startswith(("model ", "report "))]
+    run.export.mkdir()
+    (run.export / "README.md").touch()
+    assert f"model    {run.export}: README.md" in final_words(run, spec)
+
+
+def test_a_stage_that_is_cut_off_took_its_time_too(tmp_path):
+    run = RunFiles(tmp_path)
+
+    def cut_off() -> None:
+        with stage(run, "search"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cut_off()
+    assert run.summary().seconds.keys() == {"search"}
+
+
+def test_a_narrow_terminal_folds_numbers_and_cuts_none_off(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "30")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    rows = [["learning_rate", "kl_weight", "latent_dim"], ["0.001235", "0.001876", "16"]]
+    show([as_table(rows)])
+    assert "…" not in capsys.readouterr().out
 
 
 def test_status_shows_stages_trials_and_result(finished_run: RunFiles, capsys):

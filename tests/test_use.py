@@ -305,9 +305,11 @@ def refused(capfd: pytest.CaptureFixture[str], *words: object) -> str:
         (["decode", "twice.npz", "--out", "x"], "twice.npz: not readable as latents: "),
         (["decode", "outside.npz", "--out", "x"], "outside.npz: not readable as latents: some names lead out of"),
         (["decode", "rooted.npz", "--out", "x"], "rooted.npz: not readable as latents: some names lead out of"),
+        (["decode", "twice-rooted.npz", "--out", "x"], "twice-rooted.npz: not readable as latents: some names lead"),
         (["decode", "nul.npz", "--out", "x"], "nul.npz: not readable as latents: some names lead out of"),
         (["decode", "good.npz", "--out", "notes.txt"], "--out notes.txt: is a file"),
         (["sample", "0"], "sample 0: expected 1 or more"),
+        (["sample", "1", "--seed", "9" * 20], "--seed 99999999999999999999: "),
         (["interpolate", "photos", "photos"], "photos: one photo is wanted here"),
         (
             ["edit", "photos/a.png", "--latent", "999=1"],
@@ -329,7 +331,12 @@ def test_bad_input_is_told_in_one_line_before_anything_is_written(export, loaded
     np.savez("none.npz", latents=np.zeros((0, size)))
     np.savez("good.npz", latents=np.zeros((1, size)))
     np.savez("twice.npz", latents=np.zeros((2, size)), names=["a", "a"])
-    for name, place in {"outside": "a/../../b", "rooted": "/b", "nul": "a\0b"}.items():
+    for name, place in {
+        "outside": "a/../../b",
+        "rooted": "/b",
+        "twice-rooted": f"/{Path.cwd()}/b",
+        "nul": "a\0b",
+    }.items():
         np.savez(f"{name}.npz", latents=np.zeros((1, size)), names=[place])
     assert f"error: {told}" in refused(capfd, export, *words)
 

@@ -19,7 +19,7 @@ from tuner.vae.errors import Refused
 
 STOP_SECONDS = 8  # what a clean stop may take after the first signal
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE}
-UNWRITABLE |= {errno.ENAMETOOLONG}
+UNWRITABLE |= {errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR}
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -34,9 +34,10 @@ def load(given: str | OwnModel | None) -> tuple[OwnModel | None, OwnModelSpec | 
     if given is None:
         return None, None
     if not isinstance(given, str):
-        name = f"{given.__module__}:{given.__qualname__}"
         file = getattr(sys.modules[given.__module__], "__file__", None)  # a notebook has none
-        with refusing(f"model {name}", OSError, TypeError):
+        with refusing(f"model {given}", AttributeError, OSError, TypeError):
+            of = Path(file).stem if file and given.__module__ == "__main__" else given.__module__
+            name = f"{of}:{given.__qualname__}"
             source = Path(file).read_bytes() if file else inspect.getsource(given).encode()
         return given, OwnModelSpec(function=name, sha256=hashlib.sha256(source).hexdigest())
     name = given

@@ -116,7 +116,8 @@ def send_by_value(spec: Spec, own: OwnModel | None) -> None:
     if own is None or not spec.own_model:
         return
     package = spec.own_model.function.partition(":")[0].partition(".")[0]
-    cloudpickle.register_pickle_by_value(sys.modules[package])
+    if package in sys.modules:  # a script's own functions go by value anyway
+        cloudpickle.register_pickle_by_value(sys.modules[package])
     try:
         cloudpickle.dumps(own)
     except Exception as error:  # whatever their code makes of it

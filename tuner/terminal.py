@@ -46,10 +46,12 @@ def duration(seconds: float) -> str:
 def stage(run: RunFiles, name: str) -> Iterator["Progress"]:
     """Show a stage's progress and add its seconds to the summary."""
     started = time.monotonic()
-    with Progress(name) as progress:
-        yield progress
-    spent = run.summary().seconds.get(name, 0.0)
-    run.update_summary(seconds={name: round(spent + time.monotonic() - started, 2)})
+    try:
+        with Progress(name) as progress:
+            yield progress
+    finally:  # what was cut off took its time, too
+        spent = run.summary().seconds.get(name, 0.0)
+        run.update_summary(seconds={name: round(spent + time.monotonic() - started, 2)})
 
 
 class Progress:
@@ -207,13 +209,15 @@ def final_words(run: RunFiles, spec: Spec) -> list[Table | str]:
     summary = run.summary()
     assert summary.winner
     winner = summary.winner
-    programs = ", ".join(sorted(path.name for path in run.export.glob("*/*coder.*")))
+    made = [run.export / name for name in ("README.md", "samples.png", "model.safetensors")]
+    made += sorted(run.export.glob("*/*coder.*"), key=lambda path: path.name)
+    exported = ", ".join(path.name for path in made if path.exists())
     return [
         as_table(result_rows(summary), "Frechet distance, and how much of the gap to real images is closed"),
         f"winner   trial {winner.trial}: {searched_words(winner.searched, spec)}",
         *(f"note     {note}" for note in edges(winner.searched, spec)),
-        f"model    {run.name_of(run.export)}: README.md, samples.png, model.safetensors, {programs}",
-        f"report   {run.name_of(run.report)}",
+        *([f"model    {run.name_of(run.export)}: {exported}"] if exported else []),
+        *([f"report   {run.name_of(run.report)}"] if run.report.exists() else []),
         f"trials   {run.name_of(run.trials)}",
         f"look     tensorboard --logdir {shlex.quote(run.name_of(run.tensorboard))}",
     ]
@@ -249,7 +253,7 @@ def as_table(rows: Sequence[Sequence[str]], title: str | None = None) -> Table:
     shown = Table(title=title, title_justify="left")
     for index, column in enumerate(header):
         numbers = all(row[index][:1] in "-0123456789" for row in body)
-        shown.add_column(column, justify="right" if numbers else "left")
+        shown.add_column(column, overflow="fold", justify="right" if numbers else "left")
     for row in body:
         shown.add_row(*row)
     return shown

@@ -120,10 +120,11 @@ def decode(export: Export, asked: argparse.Namespace) -> None:
             names = [*map(str, file["names"] if "names" in file else range(len(latents)))]
         if not (names and latents.shape == (len(names), export.latent_dim) and latents.isfinite().all()):
             raise ValueError(f"{tuple(latents.shape)} where finite numbers (N, {export.latent_dim}) are wanted")
-        outside = any({"/", ".."} & set(PurePosixPath(name).parts) or "\0" in name for name in names)
+        paths = [PurePosixPath(name) for name in names]
+        outside = any(path.is_absolute() or ".." in path.parts or "\0" in str(path) for path in paths)
         if outside or len({*names}) < len(names):
             raise ValueError("some names lead out of the folder, name no file, or are there twice")
-        bare = [str(PurePosixPath(name).with_suffix("")) for name in names]
+        bare = [str(path.with_suffix("")) for path in paths]
     export.draw(latents, bare if len({*bare}) == len(names) else names, asked.out)
 
 
@@ -131,7 +132,8 @@ def sample(export: Export, asked: argparse.Namespace) -> None:
     """N new images."""
     if asked.N < 1:
         raise Refused(f"sample {asked.N}: expected 1 or more")
-    generator = torch.Generator().manual_seed(asked.seed)
+    with refusing(f"--seed {asked.seed}"):
+        generator = torch.Generator().manual_seed(asked.seed)
     noise = torch.randn(asked.N, export.latent_dim, generator=generator).split(BATCH)
     uniform = torch.rand(asked.N, generator=generator).split(BATCH)
     latents = [export.programs["prior"](*pair)[0] for pair in zip(noise, uniform, strict=True)]
