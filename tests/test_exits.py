@@ -12,7 +12,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from tuner.exits import CutOff, Fatal, command, fatal, refuse, resumable
+from tuner.exits import CutOff, Fatal, command, fatal, resumable
 from tuner.search import main
 from tuner.spec import load
 from tuner.study import open_study
@@ -175,13 +175,6 @@ def test_an_error_of_another_kind_is_not_swallowed(error, capsys):
         raise error
     assert caught.value is error
     assert capsys.readouterr().err == ""
-
-
-def test_refuse_ends_with_status_2_and_one_line(capsys):
-    with pytest.raises(SystemExit) as left:
-        refuse(ValueError("some.yaml: seed: 7"))
-    assert left.value.code == 2
-    assert capsys.readouterr() == ("", "error: some.yaml: seed: 7\n")
 
 
 # Fatal

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tuner.cluster import address_of, cluster
-from tuner.exits import command, refuse, resumable
+from tuner.exits import command, resumable
 from tuner.pool import RayPool
 from tuner.storage import opened
 from tuner.study import open_study, table
@@ -30,15 +30,12 @@ def run_alone(
     given = sys.argv[1:] if argv is None else argv
     arguments = parser.parse_args(given)
     with resumable(command(module, given)), opened(arguments.run) as run:
-        try:
-            workspace = open_workspace(run, arguments.data_dir, arguments.model)
-            if not run.summary().best:
-                model = ["--model", arguments.model] if arguments.model else []
-                again = command("tuner.search", ["--run", run.shown, *model])
-                raise Refused(f"{run.shown}: its search has not ended; go on with {again}")
-            address = address_of(arguments.address)
-        except ValueError as error:
-            refuse(error)
+        workspace = open_workspace(run, arguments.data_dir, arguments.model)
+        if not run.summary().best:
+            model = ["--model", arguments.model] if arguments.model else []
+            again = command("tuner.search", ["--run", run.shown, *model])
+            raise Refused(f"{run.shown}: its search has not ended; go on with {again}")
+        address = address_of(arguments.address)
         with run.claimed():
             run.write_trials(table(open_study(run.journal, workspace.spec), workspace.spec))
             with cluster(address, None, workspace.spec.resources):

@@ -46,11 +46,6 @@ def fatal(method: Callable[P, R]) -> Callable[P, R]:
     return wrapped
 
 
-def refuse(error: ValueError) -> NoReturn:
-    """End the process with one line and status 2."""
-    _leave(f"error: {error}", 2)
-
-
 def command(module: str, arguments: Sequence[str], *more: str) -> str:
     """A command as it would be typed."""
     return shlex.join(["python", "-m", module, *arguments, *more])
@@ -74,7 +69,7 @@ def resumable(again: str) -> Iterator[None]:
         except KeyboardInterrupt:
             _leave(f"stopped; {words}", 128 + (caught[0] if caught else signal.SIGINT))
         except Refused as error:
-            refuse(error)
+            _leave(f"error: {error}", 2)
         except CutOff as error:
             _leave(f"error: {error}; {words}", 1)
         except OSError as error:

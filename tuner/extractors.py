@@ -8,6 +8,7 @@ from tuner.scoring import Bench, Pending, Workers, search_scorer
 from tuner.spec import Spec
 from tuner.summary import EXTRACTORS, GUIDE, ExtractorInfo
 from tuner.vae.data import Data
+from tuner.vae.errors import Refused
 from tuner.vae.extractor import (
     Classifier,
     FeatureExtractor,
@@ -33,7 +34,7 @@ class FeatureExtractors:
     """Has a run's extractors made by the workers, beside the trials; nothing is scored before a first rung. The
     search's is begun at once. One that is in the user's cache is taken from there.
 
-    Raises ValueError where an extractor of the run is not the one that was frozen, or the user's own is not the spec's.
+    Raises Refused where an extractor of the run is not the one that was frozen, or the user's own is not the spec's.
     """
 
     def __init__(self, run: RunFiles, spec: Spec, data: Data, workers: Workers):
@@ -81,12 +82,12 @@ class FeatureExtractors:
 
 
 def read_program(spec: Spec) -> Program:
-    """The user's feature extractor. Raises ValueError where its file is not the one of the spec."""
+    """The user's feature extractor. Raises Refused where its file is not the one of the spec."""
     assert spec.features
     assert spec.features_sha256
     program = load_extractor(spec.features, spec.features_sha256)
     if not isinstance(program, Program):
-        raise ValueError(f"{spec.features}: no program of torch.export")
+        raise Refused(f"{spec.features}: no program of torch.export")
     return program
 
 
@@ -124,6 +125,6 @@ def keep_extractor(run: RunFiles, name: str, content: bytes, info: ExtractorInfo
 
 
 def load_extractors(run: RunFiles) -> dict[str, FeatureExtractor]:
-    """The run's extractors; empty before they were made. Raises ValueError where a file is not the frozen one."""
+    """The run's extractors; empty before they were made. Raises Refused where a file is not the frozen one."""
     described = run.summary().extractors
     return {name: load_extractor(run.extractor(name, info.kind), info.sha256) for name, info in described.items()}

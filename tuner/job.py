@@ -60,22 +60,19 @@ def work(run: RunFiles, request: Request) -> Spec:
     from tuner.loggers import require_installed
     from tuner.workspace import Workspace, held_out_bytes, load_data, oddities, require_fit
 
-    try:
-        own, named = own_model.load(request.model)
-        spec = load_spec(run, request, named)
-        outgrown, tested = outgrown_by(spec, run), run.summary().test
-        done = tested and (tested.retrained or not request.retrain) and run.report.exists() and run.export.exists()
-        if done and not outgrown:
-            return spec
-        require_installed(spec.loggers)
-        load_extractors(run)
-        data = load_data(run, spec)
-        require_fit(run, spec, data)
-        own_model.check(spec, data.shape, own)
-        held_out = held_out_bytes(run, data)
-        earlier = warm_start.gather(run, spec, held_out)
-    except ValueError as error:
-        raise Refused(str(error)) from error
+    own, named = own_model.load(request.model)
+    spec = load_spec(run, request, named)
+    outgrown, tested = outgrown_by(spec, run), run.summary().test
+    done = tested and (tested.retrained or not request.retrain) and run.report.exists() and run.export.exists()
+    if done and not outgrown:
+        return spec
+    require_installed(spec.loggers)
+    load_extractors(run)
+    data = load_data(run, spec)
+    require_fit(run, spec, data)
+    own_model.check(spec, data.shape, own)
+    held_out = held_out_bytes(run, data)
+    earlier = warm_start.gather(run, spec, held_out)
 
     from tuner.cluster import address_of, cluster
     from tuner.export import export_stage
@@ -169,10 +166,10 @@ def outgrown_by(spec: Spec, run: RunFiles) -> dict[str, Any]:
 def load_spec(run: RunFiles, request: Request, own: OwnModelSpec | None = None) -> Spec:
     """The spec to work by, `own` being the code of a model of the user's own.
 
-    Raises ValueError where it is no good or the run belongs to another.
+    Raises Refused where it is no good or the run belongs to another.
     """
     if request.concurrency is not None and request.concurrency < 1:
-        raise ValueError(f"concurrency {request.concurrency}: expected 1 or more")
+        raise Refused(f"concurrency {request.concurrency}: expected 1 or more")
     started = run.spec.exists()
     overrides = [*request.overrides, *([("own_model", own.model_dump())] if own else [])]
     given = (run.spec if started else specs.DEFAULT) if request.spec is None else request.spec
@@ -186,7 +183,7 @@ def load_spec(run: RunFiles, request: Request, own: OwnModelSpec | None = None) 
     if started:
         differences = spec.differences(begun)
         if differences:
-            raise ValueError(f"{run.shown}: belongs to another spec: {'; '.join(differences)}")
+            raise Refused(f"{run.shown}: belongs to another spec: {'; '.join(differences)}")
     elif run.is_foreign():
-        raise ValueError(f"{run.shown}: exists and is not a run directory")
+        raise Refused(f"{run.shown}: exists and is not a run directory")
     return spec

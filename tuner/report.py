@@ -25,7 +25,7 @@ from plotly.offline import get_plotlyjs
 from tuner import own_model, terminal
 from tuner import spec as specs
 from tuner.advice import advice, importance
-from tuner.exits import command, refuse, resumable
+from tuner.exits import command, resumable
 from tuner.run import RunFiles, write_atomic
 from tuner.spec import Objective, Spec
 from tuner.storage import opened
@@ -45,6 +45,7 @@ from tuner.study import (
 from tuner.summary import Summary
 from tuner.terminal import text, with_error
 from tuner.vae import image_grid
+from tuner.vae.errors import Refused
 from tuner.vae.fitted import FittedModel, encode
 from tuner.vae.metrics import FINAL_METRICS, METRICS
 from tuner.vae.model import OwnModel
@@ -93,12 +94,12 @@ class Material:
 
 
 def report(run: RunFiles, own: OwnModel | None = None) -> Path:
-    """Write `report.html` from what the run's files hold now. Raises ValueError where there is no search yet."""
+    """Write `report.html` from what the run's files hold now. Raises Refused where there is no search yet."""
     if not run.spec.exists() or not run.journal.exists():
-        raise ValueError(f"{run.shown}: no search to report on (no {run.spec.name} or {run.journal.name})")
+        raise Refused(f"{run.shown}: no search to report on (no {run.spec.name} or {run.journal.name})")
     spec, summary, study = specs.load(run.spec), run.summary(), read_study(run.journal)
     if study is None:
-        raise ValueError(f"{run.shown}: no search to report on (its {run.journal.name} is empty)")
+        raise Refused(f"{run.shown}: no search to report on (its {run.journal.name} is empty)")
     rows = table(study, spec)
     shares, checkpoints = importance(study, spec), Checkpoints(run, own)
     material = Material(run, spec, study, rows, in_view(rows, spec), shares, summary, checkpoints)
@@ -416,13 +417,10 @@ def main(argv: list[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else argv
     arguments = parser.parse_args(given)
     with resumable(command("tuner.report", given)), opened(arguments.run) as run:
-        try:
-            own, named = own_model.load(arguments.model)
-            if run.spec.exists():
-                specs.load(run.spec).require_model(named)
-            print(run.name_of(report(run, own)))
-        except ValueError as error:
-            refuse(error)
+        own, named = own_model.load(arguments.model)
+        if run.spec.exists():
+            specs.load(run.spec).require_model(named)
+        print(run.name_of(report(run, own)))
     return 0
 
 

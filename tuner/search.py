@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.table import Table
 
 from tuner import yaml_text
-from tuner.exits import command, refuse, resumable
+from tuner.exits import command, resumable
 from tuner.job import SHORT, NothingFound, Request, new_run, work
 from tuner.spec import shipped
 from tuner.storage import opened
@@ -86,10 +86,7 @@ def status(place: str) -> int:
     with resumable(command("tuner.search", ["--status", place])), opened(place) as run:
         if not run.spec.exists():
             raise Refused(f"{run.shown}: not a run directory (no {run.spec.name})")
-        try:
-            return show(status_words(run))
-        except ValueError as error:
-            refuse(error)
+        return show(status_words(run))
 
 
 def show(words: list[Table | str]) -> int:

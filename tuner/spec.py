@@ -281,19 +281,19 @@ class Spec(Frozen):
         return DRAWN_BEST if self.trial_objective.metric == "loss" else self.trial_objective
 
     def require_model(self, given: OwnModelSpec | None) -> None:
-        """Raises ValueError, one line, unless `given`, the code that --model names, is what this spec asks for."""
+        """Raises Refused unless `given`, the code that --model names, is what this spec asks for."""
         noted = self.own_model
         if given is None and noted:
-            raise ValueError(f"the model is a user's own: name its code with --model {noted.function}")
+            raise Refused(f"the model is a user's own: name its code with --model {noted.function}")
         options = [name for name in (*self.space, *self.fixed) if name.startswith(OPTION)]
         if given is None and (options or "own" in self.values("model")):
             asks = options[0] if options else "model own"
-            raise ValueError(f"{asks} asks for a model of your own: name its code with --model MODULE:FUNCTION")
+            raise Refused(f"{asks} asks for a model of your own: name its code with --model MODULE:FUNCTION")
         if given and given != noted:
             there = f"with {noted.function}" if noted else "without a model of a user's own"
             if noted and given.function == noted.function:
                 there = f"with another source (sha256 {given.sha256[:12]}... here, {noted.sha256[:12]}... there)"
-            raise ValueError(f"--model {given.function}: the run began {there}")
+            raise Refused(f"--model {given.function}: the run began {there}")
 
     def differences(self, other: "Spec") -> list[str]:
         """Keys that a run which began with `other` can't go on with, as 'key: ours, theirs': they would change its
@@ -324,7 +324,7 @@ DEFAULT = shipped()["digits"]
 def load(source: Path | Mapping[str, Any], overrides: Sequence[tuple[str, Any]] = ()) -> Spec:
     """Read and check a spec: a file, the name of a shipped one, or what a file holds.
 
-    `overrides` are (dotted key, value) pairs laid over it. Raises ValueError, one line naming file, key and value, on
+    `overrides` are (dotted key, value) pairs laid over it. Raises Refused, naming file, key and value, on
     anything that is wrong.
     """
     named: object = "spec"
@@ -336,14 +336,14 @@ def load(source: Path | Mapping[str, Any], overrides: Sequence[tuple[str, Any]] 
     else:
         raw = copy.deepcopy(dict(source))
     if not isinstance(raw, dict):
-        raise ValueError(f"{named}: expected a mapping with space, budget, ..., found {type(raw).__name__}")
+        raise Refused(f"{named}: expected a mapping with space, budget, ..., found {type(raw).__name__}")
     for key, value in overrides:
         yaml_text.put(raw, key, value)
     _lower_grace(raw, dict(overrides))
     try:
         return Spec.model_validate(raw)
     except ValidationError as error:
-        raise ValueError(f"{named}: {_one_line(error)}") from error
+        raise Refused(f"{named}: {_one_line(error)}") from error
 
 
 def _lower_grace(raw: dict[str, Any], laid_over: Mapping[str, Any]) -> None:

@@ -226,7 +226,7 @@ def final_words(run: RunFiles, spec: Spec) -> list[Table | str]:
 def status_words(run: RunFiles) -> list[Table | str]:
     """How a run stands: the stages done with their seconds, the trials of its journal, and the result so far.
 
-    Raises ValueError where a file is damaged.
+    Raises Refused where a file is damaged.
     """
     spec, summary, study = specs.load(run.spec), run.summary(), read_study(run.journal)
     done = [f"{name} {duration(seconds)}" for name, seconds in summary.seconds.items()]

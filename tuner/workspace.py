@@ -85,10 +85,10 @@ class Workspace:
 def open_workspace(run: RunFiles, data_place: Path | None = None, model: str | None = None) -> Workspace:
     """Load what a finished search left, `model` being what --model names.
 
-    Raises ValueError, one line, where something is missing or damaged.
+    Raises Refused where something is missing or damaged.
     """
     if not run.spec.exists():
-        raise ValueError(f"{run.shown}: not a run directory (no {run.spec.name})")
+        raise Refused(f"{run.shown}: not a run directory (no {run.spec.name})")
     own, named = own_model.load(model)
     spec = specs.load(run.spec).with_data_at(run.images_at(data_place))
     spec.require_model(named)
@@ -98,7 +98,7 @@ def open_workspace(run: RunFiles, data_place: Path | None = None, model: str | N
 
 
 def load_data(run: RunFiles, spec: Spec) -> Data:
-    """The images, with progress on the terminal where they have to be decoded. Raises ValueError as `sources.load`."""
+    """The images, with progress on the terminal where they have to be decoded. Raises Refused as `sources.load`."""
     with Progress("images") as progress:
         return sources.load(spec.data, run.images, progress.show)
 
@@ -124,7 +124,7 @@ def read_held_out(run: RunFiles, shape: ImageShape) -> Tensor:
 
 
 def require_fit(run: RunFiles, spec: Spec, data: Data) -> None:
-    """Raises ValueError, one line, where the spec asks for what does not go with these images."""
+    """Raises Refused where the spec asks for what does not go with these images."""
     grey, refused, why = grey_share(as_floats(data.train.images[:GREY_IMAGES])), {}, "in colour"
     if data.shape.channels > 1:
         refused = {"temperature": "fitted", "pixels": "binary"}
@@ -135,14 +135,14 @@ def require_fit(run: RunFiles, spec: Spec, data: Data) -> None:
     for name, value in refused.items():
         if value in spec.values(name):
             where = "space" if name in spec.space else "fixed"
-            raise ValueError(f"{where}.{name}: {value} does not go with images {why}")
+            raise Refused(f"{where}.{name}: {value} does not go with images {why}")
     if spec.features:
         kept = load_extractors(run).get("search")
         program = kept if isinstance(kept, Program) else read_program(spec)
         try:
             program.require_fit(as_floats(data.validation.images[:GREY_IMAGES]))
         except ValueError as error:
-            raise ValueError(f"features: {spec.features} {error}") from error
+            raise Refused(f"features: {spec.features} {error}") from error
 
 
 def oddities(spec: Spec, data: Data) -> Iterator[str]:

@@ -53,7 +53,7 @@ def decode(content: bytes) -> str:
 
 
 def parse(text: str) -> Any:
-    """YAML -> plain values. Raises ValueError, one line, on text that is none."""
+    """YAML -> plain values. Raises Refused on text that is none."""
     with refusing("not YAML", yaml.YAMLError, ValueError, RecursionError):  # a date that is none is a ValueError
         return yaml.load(text, _Loader)
 
@@ -68,13 +68,13 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 def put(raw: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key in a mapping of mappings. Raises ValueError where it leads through something else."""
+    """Set a dotted key in a mapping of mappings. Raises Refused where it leads through something else."""
     # space.model.depth.low: an option's name holds a dot; space.model.choices is that of the parameter model
     *parents, last = re.split(r"(?<!^space\.model)(?<!^fixed\.model)\.|\.(?=choices$)", key)
     for part in parents:
         raw = raw.setdefault(part, {})
         if not isinstance(raw, dict):
-            raise ValueError(f"--set {key}: {part} is not a mapping")
+            raise Refused(f"--set {key}: {part} is not a mapping")
     raw[last] = value
 
 

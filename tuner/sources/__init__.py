@@ -14,7 +14,7 @@ def load(spec: DataSpec, kept: Path | None = None, say: Say = lambda text: None)
     """The training and validation splits.
 
     What takes long is kept in the folder `kept`, and taken from there by the next call for the same; `say` is told how
-    far it is. Raises ValueError, one line, where images are missing, damaged, too few or too many: those of the test
+    far it is. Raises Refused where images are missing, damaged, too few or too many: those of the test
     split, too, before hours of training.
     """
     splits = _read(spec, ("train", "validation"), kept, say)

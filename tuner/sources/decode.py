@@ -23,7 +23,7 @@ from tuner.data_spec import DecodedSpec
 from tuner.run import write_atomic
 from tuner.sources.splits import Array, Splits, by_content, class_indices, refuse_few, refuse_large
 from tuner.vae.data import Split
-from tuner.vae.errors import one_line
+from tuner.vae.errors import Refused, one_line
 from tuner.vae.shape import ImageShape
 
 Image.init()
@@ -106,7 +106,7 @@ def decode_all(pictures: Sequence[Picture], shape: ImageShape, say: Say) -> tupl
 def read(pictures: Sequence[Picture], spec: DecodedSpec, wanted: Sequence[str], kept: Path | None, say: Say) -> Splits:
     """The `wanted` splits; from the folder `kept`, where the same images were decoded into it before.
 
-    Raises ValueError where images are damaged and not to be skipped, where there are too few, and, before any is
+    Raises Refused where images are damaged and not to be skipped, where there are too few, and, before any is
     decoded, where there are too many for the memory.
     """
     shape = ImageShape(spec.channels, spec.size, spec.size)
@@ -122,7 +122,7 @@ def read(pictures: Sequence[Picture], spec: DecodedSpec, wanted: Sequence[str], 
     whole = [index for index, fault in enumerate(faults) if not fault]
     if len(whole) < len(pictures):
         if spec.on_damaged == "refuse":
-            raise ValueError(f"{damaged_words(faults, spec.place)}; data.on_damaged=skip leaves them out")
+            raise Refused(f"{damaged_words(faults, spec.place)}; data.on_damaged=skip leaves them out")
         print(damaged_words(faults, spec.place, " and are left out"), file=sys.stderr)
         images = images[whole]
     if spec.invert:

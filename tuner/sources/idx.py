@@ -13,14 +13,14 @@ from tuner.data_spec import IdxSpec
 from tuner.sources.splits import Splits, hold_out, listed
 from tuner.sources.torchvision import torchvision_datasets
 from tuner.vae.data import Split
-from tuner.vae.errors import one_line, refusing
+from tuner.vae.errors import Refused, one_line, refusing
 
 IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 IDX_SETS = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}  # torchvision's classes, and folders
 
 
 def read(spec: IdxSpec) -> Splits:
-    """Raises ValueError, naming the folder and the files, where these are neither there nor can be downloaded, or
+    """Raises Refused, naming the folder and the files, where these are neither there nor can be downloaded, or
     where one of them is damaged."""
     raw = spec.directory / IDX_SETS[spec.name] / "raw"
     missing = [name for name in IDX_FILES if not ((raw / name).exists() or (raw / f"{name}.gz").exists())]
@@ -34,9 +34,9 @@ def read(spec: IdxSpec) -> Splits:
 
 def _split(raw: Path, images: Tensor, labels: Tensor, labels_file: str) -> Split:
     if len(labels) and int(labels.max()) > 9:
-        raise ValueError(f"{raw}: a label in {labels_file} is above 9: {int(labels.max())}")
+        raise Refused(f"{raw}: a label in {labels_file} is above 9: {int(labels.max())}")
     if len(images) != len(labels):
-        raise ValueError(f"{raw}: {len(images):,} images but {len(labels):,} labels")
+        raise Refused(f"{raw}: {len(images):,} images but {len(labels):,} labels")
     return Split(images.unsqueeze(1), labels.long())
 
 
@@ -46,7 +46,7 @@ def _fetch(spec: IdxSpec, raw: Path, missing: list[str]) -> None:
     try:
         getattr(torchvision_datasets(), kind)(str(spec.directory), download=spec.download)
     except (RuntimeError, OSError) as error:
-        raise ValueError(
+        raise Refused(
             f"no {kind} in {raw}: {', '.join(missing)} missing, in {spec.directory} there is {there}, and "
             f"{'the download failed' if spec.download else 'downloading is off'} ({one_line(error)}); put the files "
             "there, plain or as .gz, or use the embedded data set: data.name=digits"
@@ -56,7 +56,7 @@ def _fetch(spec: IdxSpec, raw: Path, missing: list[str]) -> None:
 def _read_idx(path: Path) -> Tensor:
     """The uint8 numbers of an IDX file, or of its published form beside it, with .gz behind its name.
 
-    Raises ValueError unless it is what its name and header say (LeCun).
+    Raises Refused unless it is what its name and header say (LeCun).
     """
     axes = 3 if "idx3" in path.name else 1
     if not path.exists():
@@ -67,10 +67,10 @@ def _read_idx(path: Path) -> Tensor:
     head = 4 + 4 * axes
     sizes = content[4:head].view(">u4").tolist() if len(content) >= head else []
     if content[:4].tolist() != [0, 0, 8, axes] or (axes == 3 and sizes[1:] != [28, 28]):
-        raise ValueError(
+        raise Refused(
             f"{path}: damaged IDX file, its header is not that of {'28x28 images' if axes == 3 else 'labels'}"
         )
     expected = head + math.prod(sizes)
     if len(content) != expected:
-        raise ValueError(f"{path}: damaged IDX file, {len(content):,} bytes where its header says {expected:,}")
+        raise Refused(f"{path}: damaged IDX file, {len(content):,} bytes where its header says {expected:,}")
     return torch.from_numpy(content[head:]).view(sizes)

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from tuner.data_spec import ParquetSpec
 from tuner.sources.decode import Picture
 from tuner.sources.splits import NAMES
+from tuner.vae.errors import Refused
 
 LABEL = "label"
 
@@ -20,7 +21,7 @@ LABEL = "label"
 def pictures(spec: ParquetSpec) -> list[Picture]:
     """Every row of every table, in the split that a shard's name begins with.
 
-    Raises ValueError where there is no table or a damaged one, no column of images, or labels that are no classes.
+    Raises Refused where there is no table or a damaged one, no column of images, or labels that are no classes.
     """
     place = spec.file
     paths = sorted(place.rglob("*.parquet")) if place.is_dir() else [place]
@@ -46,25 +47,25 @@ def pictures(spec: ParquetSpec) -> list[Picture]:
             labels = table.read([LABEL]).column(0).to_pylist() if labelled else [None] * sum(groups)
         except (OSError, pa.ArrowException) as error:
             number = getattr(error, "errno", None)
-            raise ValueError(f"{path}: {os.strerror(number) if number else 'not a whole Parquet file'}") from error
+            raise Refused(f"{path}: {os.strerror(number) if number else 'not a whole Parquet file'}") from error
         places = [(group, row) for group, count in enumerate(groups) for row in range(count)]
         for number, (place_of, label) in enumerate(zip(places, labels, strict=True)):
             listed.append(Picture(f"{name} row {number}", partial(content, path, *place_of), split, label))
     if not listed:
-        raise ValueError(f"{place}: no images in it")
+        raise Refused(f"{place}: no images in it")
     _check_labels(listed, place)
     return listed
 
 
 def _image_column(table: pq.ParquetFile, path: Path) -> str:
-    """`image`, `img`, or the first with bytes of its own. Raises ValueError without one."""
+    """`image`, `img`, or the first with bytes of its own. Raises Refused without one."""
     found = [
         field.name
         for field in table.schema_arrow
         if pa.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0
     ]
     if not found:
-        raise ValueError(f"{path}: no column of images with bytes among {', '.join(table.schema_arrow.names)}")
+        raise Refused(f"{path}: no column of images with bytes among {', '.join(table.schema_arrow.names)}")
     return next((name for name in ("image", "img") if name in found), found[0])
 
 
@@ -74,9 +75,9 @@ def _rows(path: Path, group: int) -> Any:
 
 
 def _check_labels(listed: list[Picture], place: Path) -> None:
-    """Raises ValueError unless all are numbers from 0, all words, or none is there."""
+    """Raises Refused unless all are numbers from 0, all words, or none is there."""
     kinds = {type(picture.label) for picture in listed}
     odd = next((picture for picture in listed if isinstance(picture.label, int) and picture.label < 0), None)
     if odd or kinds not in ({int}, {str}, {type(None)}):
         why = f"{odd.name} has {odd.label}" if odd else f"they are {', '.join(sorted(kind.__name__ for kind in kinds))}"
-        raise ValueError(f"{place}: its labels are no classes: {why}; data.labels=none does without")
+        raise Refused(f"{place}: its labels are no classes: {why}; data.labels=none does without")

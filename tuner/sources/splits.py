@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tuner.vae.data import Split
+from tuner.vae.errors import Refused
 from tuner.vae.shape import ImageShape
 
 Splits = Mapping[str, Split]  # train, validation and test
@@ -40,13 +41,13 @@ def by_content(everything: Split, given: Sequence[str | None], digests: Sequence
     """Splits as `given` for each image, or, of training images and where nothing is given, by SHA-256 of the content.
 
     A tenth each is validation and test where no image is given as such: a new image moves no other, and equal ones
-    stand in one split. Images are in the order of their hashes, which is none of names or classes. Raises ValueError
+    stand in one split. Images are in the order of their hashes, which is none of names or classes. Raises Refused
     where only some images have a split, or none is for training.
     """
     named = {split for split in given if split}
     if named and (None in given or "train" not in named):
         what = "images outside of its splits" if None in given else "no train"
-        raise ValueError(f"{place}: {what}, beside {' and '.join(sorted(named))}")
+        raise Refused(f"{place}: {what}, beside {' and '.join(sorted(named))}")
 
     def split_of(given: str | None, digest: str) -> str:
         tenth = TENTHS.get(int(digest[:12], 16) % 10, "train")
@@ -73,21 +74,21 @@ def listed(folder: Path) -> str:
 
 
 def refuse_few(splits: Splits, place: Path, by_hash: bool) -> None:
-    """Raises ValueError where a split is too small to be trained on or scored against."""
+    """Raises Refused where a split is too small to be trained on or scored against."""
     few = [f"{len(splits[name]):,} for {name} where {least} are needed" for name, least in LEAST.items()]
     if any(len(splits[name]) < least for name, least in LEAST.items()):
         total = f"; where images are split by their content, that takes some {ENOUGH} in all" if by_hash else ""
-        raise ValueError(f"{place}: too few images: {', '.join(few)}{total}")
+        raise Refused(f"{place}: too few images: {', '.join(few)}{total}")
 
 
 def refuse_large(count: int, shape: ImageShape, place: Path) -> None:
-    """Raises ValueError where `count` images would not fit in this machine's memory: as bytes, twice while they are
+    """Raises Refused where `count` images would not fit in this machine's memory: as bytes, twice while they are
     read, and some of them as floats."""
     once = count * shape.numbers
     floats = 4 * FLOAT_COPIES * min(count, FLOAT_IMAGES) * shape.numbers
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if 2 * once + floats > memory:
-        raise ValueError(
+        raise Refused(
             f"{place}: {count:,} images of {'x'.join(map(str, shape))} take {(2 * once + floats) / 2**30:,.1f} GiB of "
             f"memory (2 x {once / 2**30:,.1f} as bytes, {floats / 2**30:,.1f} as floats), and there are "
             f"{memory / 2**30:,.1f}: give fewer or smaller ones"

@@ -8,13 +8,13 @@ import torch
 from tuner.data_spec import EmnistSpec, TorchvisionSpec
 from tuner.sources.splits import Splits, hold_out, listed
 from tuner.vae.data import Split
-from tuner.vae.errors import one_line
+from tuner.vae.errors import Refused, one_line
 
 CLASSES = {"qmnist": "QMNIST", "emnist": "EMNIST", "cifar10": "CIFAR10", "svhn": "SVHN"}
 
 
 def read(spec: TorchvisionSpec | EmnistSpec) -> Splits:
-    """Raises ValueError, naming the folder, where the files are neither there nor can be downloaded, or are damaged."""
+    """Raises Refused, naming the folder, where the files are neither there nor can be downloaded, or are damaged."""
     return hold_out(_split(spec, "train"), _split(spec, "test"))
 
 
@@ -26,7 +26,7 @@ def _split(spec: TorchvisionSpec | EmnistSpec, part: str) -> Split:
     try:
         found = made(str(spec.directory), download=spec.download, **options)
     except Exception as error:  # whatever comes of parsing damaged files
-        raise ValueError(
+        raise Refused(
             f"no {CLASSES[spec.name]} that torchvision can read in {spec.directory}, where there is {there}"
             f"{'' if spec.download else ', and downloading is off'} ({one_line(error)})"
         ) from error

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.export.passes import move_to_device_pass
 
 from tuner.vae.data import Data, Split, as_floats
-from tuner.vae.errors import refusing
+from tuner.vae.errors import Refused, refusing
 from tuner.vae.model import MOST_CHANNELS, channels_of
 from tuner.vae.process import CPU
 from tuner.vae.shape import ImageShape
@@ -298,6 +298,6 @@ def load_extractor(path: Path, sha256: str) -> FeatureExtractor:
     with refusing(path, OSError):
         content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != sha256:
-        raise ValueError(f"{path}: not the extractor this run was scored with (its SHA-256 differs)")
+        raise Refused(f"{path}: not the extractor this run was scored with (its SHA-256 differs)")
     with refusing(f"{path}: not readable as an extractor"):
         return from_bytes(content)
