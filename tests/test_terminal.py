@@ -223,15 +223,15 @@ def test_what_is_not_made_yet_is_not_told_of(tmp_path):
     assert f"model    {run.export}: README.md" in final_words(run, spec)
 
 
-def test_a_stage_that_is_cut_off_took_its_time_too(tmp_path):
+def test_a_stage_that_is_stopped_took_its_time_too(tmp_path):
     run = RunFiles(tmp_path)
 
-    def cut_off() -> None:
+    def stopped() -> None:
         with stage(run, "search"):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        cut_off()
+        stopped()
     assert run.summary().seconds.keys() == {"search"}
 
 

@@ -46,12 +46,16 @@ def duration(seconds: float) -> str:
 def stage(run: RunFiles, name: str) -> Iterator["Progress"]:
     """Show a stage's progress and add its seconds to the summary."""
     started = time.monotonic()
-    try:
-        with Progress(name) as progress:
+    stopped: KeyboardInterrupt | None = None
+    with Progress(name) as progress:
+        try:
             yield progress
-    finally:  # what was cut off took its time, too
-        spent = run.summary().seconds.get(name, 0.0)
-        run.update_summary(seconds={name: round(spent + time.monotonic() - started, 2)})
+        except KeyboardInterrupt as error:  # what was stopped took its time, too
+            stopped = error
+    spent = run.summary().seconds.get(name, 0.0)
+    run.update_summary(seconds={name: round(spent + time.monotonic() - started, 2)})
+    if stopped:
+        raise stopped
 
 
 class Progress:
