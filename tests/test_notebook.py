@@ -29,6 +29,10 @@ def test_its_cells_run_in_order(finished_run, tmp_path):
 def test_it_shows_what_running_it_gave():
     assert [cell["execution_count"] for cell in CELLS] == list(range(1, len(CELLS) + 1))
     assert all(cell["outputs"] for cell in CELLS)
+    shown = str(CELLS[0]["outputs"])
+    assert all(
+        f"{stage} " in shown for stage in ("new run", "search", "promote", "retrain", "priors", "export", "report")
+    )
     assert all(output["output_type"] != "error" for cell in CELLS for output in cell["outputs"])
     pictures = [output for cell in CELLS for output in cell["outputs"] if "image/png" in output.get("data", {})]
     assert len(pictures) == 2

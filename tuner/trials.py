@@ -13,6 +13,7 @@ import ray
 from ray import tune
 from ray.autoscaler import sdk as autoscaler
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.widgets.util import in_notebook
 
 from tuner.callbacks import KeepCheckpoints, KeepTable, ShowTrials, search_callbacks
 from tuner.cluster import alive, dead_processes, slots
@@ -158,6 +159,7 @@ def run_trials(
                 storage_path=str(storage),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the driver keeps them
                 verbose=0,
+                progress_reporter=tune.CLIReporter() if in_notebook() else None,  # Tune's own wipes the cell's output
                 callbacks=list(callbacks),
             ),
         )
