@@ -18,7 +18,7 @@ def test_the_image_installs_the_project_at_the_versions_of_the_constraints_and_r
     assert ["FROM", "${RAY_IMAGE}"] in INSTRUCTIONS
     (install,) = (" ".join(words) for name, *words in INSTRUCTIONS if name == "RUN")
     index = "--extra-index-url ${TORCH_INDEX}"
-    assert install == f'pip install --no-cache-dir --constraint constraints.txt {index} "ray[default]" ".[export]"'
+    assert install == f'pip install --no-cache-dir --constraint constraints.txt {index} "ray[default]" .'
     assert INSTRUCTIONS[-1] == ["USER", "1000"]
 
 
