@@ -506,7 +506,8 @@ def test_a_killed_search_goes_on_from_its_copy_in_storage_to_the_end(killed_run)
     assert sum(summary["trials"].values()) == 5
     assert summary["test"].keys() == {"real", "baseline", "best"}
     kept = json.loads(before["summary.json"])["extractors"]
-    assert summary["extractors"] == kept, "the extractors of before the kill"
+    assert kept, "what the search scored with before the kill"
+    assert kept.items() <= summary["extractors"].items(), "and after it; the second may have come later"
     for row in rows(before["trials.csv"]):
         if row["state"] not in ("waiting", "running"):
             assert rows(stored["trials.csv"])[int(row["trial"])]["ended"] == row["ended"], "no trial was run twice"
