@@ -125,8 +125,8 @@ def test_arrays_are_kept_in_the_run_and_no_others_taken_once_it_has_begun(tmp_pa
 def test_what_is_laid_over_the_data_counts_and_a_run_that_was_moved_has_its_images_still(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     images = np.zeros((40, 20, 20), np.uint8)
-    with pytest.raises(ValueError, match=r"images: .*40"):
-        tuner.tune(SPEC, run="mine", data=images, **{"data.invert": True})
+    with pytest.raises(ValueError, match=r"^spec: data\.invert: .*\(got 'x'\)$"):
+        tuner.tune(SPEC, run="mine", data=images, **{"data.invert": "x"})
     run = RunFiles(tmp_path / "moved")
     run.given.parent.mkdir(parents=True)
     run.spec.write_text(Spec.model_validate(SPEC | {"data": {"name": "arrays", "file": "gone.npz"}}).to_yaml())
