@@ -158,7 +158,7 @@ def test_an_extractor_comes_back_as_it_was_kept_and_another_file_in_its_place_is
 
 
 def test_held_out_images_come_back_and_what_is_damaged_or_of_another_shape_is_refused(run, workspace):
-    write_atomic(run.held_out, held_out_bytes(run, workspace.data))
+    write_atomic(run.held_out, held_out_bytes(workspace.data))
     shape, whole = workspace.data.shape, run.held_out.read_bytes()
     expected = as_floats(evenly_spaced(workspace.data.validation.images))
     assert torch.equal(read_held_out(run, shape), expected)

@@ -58,7 +58,7 @@ def work(run: RunFiles, request: Request) -> Spec:
     from tuner import own_model, warm_start
     from tuner.extractors import load_extractors
     from tuner.loggers import require_installed
-    from tuner.workspace import Workspace, held_out_bytes, load_data, oddities, require_fit
+    from tuner.workspace import Workspace, held_out_bytes, load_data, oddities, require_begun_with, require_fit
 
     own, named = own_model.load(request.model)
     spec = load_spec(run, request, named)
@@ -71,7 +71,8 @@ def work(run: RunFiles, request: Request) -> Spec:
     data = load_data(run, spec)
     require_fit(run, spec, data)
     own_model.check(spec, data.shape, own)
-    held_out = held_out_bytes(run, data)
+    held_out = held_out_bytes(data)
+    require_begun_with(run, held_out)
     earlier = warm_start.gather(run, spec, held_out)
 
     from tuner.cluster import address_of, cluster

@@ -93,7 +93,7 @@ def open_workspace(run: RunFiles, data_place: Path | None = None, model: str | N
     spec = specs.load(run.spec).with_data_at(run.images_at(data_place))
     spec.require_model(named)
     data = load_data(run, spec)
-    held_out_bytes(run, data)
+    require_begun_with(run, held_out_bytes(data))
     return Workspace(run, spec, data, load_extractors(run), own)
 
 
@@ -103,15 +103,15 @@ def load_data(run: RunFiles, spec: Spec) -> Data:
         return sources.load(spec.data, run.images, progress.show)
 
 
-def held_out_bytes(run: RunFiles, data: Data) -> bytes:
-    """Some validation images as a file of the run, whose report is made from the run's files alone.
+def held_out_bytes(data: Data) -> bytes:
+    """Some validation images as a file of the run, whose report is made from the run's files alone."""
+    return save({"images": evenly_spaced(data.validation.images)})
 
-    Raises Refused where the run has begun with others.
-    """
-    content = save({"images": evenly_spaced(data.validation.images)})
-    if run.held_out.exists() and run.held_out.read_bytes() != content:
+
+def require_begun_with(run: RunFiles, held_out: bytes) -> None:
+    """Raises Refused where the run has begun with other images than those of which these are some."""
+    if run.held_out.exists() and run.held_out.read_bytes() != held_out:
         raise Refused(f"{run.shown}: has begun with other images, or its {run.held_out.name} is damaged")
-    return content
 
 
 def read_held_out(run: RunFiles, shape: ImageShape) -> Tensor:
