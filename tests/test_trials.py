@@ -85,6 +85,15 @@ class Bowl(Fake):
         return evaluation(bowl.bowl(self.parameters)) | {"rate": 0.0}
 
 
+class SlowToStart(Bowl):
+    """A bowl whose worker takes longer to start than a trial; each leaves a file in `started`."""
+
+    def setup(self, config: dict[str, Any], **options: Any) -> None:
+        (options["started"] / str(os.getpid())).touch()
+        time.sleep(2)
+        super().setup(config, **options)
+
+
 class Planned(Fake):
     """Trial n reports plan[n] rung by rung; NaN stands for a diverged loss, None for a worker that is killed.
 
@@ -240,6 +249,22 @@ def test_two_at_once_have_a_worker_each(ray_cluster, tmp_path):
     run_trials(study, spec, tune.with_parameters(Bowl, pause=0.1, meet=meet), tmp_path / "ray", 2, [])
     assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 4
     assert len({trial.user_attrs["worker"] for trial in study.trials}) == 2, "both were used again"
+
+
+def test_where_a_core_comes_free_later_a_second_worker_starts_although_trials_end_before_it_is_up(
+    ray_cluster, tmp_path
+):
+    spec = spec_with(budget=ONE_RUNG | {"trials": 16})
+    study, started = study_in(tmp_path, spec), tmp_path / "started"
+    started.mkdir()
+    trainable = tune.with_parameters(SlowToStart, pause=0.4, started=started)
+
+    def others() -> int:
+        return int(all(trial.state != TrialState.COMPLETE for trial in study.trials))
+
+    run_trials(study, spec, trainable, tmp_path / "ray", 2, [], None, others)
+    assert len(list(started.iterdir())) == 2
+    assert len({trial.user_attrs["worker"] for trial in study.trials}) == 2
 
 
 class Ending(tune.Callback):

@@ -326,6 +326,15 @@ class SuccessiveHalving(FIFOScheduler):
         weak = result["epoch"] >= budget.grace_epochs and better >= math.ceil(len(rung) / budget.reduction_factor)
         return weak and number != BASELINE and len(self.spec.objective) == 1  # of several none alone says "weaker"
 
+    def choose_trial_to_run(self, tune_controller: Any) -> RayTrial | None:
+        """The newest that waits: for all others a worker is starting already, so this one is to have one that is free.
+
+        Tune's rule gives that to the oldest and stops the worker that starts for it, so that where trials end before a
+        worker is up no further one ever comes up.
+        """
+        waiting = (trial for trial in reversed(tune_controller.get_trials()) if trial.status == RayTrial.PENDING)
+        return next(waiting, None)
+
     @fatal
     def on_trial_error(self, tune_controller: Any, trial: RayTrial) -> None:
         """Note in the study why a worker was lost, each time: Tune tells the rule, but not the searcher."""
