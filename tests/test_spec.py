@@ -223,6 +223,11 @@ def test_the_calibrated_unit_may_be_searched_where_the_likelihood_is_gaussian():
         _spec(space=space, fixed={"kl_unit": "calibrated"})
     with pytest.raises(ValidationError, match="it needs likelihood gaussian"):
         _spec(space=space | {"kl_unit": {"choices": ["absolute", "calibrated"]}})
+    turned = {"kl_unit": {"choices": ["absolute", "calibrated"]}, "likelihood": {"choices": ["bernoulli", "gaussian"]}}
+    turned["likelihood"]["when"] = {"kl_unit": "absolute"}
+    assert _spec(space=turned).is_searched("likelihood", {"kl_unit": "absolute"})
+    with pytest.raises(ValidationError, match="kl_unit: calibrated counts in squared errors"):
+        _spec(space=turned, fixed={"likelihood": "bernoulli"})
 
 
 def test_features_may_be_given_as_a_path(tmp_path):

@@ -195,9 +195,8 @@ class Spec(Frozen):
                 raise ValueError(f"objective.metric: {metric} is not defined for model autoencoder")
             if metric == "nll" and {self.fixed.get("likelihood"), *self.values("likelihood")} != {"bernoulli"}:
                 raise ValueError("objective.metric: nll is defined for fixed.likelihood bernoulli alone")
-        apart = "kl_unit" in self.space and self.space["kl_unit"].when.get("likelihood") == "gaussian"
-        units = [self.fixed.get("kl_unit")] if apart else self.values("kl_unit")
-        if "calibrated" in units and "bernoulli" in self.values("likelihood"):
+        units = self.values("kl_unit", likelihood="bernoulli")
+        if "calibrated" in units and "bernoulli" in self.values("likelihood", kl_unit="calibrated"):
             raise ValueError("kl_unit: calibrated counts in squared errors, so it needs likelihood gaussian")
         if self.execution == "fused" and "own" in self.values("model"):
             raise ValueError("execution: fused trains the built-in models alone; with model own it is process or auto")
@@ -222,12 +221,16 @@ class Spec(Frozen):
         """The parameters of the space that are searched where they have these values; what is not there is left out."""
         return [name for name in self.space if name in values and self.is_searched(name, values)]
 
-    def values(self, name: str) -> list[Value]:
-        """What a parameter can be: the ends of its range or its choices, and where it is not searched its one value."""
-        searched = self.space[name].ends() if name in self.space else []
-        if searched and not self.space[name].when:
-            return searched
-        return [*searched, self.fixed[name] if name in self.fixed else getattr(CLASSIC, name)]
+    def values(self, name: str, **beside: Value) -> list[Value]:
+        """What a parameter can be `beside` others of these values: the ends of its range or its choices where it is
+        searched, and its one value where it is not."""
+        entry = self.space.get(name)
+        if entry and not entry.when:
+            return entry.ends()
+        alone = self.fixed[name] if name in self.fixed else getattr(CLASSIC, name)
+        if entry is None or any(entry.when.get(other, value) != value for other, value in beside.items()):
+            return [alone]
+        return [*entry.ends(), alone]
 
     @property
     def widest(self) -> int:
