@@ -112,14 +112,22 @@ def test_arrays_are_kept_in_the_run_and_no_others_taken_once_it_has_begun(tmp_pa
     keep(run, images[:3])
     run.given.write_bytes(run.given.read_bytes()[:100])  # as a kill leaves it
     place = keep(run, (images, list(range(40))))
-    run.spec.touch()
-    with np.load(place) as kept:
-        assert np.array_equal(kept["images"], images)
-        assert kept["labels"].tolist() == list(range(40))
-    assert keep(run, (torch.from_numpy(images), range(40))) == place
-    for other in (images, (images, range(1, 41)), (images + 1, range(40))):
-        with pytest.raises(ValueError, match=f"^data: {tmp_path} has begun with other images$"):
-            keep(run, other)
+    run.spec.write_text(Spec.model_validate(SPEC | {"data": {"name": "arrays", "file": "given.npz"}}).to_yaml())
+    for _ in range(2):
+        with np.load(place) as kept:
+            assert np.array_equal(kept["images"], images)
+            assert kept["labels"].tolist() == list(range(40))
+        assert keep(run, (torch.from_numpy(images), range(40))) == place
+        for other in (images, (images, range(1, 41)), (images + 1, range(40))):
+            with pytest.raises(ValueError, match=f"^data: {tmp_path} has begun with other images$"):
+                keep(run, other)
+        run.given.unlink()  # what was given can be given again
+        keep(run, (images, range(40)))
+    run.given.unlink()
+    run.spec.write_text(Spec.model_validate(SPEC).to_yaml())
+    with pytest.raises(ValueError, match=f"^data: {tmp_path} has begun with other images$"):
+        keep(run, images)
+    assert not run.given.exists()
 
 
 def test_what_is_laid_over_the_data_counts_and_a_run_that_was_moved_has_its_images_still(tmp_path, monkeypatch):
@@ -128,7 +136,7 @@ def test_what_is_laid_over_the_data_counts_and_a_run_that_was_moved_has_its_imag
     with pytest.raises(ValueError, match=r"^spec: data\.invert: .*\(got 'x'\)$"):
         tuner.tune(SPEC, run="mine", data=images, **{"data.invert": "x"})
     run = RunFiles(tmp_path / "moved")
-    run.given.parent.mkdir(parents=True)
+    run.path.mkdir()
     run.spec.write_text(Spec.model_validate(SPEC | {"data": {"name": "arrays", "file": "gone.npz"}}).to_yaml())
     assert run.images_at(None) is None
     run.given.touch()

@@ -181,7 +181,12 @@ def test_locks_temporary_files_decoded_images_and_rays_own_folder_stay_behind(bu
 
 
 def test_what_only_the_copy_in_storage_has_stays_there(bucket, tmp_path):
-    whole = {"spec.yaml": b"s", ".images/given.npz": b"arrays", "ray/search/state.json": b"{}"}
+    whole = {
+        "spec.yaml": b"s",
+        "given.npz": b"arrays",
+        ".images/train.safetensors": b"decoded",
+        "ray/search/state.json": b"{}",
+    }
     for name, content in whole.items():
         path = tmp_path / "whole" / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -83,16 +83,18 @@ def keep(run: RunFiles, data: Any) -> Path:
     can't be written."""
     images, labels = data if isinstance(data, tuple) else (data, None)
     arrays = {"images": np.asarray(images)} | ({} if labels is None else {"labels": np.asarray(labels)})
-    if run.spec.exists():
-        known = dict(np.load(run.given)) if run.given.exists() else {}
-        if known.keys() != arrays.keys() or not all(np.array_equal(known[name], arrays[name]) for name in arrays):
+    begun = run.spec.exists()
+    if begun:
+        known = dict(np.load(run.given)) if run.given.exists() else arrays  # the job asks whether these are the run's
+        same = known.keys() == arrays.keys() and all(np.array_equal(known[name], arrays[name]) for name in arrays)
+        if not same or specs.load(run.spec).data.place.name != run.given.name:
             raise Refused(f"data: {run.shown} has begun with other images")
-        return run.given
-    if run.is_foreign():
+    elif run.is_foreign():
         raise Refused(f"{run.shown}: exists and is not a run directory")
-    with refusing(run.shown, OSError):
-        run.given.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(run.given, allow_pickle=False, **arrays)
+    if not (begun and run.given.exists()):
+        with refusing(run.shown, OSError):
+            run.path.mkdir(parents=True, exist_ok=True)
+            np.savez(run.given, allow_pickle=False, **arrays)
     return run.given
 
 

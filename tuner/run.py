@@ -72,7 +72,7 @@ class RunFiles:
         self.journal = path / "study.journal"
         self.trials = path / "trials.csv"
         self.images = path / ".images"  # decoded; hidden, so that they are no part of what goes to object storage
-        self.given = self.images / "given.npz"  # arrays that a call from Python was given
+        self.given = path / "given.npz"  # arrays that a call from Python was given
         self.tensorboard = path / "tensorboard"
         self.artifacts = path / "artifacts"  # samples of each evaluation, as optuna-dashboard shows them
         self.ray = path / "ray"
@@ -110,7 +110,7 @@ class RunFiles:
         if self.spec.exists() or not self.path.exists():
             return False
         return not self.path.is_dir() or any(
-            path not in (self.lock, self.images) and path.suffix != ".tmp" for path in self.path.iterdir()
+            path not in (self.lock, self.images, self.given) and path.suffix != ".tmp" for path in self.path.iterdir()
         )
 
     @contextmanager
