@@ -14,13 +14,12 @@ import optuna
 
 from benchmarks.setting import MNIST, parser, say, trained
 from tuner import sources
+from tuner.extractors import make_extractor
 from tuner.scoring import Evaluator
 from tuner.spec import Spec
 from tuner.study import distributions
 from tuner.vae.data import Data, Split
-from tuner.vae.extractor import train_classifier
 from tuner.vae.process import settle
-from tuner.vae.seeds import Stream, derive_seed
 
 IMAGES, EPOCHS, NEAR = 10_000, 6, 1.05
 RANGES = {"calibrated": (0.1, 10.0), "absolute": (0.001, 3.0)}
@@ -51,7 +50,7 @@ def space(data: dict[str, object], unit: str, seed: int) -> Spec:
 
 def search(name: str, spec: Spec, data: Data, trials: int) -> list[float]:
     """The distance of each trial in turn."""
-    evaluate = Evaluator(spec, data, lambda: train_classifier(data, derive_seed(spec.seed, Stream.EXTRACTOR, 0)))
+    evaluate = Evaluator(spec, data, lambda: make_extractor("search", spec.seed, data))
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=spec.seed))
     study.enqueue_trial({"kl_weight": 1.0})
     found = []

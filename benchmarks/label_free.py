@@ -27,7 +27,7 @@ from scipy.ndimage import gaussian_filter
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from benchmarks.setting import MNIST, parser, say
+from benchmarks.setting import MNIST, parser, say, trained
 from tuner import sources
 from tuner.data_spec import IdxSpec
 from tuner.vae.data import Data, Split, as_floats
@@ -41,11 +41,8 @@ from tuner.vae.extractor import (
     train_classifier,
 )
 from tuner.vae.fitted import FittedModel, Fitter
-from tuner.vae.model import Builder
 from tuner.vae.parameters import Parameters
 from tuner.vae.process import settle
-from tuner.vae.step import State
-from tuner.vae.train import train
 
 IMAGES, EPOCHS, SAMPLES, HELD_OUT = 10_000, 6, 2_500, 5_000
 COLOUR_TRAINING = 8_000
@@ -129,10 +126,8 @@ def generators(name: str, data: Data, seed: int, count: int, models: Path | None
         if file and file.exists():
             result.append(FittedModel.from_state_dict(torch.load(file)))
             continue
-        state = State.fresh(Builder(data.shape), parameters, seed, trial)
-        for _ in train(state, parameters, few.images, [EPOCHS], seed=seed, trial=trial, total_epochs=EPOCHS):
-            pass
-        result.append(fitter(state.model, parameters, EPOCHS))
+        model = trained(parameters, few.images, EPOCHS, seed=seed, trial=trial)
+        result.append(fitter(model, parameters, EPOCHS))
         if file:
             torch.save(result[-1].state_dict(), file)
     return result

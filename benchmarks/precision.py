@@ -10,8 +10,7 @@ import math
 import statistics
 import time
 
-from benchmarks.setting import load_data, parser, say, spec_file, trained
-from tuner import spec as specs
+from benchmarks.setting import load_spec, parser, say, trained
 from tuner.extractors import make_extractor
 from tuner.scoring import Evaluator
 from tuner.vae.process import settle
@@ -23,7 +22,7 @@ def main() -> None:
     arguments.add_argument("--epochs", type=float, default=5)
     given = arguments.parse_args()
     settle()
-    spec, data = specs.load(spec_file(given.data_dir)), load_data(given.data_dir)
+    spec, data = load_spec(given.data_dir)
     extractor = make_extractor("search", spec.seed, data)
     evaluate = Evaluator(spec, data, lambda: extractor)
     found: dict[str, list[tuple[float, float]]] = {"float32": [], "bfloat16": []}

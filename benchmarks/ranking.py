@@ -14,12 +14,11 @@ from scipy.stats import spearmanr
 from benchmarks.setting import MNIST, models_at, parser, say
 from tuner import sources
 from tuner import spec as specs
+from tuner.extractors import make_extractor
 from tuner.scoring import Evaluator
 from tuner.spec import DEFAULT
 from tuner.study import distributions
-from tuner.vae.extractor import train_classifier
 from tuner.vae.process import settle
-from tuner.vae.seeds import Stream, derive_seed
 
 
 def main() -> None:
@@ -30,7 +29,7 @@ def main() -> None:
     settle()
     spec = specs.load(arguments.spec).with_data_at(arguments.data_dir)
     data = sources.load(spec.data)
-    evaluate = Evaluator(spec, data, lambda: train_classifier(data, derive_seed(spec.seed, Stream.EXTRACTOR, 0)))
+    evaluate = Evaluator(spec, data, lambda: make_extractor("search", spec.seed, data))
     objective, rungs = spec.objective[0], spec.budget.rungs
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=spec.seed))

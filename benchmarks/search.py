@@ -2,11 +2,12 @@
 
     python -m benchmarks.search [--data-dir data] [--images mnist] [--seconds 240] [--seed 0] [--quick]
 
-The peers are those of `peers.py`: Ray Tune, Optuna alone and Syne Tune, each once with our training step, so that only
-the search differs, and once with the tutorial loop. All get the same data, budget, prior, temperature and scorer, and
-two cores; everyone trains its extractor on the clock, ours its baseline as well. Ours runs as its spec is shipped,
-which names points to evaluate first, and again told nothing but what holds for any images: the KL weight in their own
-unit, 0.1 to 10, of which 1 is tried first. The peers search 0.001 to 3 of the absolute weight.
+The peers are those of `peers.py`: Ray Tune, Optuna alone and Syne Tune, each once with our training step, so that
+only the search differs, and once with the tutorial loop. All get the same data, epochs, kind of prior, temperature
+and scorer, and two cores. The peers' prior is fitted on 5,000 codes, ours on 10,000, and each stops trials by its own
+rule. Everyone trains its extractor on the clock, ours its baseline as well. Ours runs as its spec is shipped, which
+names points to evaluate first, and again told nothing but what holds for any images: the KL weight in their own unit,
+0.1 to 10, of which 1 is tried first. The peers search 0.001 to 3 of the absolute weight.
 
 Each runs as one command for --seconds; whatever checkpoint it writes is kept with its time since the command, and
 scored afterwards with noise and an extractor that nobody searched with. Baseline and floor are those of that extractor.
@@ -21,16 +22,14 @@ from typing import Any
 from benchmarks.peers import LOOPS, PEERS
 from benchmarks.setting import (
     command_of,
-    load_data,
+    load_spec,
     parser,
     reached,
     say,
     search_command,
-    spec_file,
     unseen_scorer,
     watch,
 )
-from tuner import spec as specs
 from tuner.vae.process import settle
 
 OURS = ("ours", "ours, told nothing")
@@ -53,7 +52,7 @@ def main() -> None:
     peers, loops = (("optuna",), ("tutorial",)) if arguments.quick else (tuple(PEERS), LOOPS)
 
     settle()
-    spec, data = specs.load(spec_file(data_dir, images)), load_data(data_dir, images)
+    spec, data = load_spec(data_dir, images)
     scorer, baseline = unseen_scorer(spec, data)
     say({"floor": scorer.floor, "baseline": baseline}, 3)
 

@@ -87,9 +87,9 @@ def load_data(data_dir: Path | None, images: str = "mnist") -> Data:
     return sources.load(specs.load(spec_file(data_dir, images)).with_data_at(data_dir).data)
 
 
-def load_spec(data_dir: Path | None) -> tuple[Spec, Data]:
-    """The shipped spec without its points to evaluate first, and its data."""
-    return specs.load(spec_file(data_dir), [("points_to_evaluate", [])]), load_data(data_dir)
+def load_spec(data_dir: Path | None, images: str = "mnist") -> tuple[Spec, Data]:
+    """A shipped spec and its data."""
+    return specs.load(spec_file(data_dir, images)), load_data(data_dir, images)
 
 
 def repeated(data: Data, images: int) -> Data:
@@ -125,7 +125,7 @@ def shipped_point(data_dir: Path) -> tuple[Parameters, Data, Fitter, Scorer]:
     Settles the process and prints point and floor. The extractors are those that a search with seed 0 trains.
     """
     settle()
-    spec, data = specs.load(spec_file(data_dir)), load_data(data_dir)
+    spec, data = load_spec(data_dir)
     extractor, guide = (make_extractor(name, spec.seed, data) for name in EXTRACTORS)
     fitter = Fitter(data.train, seed=5, count=PRIOR_IMAGES, samples=SAMPLES, guide=guide)
     scorer = Scorer(extractor, data.train, data.validation, seed=5, count=SAMPLES, quasi_random=True)

@@ -9,16 +9,15 @@ from typing import Any
 from tuner import yaml_text
 from tuner.spec import Spec
 from tuner.terminal import text, with_error
-from tuner.vae.metrics import FINAL_METRICS, METRICS, Metric
+from tuner.vae.metrics import TEST_METRICS
 
 TASK, TAGS = "unconditional-image-generation", ["vae", "image-generation", "anomaly-detection", "pytorch", "onnx"]
-GAP = Metric("maximize", "share", "1 is as good as real images, 0 as the classic settings")
 
 
 def model_card(name: str, spec: Spec, trials: int, searched: Mapping[str, Any], info: Mapping[str, Any]) -> str:
     """Of the run `name`, whose so many trials found these parameters; `info` is its export's config.json."""
     images, parameters, lineage, test = (info[part] for part in ("images", "parameters", "lineage", "test"))
-    kinds = {score: kind for score, kind in {"gap_closed": GAP, **METRICS, **FINAL_METRICS}.items() if score in test}
+    kinds = {score: kind for score, kind in TEST_METRICS.items() if score in test}
     scores = {score: with_error(test[score], test.get(f"{score}_error")) for score in kinds}
     metrics = [{"type": score, "value": said if "±" in said else float(said)} for score, said in scores.items()]
     data = {"type": spec.data.name, "name": spec.data.title, "split": "test"}

@@ -47,7 +47,7 @@ from tuner.terminal import text, with_error
 from tuner.vae import image_grid
 from tuner.vae.errors import Refused
 from tuner.vae.fitted import FittedModel, encode
-from tuner.vae.metrics import FINAL_METRICS, METRICS
+from tuner.vae.metrics import METRICS, TEST_METRICS
 from tuner.vae.model import OwnModel
 from tuner.vae.prior import standard_normal
 from tuner.workspace import Checkpoints, read_held_out
@@ -343,16 +343,13 @@ def test_split(material: Material) -> Iterator[str]:
     if test:
         found = {name: scores.model_dump() for name, scores in test.models.items()}
         rows = [["score", *found, "unit", "what it says"]]
-        described = METRICS | FINAL_METRICS
-        for name in ("gap_closed", *described):
+        for name, kind in TEST_METRICS.items():
             if any(name in scores for scores in found.values()):
-                known = described.get(name)
-                words = [known.unit, known.meaning] if known else ["", "1 is as good as real images"]
                 cells = [
                     with_error(scores[name], scores.get(f"{name}_error")) if name in scores else ""
                     for scores in found.values()
                 ]
-                rows.append([name, *cells, *words])
+                rows.append([name, *cells, kind.unit, kind.meaning])
         yield section("The test split", "Read once, after every choice was made.", _table(rows))
     neighbours = material.run.export / "neighbours.png"
     if neighbours.exists():

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 from ray.tune.experiment import Trial as RayTrial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
@@ -137,8 +136,8 @@ class StudySearcher(Searcher):
         trial, found = scratch.ask(), dict[str, Any]()
         for name in self.spec.in_order():
             if self.spec.is_searched(name, found):
-                suggest(trial, name, self.distributions[name])
-                found[name] = self.spec.space[name].nearest(trial.params[name])
+                # what every public suggest_ of one kind of distribution calls
+                found[name] = self.spec.space[name].nearest(trial._suggest(name, self.distributions[name]))
         return found
 
     @fatal
@@ -272,16 +271,6 @@ class Points:
             return (0, 0, objective.cost({objective.metric: trial.value}))
         step, value = max(trial.intermediate_values.items(), default=(-1, 0.0))
         return (1, -step, objective.cost({objective.metric: value}))
-
-
-def suggest(trial: optuna.trial.Trial, name: str, distribution: BaseDistribution) -> None:
-    """Have a parameter proposed."""
-    if isinstance(distribution, CategoricalDistribution):
-        trial.suggest_categorical(name, distribution.choices)
-    elif isinstance(distribution, IntDistribution):
-        trial.suggest_int(name, distribution.low, distribution.high, step=distribution.step, log=distribution.log)
-    elif isinstance(distribution, FloatDistribution):
-        trial.suggest_float(name, distribution.low, distribution.high, log=distribution.log)
 
 
 def add_finalists(study: Study, parameters: Sequence[Parameters]) -> None:

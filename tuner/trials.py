@@ -24,7 +24,7 @@ from tuner.loggers import Trackers
 from tuner.pool import RayPool
 from tuner.run import RunFiles, write_atomic
 from tuner.searcher import StudySearcher, SuccessiveHalving, add_finalists
-from tuner.spec import Resources, Spec
+from tuner.spec import Spec
 from tuner.study import ENDED, RETRAIN, SEARCH, UNFINISHED, Study, open_study, read_study
 from tuner.tensorboard import TensorBoard
 from tuner.terminal import stage
@@ -112,10 +112,6 @@ def train(
         run_trials(study, spec, trainable, storage, at_once, callbacks, fused, others)
 
 
-def _bundle(wanted: Resources) -> dict[str, float]:
-    return {"CPU": wanted.cpu} | ({"GPU": wanted.gpu} if wanted.gpu else {})
-
-
 def run_trials(
     study: Study,
     spec: Spec,
@@ -128,6 +124,7 @@ def run_trials(
 ) -> None:
     """Ray Tune over what is left of a study, while `others` work beside the trials and want a core each."""
     wanted = fused.resources if fused else spec.resources
+    bundle = {"CPU": wanted.cpu} | ({"GPU": wanted.gpu} if wanted.gpu else {})
 
     def capacity() -> float:
         """Trials at once, as nodes come and go."""
@@ -163,7 +160,7 @@ def run_trials(
                 callbacks=list(callbacks),
             ),
         )
-        autoscaler.request_resources(bundles=[_bundle(wanted)] * min(left, concurrency or left))
+        autoscaler.request_resources(bundles=[bundle] * min(left, concurrency or left))
         try:
             tuner.fit()
         except RuntimeError as error:

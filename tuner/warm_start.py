@@ -12,8 +12,8 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from tuner import spec as specs
-from tuner.extractors import load_extractors
-from tuner.run import RunFiles, write_atomic
+from tuner.extractors import keep_extractor, load_extractors
+from tuner.run import RunFiles
 from tuner.spec import Spec
 from tuner.study import WARM_START, distributions, evaluations, open_study, read_study
 from tuner.terminal import console
@@ -61,8 +61,7 @@ def take_over(run: RunFiles, spec: Spec, found: list[Earlier]) -> None:
         return
     first = found[0].run
     for name, info in first.summary().extractors.items():
-        write_atomic(run.extractor(name, info.kind), first.extractor(name, info.kind).read_bytes())
-        run.update_summary(extractors={name: info})
+        keep_extractor(run, name, first.extractor(name, info.kind).read_bytes(), info)
     study, trials = open_study(run.journal, spec, WARM_START), [trial for earlier in found for trial in earlier.trials]
     study.add_trials(trials[len(study.known()) :])
     study.set_user_attr(COMPLETE, True)
