@@ -63,8 +63,8 @@ default.
 RULES = """\
 Besides these ranges:
 
-- A parameter is searched or fixed, not both; but one with `when` may be fixed for elsewhere. Both ends of a range and
-  all choices must be allowed values of it.
+- A parameter is searched or fixed, not both; but one with `when` may be fixed too: that value holds where the condition
+  does not. Both ends of a range and all choices must be allowed values of it.
 - A point in `points_to_evaluate` names searched parameters only, with values that its range can propose. Of more points
   than `budget.trials` leaves beside the baseline the first are run, and a new run says so.
 - `~` at the beginning of a path is your home directory. A spec is a file in UTF-8; `1:30` and `010`, which YAML takes

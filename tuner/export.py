@@ -1,4 +1,4 @@
-"""Stage 5: encoder, decoder and prior as files that work without this package.
+"""The export: encoder, decoder and prior as files that work without this package.
 
 The only module that reads the test split, once. Runs alone as `python -m tuner.export RUN`.
 """

@@ -1,4 +1,4 @@
-"""Stage 3: score the best few checkpoints again, with fresh noise and an extractor the search never saw."""
+"""The promotion: score the best few checkpoints again, with fresh noise and an extractor the search never saw."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Stage 4: train the finalists of the promotion on, choose the prior, and keep the best.
+"""The retrain: train the finalists of the promotion on, choose the prior, and keep the best.
 
 Runs alone as `python -m tuner.retrain RUN`; cut off, it goes on from each finalist's last evaluation.
 """

@@ -39,8 +39,8 @@ class Measured:
 
 @dataclass(frozen=True)
 class Bench:
-    """What models are scored with on validation, to choose by; or on the `test` split, where that is given;
-    where these images are, whatever they are given and give being on the CPU."""
+    """Fits and scores models: on the validation split, to choose by, or on `test` where that is given. Works on the
+    device that its images are on; what it is given and gives is on the CPU."""
 
     spec: Spec
     data: Data

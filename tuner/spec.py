@@ -70,8 +70,8 @@ class RetrainSpec(Frozen):
     priors: tuple[FittedPrior, ...] = tuple(
         FittedPrior(prior="gaussian_mixture", prior_components=count) for count in (10, 20, 50, 100)
     )
-    """priors that each finalist gets after the last epoch; one of the best on validation is kept; where a trial's prior
-    is standard_normal, that stays"""
+    """priors that each finalist gets after its last epoch and after its best; one of the best on validation is kept;
+    where a trial's prior is standard_normal, that stays"""
 
 
 class Resources(Frozen):

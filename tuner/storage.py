@@ -55,8 +55,8 @@ def opened(place: str, begins: bool = False) -> Iterator[RunFiles]:
 class Mirror:
     """Copies a run to storage so that at every moment the copy is one to go on from.
 
-    What tells of other files is read before and written after them: spec.yaml, of a run that has begun, of
-    summary.json, that of trials.csv, that of the journal, that of checkpoints.
+    A file that tells of others is read before them and written after them: checkpoints and the rest first, then the
+    journal, trials.csv, summary.json and spec.yaml; that of a new run comes before all.
     """
 
     def __init__(self, url: str, local: Path):
