@@ -18,7 +18,7 @@ from optuna.trial import TrialState, create_trial
 from ray.tune.experiment import Trial as RayTrial
 from ray.tune.search import Searcher
 
-from tuner.searcher import PREEMPTED, Points, StudySearcher, SuccessiveHalving, add_finalists, cause_of
+from tuner.searcher import PREEMPTED, WORKER_RETRIES, Points, StudySearcher, SuccessiveHalving, add_finalists, cause_of
 from tuner.spec import Spec
 from tuner.study import BASELINE, BEST, MANY, Study, table
 from tuner.vae.parameters import CLASSIC
@@ -258,6 +258,35 @@ def test_a_report_that_is_repeated_after_a_cut_off_is_written_once(tmp_path):
     assert study_in(tmp_path, spec).trials[1].intermediate_values == {1: 5.0, 3: 3.0}
 
 
+@pytest.mark.parametrize("objective", ["frechet_distance", ["frechet_distance", "rate"]], ids=["one", "two"])
+def test_where_trials_fail_by_themselves_fewer_are_proposed(tmp_path, objective):
+    """Half of the range fails, so that of proposals that know nothing half would."""
+    spec = spec_with(objective=objective, budget=ONE_RUNG | {"trials": 61})
+    searcher, failed = StudySearcher(study_in(tmp_path, spec), spec), []
+    for index in range(61):
+        parameters = searcher.suggest("ray")["parameters"]
+        failed.append(parameters["learning_rate"] < math.sqrt(3e-4 * 1e-2))
+        scores = evaluation(bowl(parameters)) | {"rate": -math.log(parameters["kl_weight"])}
+        diverged = {"outcome": "diverged", "reason": "diverged: by plan", "hostname": "here", "pid": 1}
+        searcher.on_trial_complete("ray", diverged if failed[-1] and index else scores)
+    assert sum(failed[31:]) <= 6
+    points = Points(searcher.study, spec)()
+    assert len(points) == 61
+    assert sum(point.state == TrialState.PRUNED for point in points) == sum(failed[1:])
+
+
+def test_a_worker_that_was_lost_for_good_tells_the_sampler_nothing_of_its_trial(tmp_path):
+    spec = spec_with()
+    searcher = StudySearcher(study_in(tmp_path, spec), spec)
+    for _ in range(WORKER_RETRIES + 1):
+        number = searcher.suggest("ray")["trial"]
+        causes = searcher.study.at(number).user_attrs.get("lost", [])
+        searcher.study.trial(number).set_user_attr("lost", [*causes, "its process died"])
+        searcher.on_trial_complete("ray", error=True)
+    assert searcher.study.at(number).state == TrialState.FAIL
+    assert searcher.points() == Points(searcher.study, spec)() == []
+
+
 # The rule that stops weak trials
 
 
@@ -285,6 +314,36 @@ def test_a_trial_goes_on_while_among_the_best_third_that_reached_the_rung(tmp_pa
     for number, value, expected in SEQUENCE:
         assert decide(rule, number, value) == expected, number
     assert decide(rule, 8, 100.0, rung=2) == "CONTINUE"  # each rung has its own
+
+
+def test_a_result_that_is_repeated_after_a_worker_was_lost_stops_nobody(tmp_path):
+    spec = spec_with(budget=THREE_RUNGS | {"trials": 20})
+    study = study_in(tmp_path, spec)
+    searcher, rule = StudySearcher(study, spec), SuccessiveHalving(study, spec)
+    for name, value in (("a", 5.0), ("b", 4.0), ("c", 3.0), ("d", 2.0)):
+        number = searcher.suggest(name)["trial"]
+        if decide(rule, number, value) == "CONTINUE":
+            searcher.on_trial_result(name, evaluation(value, last=False))
+    assert decide(rule, 9, 5.0) == "STOP"
+    for again in (rule, SuccessiveHalving(study_in(tmp_path, spec), spec)):
+        assert decide(again, 1, 5.0) == "CONTINUE"
+
+
+def waiting(*names: str) -> SimpleNamespace:
+    """A controller with trials that wait for workers."""
+    return SimpleNamespace(get_live_trials=lambda: {RayTrial("fake", trial_id=name, stub=True) for name in names})
+
+
+def test_a_free_worker_is_for_the_newest_trial_but_at_the_start_and_where_the_oldest_waits_in_vain(tmp_path):
+    spec, four = spec_with(), waiting("x_00009", "x_00010", "x_00011", "x_00012")
+    rule = SuccessiveHalving(study_in(tmp_path, spec), spec)
+    assert rule.choose_trial_to_run(waiting()) is None
+    assert rule.choose_trial_to_run(four).trial_id == "x_00009"
+    decide(rule, 1, 5.0)
+    assert rule.choose_trial_to_run(four).trial_id == "x_00012"
+    hasty = SuccessiveHalving(study_in(tmp_path, spec), spec, patience=0)
+    decide(hasty, 1, 5.0)
+    assert [hasty.choose_trial_to_run(four).trial_id for _ in range(2)] == ["x_00012", "x_00009"]
 
 
 def test_when_more_is_better_the_rule_stops_those_with_less(tmp_path):

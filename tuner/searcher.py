@@ -3,6 +3,7 @@ stopped trial is PRUNED with its intermediate values, one that is not finite FAI
 
 import copy
 import math
+import time
 import warnings
 from bisect import bisect_left, insort
 from collections import defaultdict
@@ -16,6 +17,7 @@ from ray.tune.experiment import Trial as RayTrial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from tuner.cluster import WORKER_SECONDS
 from tuner.exits import fatal
 from tuner.spec import Spec
 from tuner.study import BASELINE, BEST, MANY, Study, distributions, evaluations, front
@@ -212,15 +214,23 @@ class Point(FrozenTrial):
         return copy.copy(self)
 
     @classmethod
-    def of(cls, trial: FrozenTrial) -> "Point":
+    def of(cls, trial: FrozenTrial) -> "Point | None":
+        """None of what says nothing: a trial that waits, or whose worker was lost for good."""
+        failed = trial.user_attrs.get("reason", "").partition(":")[0] in FAILURES and trial.state == TrialState.FAIL
+        if not failed and trial.state not in (*SCORED, TrialState.RUNNING):
+            return None
         point = cls.__new__(cls)
         vars(point).update(vars(trial))
+        if failed:
+            point.state, point.intermediate_values = TrialState.PRUNED, {}
         return point
 
 
 class Points:
     """What the sampler looks at: of the trials that ended the best hundred in TPE's own order (of several objectives
-    the front) and the latest 200 others, and the latest hundred of those that run.
+    the front) and the latest 200 others, and the latest hundred of those that run. What failed by itself is to it a
+    trial that was stopped before it had a value, the worst there is: TPE does not see a failed trial, and would seek
+    where none has come to a score.
 
     A trial that is left out never comes back, so it makes no difference whether it was left out when it ended or when
     the journal was read.
@@ -229,7 +239,8 @@ class Points:
     def __init__(self, study: Study, spec: Spec):
         self.objectives = spec.objective
         foreign = study.foreign()
-        found = {place: Point.of(trial) for place, trial in enumerate((*foreign, *study.known()), -len(foreign))}
+        everything = enumerate((*foreign, *study.known()), -len(foreign))
+        found = {place: point for place, trial in everything if (point := Point.of(trial))}
         self.running = {place: point for place, point in found.items() if point.state == TrialState.RUNNING}
         self.ended = {place: point for place, point in found.items() if point.state in SCORED}
         self._forget()
@@ -242,10 +253,11 @@ class Points:
     def add(self, number: int, trial: FrozenTrial) -> None:
         """A trial that has begun or ended."""
         self.running.pop(number, None)
-        if trial.state == TrialState.RUNNING:
-            self.running[number] = Point.of(trial)
-        elif trial.state in SCORED:
-            self.ended[number] = Point.of(trial)
+        point = Point.of(trial)
+        if point and point.state == TrialState.RUNNING:
+            self.running[number] = point
+        elif point:
+            self.ended[number] = point
             self._forget()
 
     def _forget(self) -> None:
@@ -284,13 +296,14 @@ class SuccessiveHalving(FIFOScheduler):
     """Asynchronous successive halving (ASHA; Li et al. 2020).
 
     At each rung from grace_epochs on, a trial goes on while it is among the best 1/reduction_factor (rounded up) of all
-    that reached the rung so far; the baseline always does. Rungs are filled from the study, so a search that was cut
-    off stops the same trials.
+    that reached the rung so far; the baseline always does, and so does a trial that repeats a result from before its
+    worker was lost. Rungs are filled from the study, so a search that was cut off stops the same trials.
     """
 
-    def __init__(self, study: Study, spec: Spec):
+    def __init__(self, study: Study, spec: Spec, patience: float = WORKER_SECONDS):
         super().__init__()
-        self.study, self.spec, self.objective = study, spec, spec.objective[0]
+        self.study, self.spec, self.objective, self.patience = study, spec, spec.objective[0], patience
+        self.since: dict[str, float] = {}  # when a trial that waits was first seen to
         self.rungs: defaultdict[int, list[float]] = defaultdict(list)  # the costs at each, in order
         self.counted: set[tuple[int, int]] = set()
         for trial in study.known():
@@ -309,20 +322,28 @@ class SuccessiveHalving(FIFOScheduler):
 
     def _is_weak(self, number: int, result: dict[str, Any]) -> bool:
         cost, budget = self.objective.cost(result), self.spec.budget
+        repeated = (result["rung"], number) in self.counted
         self._count(result["rung"], number, cost)
         rung = self.rungs[result["rung"]]
         better = bisect_left(rung, cost)
         weak = result["epoch"] >= budget.grace_epochs and better >= math.ceil(len(rung) / budget.reduction_factor)
-        return weak and number != BASELINE and len(self.spec.objective) == 1  # of several none alone says "weaker"
+        alone = len(self.spec.objective) == 1  # of several none alone says "weaker"
+        return weak and alone and not repeated and number != BASELINE
 
     def choose_trial_to_run(self, tune_controller: Any) -> RayTrial | None:
         """The newest that waits: for all others a worker is starting already, so this one is to have one that is free.
 
         Tune's rule gives that to the oldest and stops the worker that starts for it, so that where trials end before a
-        worker is up no further one ever comes up.
+        worker is up no further one ever comes up. The oldest is next before any result, and where it has waited for
+        longer than a worker takes to start: the cluster may have no room for its own.
         """
-        waiting = (trial for trial in reversed(tune_controller.get_trials()) if trial.status == RayTrial.PENDING)
-        return next(waiting, None)
+        pending = (trial for trial in tune_controller.get_live_trials() if trial.status == RayTrial.PENDING)
+        waiting, now = sorted(pending, key=lambda trial: trial.trial_id), time.monotonic()
+        self.since = {trial.trial_id: self.since.get(trial.trial_id, now) for trial in waiting}
+        if not waiting:
+            return None
+        in_vain = now - self.since[waiting[0].trial_id] > self.patience
+        return waiting[0] if in_vain or not self.counted else waiting[-1]
 
     @fatal
     def on_trial_error(self, tune_controller: Any, trial: RayTrial) -> None:
