@@ -222,6 +222,7 @@ class Fused:
                 slot.job.state.step = slot.first_step
                 self.waiting.appendleft(slot.job)
         slots = max(1, len(self.slots) // 2)
+        self.slots = []  # or what fails now would find each of them twice
         del self.array, self.order, self.noise
         self.graph = None
         torch.cuda.empty_cache()
