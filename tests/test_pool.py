@@ -12,6 +12,7 @@ import torch
 from plain_pool import PlainWorkers
 from ray import cloudpickle
 
+from tuner.exits import CutOff
 from tuner.pool import RayPool, RayWorkers
 from tuner.scoring import Bench, Workers
 from tuner.vae.data import Data, Split
@@ -113,6 +114,19 @@ def test_so_with_what_is_begun_beside_the_trials(workers, tmp_path):
     assert pending.result() == 300
     assert pending.ready()
     assert (tmp_path / "3").exists()
+
+
+def dies(bench: Bench) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_work_that_kills_each_worker_ends_the_command_in_one_line(workers):
+    said = "^a worker was lost 4 times at the same work, the last time: its process died$"
+    with pytest.raises(CutOff, match=said):
+        workers.map(dies, [()])
+    with pytest.raises(CutOff, match=said):
+        workers.begin(dies, ()).result()
 
 
 @pytest.mark.slow

@@ -5,10 +5,12 @@ import errno
 import math
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import bowl
@@ -303,6 +305,37 @@ def test_what_ends_the_driver_fails_no_trial_and_leaves_what_it_cut_off_to_be_co
     again = study_in(tmp_path, spec)
     run_trials(again, spec, trainable, tmp_path / "ray", 2, [])
     assert [trial.state for trial in again.trials] == [TrialState.COMPLETE] * 8
+
+
+SHORT_OF_MEMORY = """
+import sys, time
+from pathlib import Path
+from bowl import ONE_RUNG, spec_with, study_in
+from ray import tune
+from tuner.cluster import cluster
+from tuner.spec import Resources
+from tuner.trials import run_trials
+
+class Sleeps(tune.Trainable):
+    def step(self):
+        time.sleep(60)
+
+folder, spec = Path(sys.argv[1]), spec_with(budget=ONE_RUNG | {"trials": 1})
+with cluster(None, 1, Resources()):
+    run_trials(study_in(folder, spec), spec, Sleeps, folder / "ray", 1, [])
+"""
+
+
+@pytest.mark.long
+def test_a_trial_whose_worker_ray_kills_for_its_memory_fails_after_the_retries(tmp_path):
+    """On a cluster that takes any use of memory for too much, and looks every four seconds."""
+    tests = Path(__file__).parent
+    environment = {"RAY_memory_usage_threshold": "0.01", "RAY_memory_monitor_refresh_ms": "4000"}
+    environment["PYTHONPATH"] = f"{tests.parent}:{tests}"
+    subprocess.run([sys.executable, "-c", SHORT_OF_MEMORY, tmp_path], env=os.environ | environment, check=True)
+    (trial,) = study_in(tmp_path, spec_with()).trials
+    assert trial.state == TrialState.FAIL
+    assert trial.user_attrs["lost"] == ["out of memory"] * (1 + WORKER_RETRIES)
 
 
 # Real trials

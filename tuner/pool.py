@@ -1,6 +1,7 @@
-"""Work on a cluster beside its trials: functions that run on whichever node has room, again where a node is lost."""
+"""Work on a cluster beside its trials: functions that run on whichever node has room, and again where one is lost."""
 
 import sys
+import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, Generic, TypeVar
@@ -8,12 +9,15 @@ from typing import Any, Generic, TypeVar
 import ray
 import torch
 from ray import ObjectRef, cloudpickle
+from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from tuner.cluster import alive, require_ray
+from tuner.cluster import DEAD_SECONDS, alive, require_ray
+from tuner.exits import CutOff
 from tuner.fusion import GPU_LEFT, gpus_for_arrays
 from tuner.own_model import told
 from tuner.scoring import Bench
+from tuner.searcher import WORKER_RETRIES, cause_of
 from tuner.spec import Resources, Spec
 from tuner.vae.data import Data
 from tuner.vae.errors import Refused
@@ -50,7 +54,7 @@ class RayWorkers:
         self.references, self.gpu_left = [data, other], gpu_left
         wanted = {"num_cpus": resources.cpu, "num_gpus": resources.gpu}
         # without `max_calls` Ray starts a process for each task on a GPU, which would take the features anew
-        self.task = ray.remote(**wanted, max_calls=0, max_retries=-1)(_work)
+        self.task = ray.remote(**wanted, max_calls=0, max_retries=WORKER_RETRIES)(_work)
 
     def map(
         self,
@@ -60,7 +64,7 @@ class RayWorkers:
     ) -> list[Result]:
         """`work(bench, *item)` of each item, side by side, in their order; `show` hears how many are done.
 
-        Raises CutOff where the cluster itself has died.
+        Raises CutOff where the cluster itself has died, or an item has lost its worker too often.
         """
         results = [self.task.remote(self.references, work, item) for item in items]
         left, done = list(results), -1
@@ -70,7 +74,7 @@ class RayWorkers:
             if len(items) - len(left) > done:
                 done = len(items) - len(left)
                 show(done)
-        return [ray.get(result) for result in results]
+        return [_result(result) for result in results]
 
     def begin(self, work: Callable[..., Result], item: tuple[Any, ...]) -> "RayPending[Result]":
         """`work(bench, *item)` on a node that holds trials, whether or not they leave it a core."""
@@ -92,11 +96,25 @@ class RayPending(Generic[Result]):
         return bool(ray.wait([self.reference], timeout=0)[0])
 
     def result(self) -> Result:
-        """Waits for it. Raises CutOff where the cluster itself has died."""
+        """Waits for it. Raises CutOff as `map` does."""
         while not ray.wait([self.reference], timeout=LOOK_SECONDS)[0]:
             require_ray()
-        found: Result = ray.get(self.reference)
+        found: Result = _result(self.reference)
         return found
+
+
+def _result(reference: ObjectRef) -> Any:
+    try:
+        return ray.get(reference)
+    except RayTaskError:  # an error of the work itself
+        raise
+    except RayError as error:
+        time.sleep(DEAD_SECONDS)
+        require_ray()
+        cause = cause_of(f"{type(error).__name__}: {error}")
+        raise CutOff(
+            f"a worker was lost {1 + WORKER_RETRIES} times at the same work, the last time: {cause}"
+        ) from error
 
 
 def _work(references: list[ObjectRef], work: Callable[..., Any], item: tuple[Any, ...]) -> Any:

@@ -30,8 +30,8 @@ PREEMPTED = "its node was preempted"  # which is no fault of the trial
 CAUSES = {  # by what Ray says of them; the first that is said
     PREEMPTED: ("node was preempted",),
     "out of memory": ("OutOfMemory", "running low on memory"),
-    "its node died": ("node has died", "NodeDiedError"),
-    "its process died": ("ActorUnavailableError", "ActorDiedError", "is dead", "unavailable"),
+    "its node died": ("node has died", "NodeDiedError", "ObjectLostError"),
+    "its process died": ("ActorUnavailableError", "ActorDiedError", "WorkerCrashedError", "is dead", "unavailable"),
 }
 SCORED = (TrialState.COMPLETE, TrialState.PRUNED)
 FAILURES = {"diverged", "collapsed", "out of memory", "error"}  # outcomes that a trial reports of itself

@@ -2,16 +2,17 @@
 
 import os
 import shutil
-import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray import tune
+from ray.air.execution._internal.actor_manager import RayActorManager  # what Tune makes of a lost worker is in it alone
 from ray.autoscaler import sdk as autoscaler
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ray.widgets.util import in_notebook
 
@@ -132,44 +133,58 @@ def run_trials(
         at_once = min(there, concurrency or there)
         return max(at_once - others(), min(at_once, 1))
 
-    limit = spec.budget.time_limit
-    ends = time.monotonic() + (limit or 0)
+    proposes = StudySearcher(study, spec, capacity)
+    left = proposes.remaining
+    if not left:
+        return
+    shutil.rmtree(storage / study.study_name, ignore_errors=True)  # what an earlier command left, and nobody reads
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(spec.budget.trials)  # the searcher holds back by itself
-    while True:
-        proposes = StudySearcher(study, spec, capacity)
-        left = proposes.remaining
-        if not left:
-            return
-        tuner = tune.Tuner(
-            tune.with_resources(trainable, {"cpu": wanted.cpu, "gpu": wanted.gpu}),
-            tune_config=tune.TuneConfig(
-                search_alg=proposes,
-                scheduler=SuccessiveHalving(study, spec),
-                num_samples=-1,  # the searcher ends it
-                time_budget_s=limit and max(0.1, ends - time.monotonic()),
-                reuse_actors=True,
-                trial_name_creator=lambda trial: f"{trial.config['trial']:04d}",
-                trial_dirname_creator=lambda trial: f"{trial.config['trial']:04d}",
-            ),
-            run_config=tune.RunConfig(
-                name=study.study_name,
-                storage_path=str(storage),
-                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the driver keeps them
-                verbose=0,
-                progress_reporter=tune.CLIReporter() if in_notebook() else None,  # Tune's own wipes the cell's output
-                callbacks=list(callbacks),
-            ),
-        )
-        autoscaler.request_resources(bundles=[bundle] * min(left, concurrency or left))
-        try:
+    tuner = tune.Tuner(
+        tune.with_resources(trainable, {"cpu": wanted.cpu, "gpu": wanted.gpu}),
+        tune_config=tune.TuneConfig(
+            search_alg=proposes,
+            scheduler=SuccessiveHalving(study, spec),
+            num_samples=-1,  # the searcher ends it
+            time_budget_s=spec.budget.time_limit,
+            reuse_actors=True,
+            trial_name_creator=lambda trial: f"{trial.config['trial']:04d}",
+            trial_dirname_creator=lambda trial: f"{trial.config['trial']:04d}",
+        ),
+        run_config=tune.RunConfig(
+            name=study.study_name,
+            storage_path=str(storage),
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the driver keeps them
+            verbose=0,
+            progress_reporter=tune.CLIReporter() if in_notebook() else None,  # Tune's own wipes the cell's output
+            callbacks=list(callbacks),
+        ),
+    )
+    autoscaler.request_resources(bundles=[bundle] * min(left, concurrency or left))
+    try:
+        with losses_told_as_such():
             tuner.fit()
-        except RuntimeError as error:
-            # Tune gives up where a report is lost along with its node; the study knows what is left to do.
-            if not isinstance(error.__cause__, ray.exceptions.ObjectLostError):
-                raise
-        else:
-            proposes.close()
-            return
-        finally:
-            if not dead_processes():
-                autoscaler.request_resources(bundles=[])
+        proposes.close()
+    finally:
+        if not dead_processes():
+            autoscaler.request_resources(bundles=[])
+
+
+@contextmanager
+def losses_told_as_such() -> Iterator[None]:
+    """Tell Tune of whatever takes a worker as of a lost worker.
+
+    It knows errors of actors and of tasks alone, and would end the search where Ray has killed a worker because
+    its node ran low on memory, or where a result is lost along with its node.
+    """
+    known = RayActorManager._actor_task_failed
+
+    def failed(manager: RayActorManager, tracked_actor_task: Any, exception: Exception) -> None:
+        if isinstance(exception, RayError) and not isinstance(exception, RayActorError | RayTaskError):
+            exception = RayActorError(error_msg=f"{type(exception).__name__}: {exception}")
+        known(manager, tracked_actor_task, exception)
+
+    RayActorManager._actor_task_failed = failed
+    try:
+        yield
+    finally:
+        RayActorManager._actor_task_failed = known
