@@ -38,8 +38,9 @@ NO_AUTOSCALER = "0"  # the version of the autoscaler's state where there is none
 # run in this environment as it is, where `uv run` would have each made from a copy of this folder.
 OWN = {"ENABLE_RAY_CLUSTER": False, "RAY_ENABLE_UV_RUN_RUNTIME_ENV": False}
 
-# With it Ray starts workers before they are asked for, and waits for ever for one that dies before it is up.
-SYSTEM = {"prestart_worker_first_driver": False}
+# With the first Ray starts workers before they are asked for, and waits for ever for one that dies before it is up;
+# without the second it does again for ever what takes more memory than there is.
+SYSTEM = {"prestart_worker_first_driver": False, "task_oom_retries": 3}
 
 
 def address_of(given: str | None) -> str | None:
@@ -162,12 +163,17 @@ def worker_awaited(wanted: Resources, seconds: float = WORKER_SECONDS) -> Iterat
     timer = threading.Timer(seconds, tell)
     timer.daemon = True
     timer.start()
-    first = ray.remote(num_cpus=wanted.cpu, num_gpus=wanted.gpu)(lambda: None).remote()
+    first = ray.remote(num_cpus=wanted.cpu, num_gpus=wanted.gpu)(_come_up).remote()
     first.future().add_done_callback(lambda _: timer.cancel())
     try:
         yield
     finally:
         timer.cancel()
+
+
+def _come_up() -> None:
+    """Import what whatever comes next in this worker takes longest to import, while the driver still does so."""
+    import torch  # noqa: F401
 
 
 def _lines(path: Path) -> list[str]:

@@ -76,14 +76,6 @@ def work(run: RunFiles, request: Request) -> Spec:
     earlier = warm_start.gather(run, spec, held_out)
 
     from tuner.cluster import address_of, cluster
-    from tuner.export import export_stage
-    from tuner.extractors import FeatureExtractors
-    from tuner.pool import RayPool
-    from tuner.promote import promote_stage
-    from tuner.report import report_stage
-    from tuner.retrain import retrain
-    from tuner.scoring import Bench
-    from tuner.trials import search_stage
 
     address = address_of(request.address)
     for line in oddities(spec, data):
@@ -97,6 +89,16 @@ def work(run: RunFiles, request: Request) -> Spec:
             if not run.spec.exists():
                 for line in new_run_lines(run, spec, request):
                     console().print(line, soft_wrap=True)
+            # seconds in which a first worker comes up
+            from tuner.export import export_stage
+            from tuner.extractors import FeatureExtractors
+            from tuner.pool import RayPool
+            from tuner.promote import promote_stage
+            from tuner.report import report_stage
+            from tuner.retrain import retrain
+            from tuner.scoring import Bench
+            from tuner.trials import search_stage
+
             if not run.spec.exists() or specs.load(run.spec) != spec:
                 write_atomic(run.spec, spec.to_yaml())
             run.write_trials(table(open_study(run.journal, spec), spec))
