@@ -8,7 +8,7 @@ import pytest
 
 from tuner.run import RunFiles
 from tuner.search import main, show
-from tuner.spec import Spec
+from tuner.spec import DRAWN_BEST, Objective, Spec
 from tuner.summary import Best, Compared, ExtractorInfo, Promoted, Retrained, Scores, Summary
 from tuner.terminal import (
     Progress,
@@ -107,7 +107,9 @@ def promoted(trial: int, search: float, second: float = 0.5, error: float | None
     ],
 )
 def test_trials_whose_intervals_overlap_are_not_called_better_and_worse(others, words):
-    assert chosen_words([promoted(7, 0.875), *others]) == words
+    assert chosen_words([promoted(7, 0.875), *others], DRAWN_BEST) == words
+    by_likelihood = Objective.model_validate("calibrated_nll")  # of which the gap and its errors say nothing
+    assert chosen_words([promoted(7, 0.875), *others], by_likelihood) == "Trial 7 was chosen"
 
 
 def test_the_promotion_is_shown_with_the_error_where_it_is_known():
@@ -132,6 +134,9 @@ def test_a_winner_at_an_end_of_its_range_is_told_so():
         "latent_dim 32 is at the high end of 4..32: widen it",
     ]
     assert edges(found | {"kl_weight": 0.1, "latent_dim": 16}, spec) == []
+    widest = Spec.model_validate({"space": {"latent_dim": {"type": "int", "low": 4, "high": 512}}})
+    assert edges({"latent_dim": 512}, widest) == []  # no spec may have more
+    assert edges({"latent_dim": 4}, widest) == ["latent_dim 4 is at the low end of 4..512: widen it"]
 
 
 def scores(distance: float, error: float = 0.25) -> Scores:

@@ -8,7 +8,7 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState
 
-from tuner.spec import Spec
+from tuner.spec import DRAWN_BEST, Spec
 from tuner.study import ENDED, Study
 from tuner.summary import Compared, Retrained, Summary
 from tuner.terminal import edges
@@ -32,11 +32,13 @@ def advice(rows: Rows, summary: Summary, spec: Spec, shares: Mapping[str, float]
     winner = summary.winner
     if winner is None:
         return []
-    error = summary.promotion[0].error if len(spec.objective) == 1 else None
+    by_distance = spec.objective == (DRAWN_BEST,)  # the one objective that has errors
+    error = summary.promotion[0].error if by_distance else None
     found = [f"{note}." for note in edges(winner.searched, spec)]
     found += ignored(rows, shares)
     found += more_trials(rows, error) if error else []
-    found += more_epochs(summary.retrain, summary.validation) if summary.retrain and summary.validation else []
+    if by_distance and summary.retrain and summary.validation:
+        found += more_epochs(summary.retrain, summary.validation)
     return [*found, *failed_alike(rows)]
 
 

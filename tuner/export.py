@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tuner import sources
@@ -36,6 +37,7 @@ from tuner.vae.process import CPU
 from tuner.workspace import Workspace
 
 NEIGHBOUR_IMAGES, NEIGHBOURS_SHOWN = 5_000, 20
+PART = 10_000  # training images as floats at a time
 PROJECTED = 1_000  # test images in TensorBoard's projector
 VERSIONS = ("torch", "ray", "optuna", "numpy", "onnx", "onnxruntime", "scikit-learn")
 
@@ -141,24 +143,25 @@ def neighbourhood(bench: Bench, fitted: FittedModel) -> dict[str, float]:
     assert test is not None
     fitted = fitted.to(scorer.device)
     drawn = scorer.samples(fitted, min(NEIGHBOUR_IMAGES, len(train)))
-    shown, learned = as_floats(test.images), as_floats(train.images)
-    scores = {}
+    shown, scores = as_floats(test.images), {}
     if test.labels is not None and train.labels is not None:
-        latents, references = encode(fitted.model, shown)[0], encode(fitted.model, learned)[0]
-        scores["knn_accuracy"] = knn_accuracy(latents, test.labels, references, train.labels)
+        parts = [encode(fitted.model, as_floats(part))[0] for part in train.images.split(PART)]
+        latents = encode(fitted.model, shown)[0]
+        scores["knn_accuracy"] = knn_accuracy(latents, test.labels, torch.cat(parts), train.labels)
     shown = spread(shown, NEIGHBOUR_IMAGES)
-    sets = (shown, drawn, learned[:NEIGHBOUR_IMAGES])
+    sets = (shown, drawn, as_floats(train.images[:NEIGHBOUR_IMAGES]))
+    learned = train.images.flatten(1)
     real, fake, like = (scorer.extractor.features(images).flatten(1) for images in sets)
     return scores | {
         **{score.__name__: score(real, fake) / best for score in (recall, coverage) if (best := score(real, like))},
-        "copied": copied(drawn.flatten(1), learned.flatten(1)) - copied(shown.flatten(1), learned.flatten(1)),
+        "copied": copied(drawn.flatten(1), learned) - copied(shown.flatten(1), learned),
     }
 
 
 def beside_neighbours(fitted: FittedModel, train: Split, ink: bool) -> bytes:
     """Samples, and under each row the nearest training images in pixels, as a PNG file."""
-    drawn, learned = samples(fitted, NEIGHBOURS_SHOWN), as_floats(train.images)
-    closest = learned[nearest(drawn.flatten(1), learned.flatten(1), 1)[1][:, 0]]
+    drawn = samples(fitted, NEIGHBOURS_SHOWN)
+    closest = as_floats(train.images[nearest(drawn.flatten(1), train.images.flatten(1), 1)[1][:, 0]])
     return sheet(interleaved(drawn, closest, 10), 10, ink)
 
 

@@ -71,6 +71,7 @@ def promote(workspace: Workspace, rows: Sequence[Mapping[str, Any]], show: Calla
 def promote_stage(workspace: Workspace, rows: Sequence[Mapping[str, Any]]) -> None:
     with stage(workspace.run, "promote") as progress:
         summary = promote(workspace, rows, lambda done: progress.show(f"{done} scored"))
-        progress.done(f"{len(summary.promotion)} scored under two extractors. {chosen_words(summary.promotion)}")
+        chosen = chosen_words(summary.promotion, workspace.spec.selection_objective)
+        progress.done(f"{len(summary.promotion)} scored under two extractors. {chosen}")
     rows_shown = promotion_rows(summary.promotion, workspace.spec.selection_objective.metric)
     console().print(as_table(rows_shown, "Promotion, under fresh noise"))

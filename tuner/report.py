@@ -143,7 +143,7 @@ def headline(material: Material) -> Iterator[str]:
     final, baseline, floor = compared.exported, compared.baseline.frechet_distance, compared.real.frechet_distance
     kept = "" if winner.trial == best.trial else f"; of those trained on, trial {winner.trial} was kept"
     yield (
-        f"<p class='big'>{terminal.chosen_words(summary.promotion)}{kept} "
+        f"<p class='big'>{terminal.chosen_words(summary.promotion, material.spec.selection_objective)}{kept} "
         f"({terminal.searched_words(winner.searched, material.spec)}). What is exported closes "
         f"<b>{with_error(final.gap_closed, final.gap_closed_error, 3)}</b> of the gap between the classic settings "
         f"({baseline:.4g}) and real images ({floor:.4g}): Frechet distance "
@@ -266,7 +266,10 @@ def importances(material: Material) -> list[str]:
         return []
     best = optuna.create_study(directions=study.directions)
     best.add_trials([study.at(row["trial"]) for row in material.best])
+    apart = [name for name in spec.space if name not in shares]
     see = f"Functional ANOVA: the share of the differences in {metric} that each parameter explains."
+    if apart:
+        see += f" Of {', '.join(apart)} nothing is known: some complete trials have none, or all have one value."
     figure = px.bar(x=[*shares.values()], y=[*shares], text_auto=".0%", labels={"x": "share", "y": ""})
     parts = [plot("Which parameters matter", see, figure.update_yaxes(autorange="reversed"))]
     better = "low" if spec.trial_objective.direction == "minimize" else "high"

@@ -16,9 +16,10 @@ from rich.table import Table
 from tuner import spec as specs
 from tuner.run import RunFiles
 from tuner.space import Choices
-from tuner.spec import Spec
+from tuner.spec import DRAWN_BEST, Objective, Spec
 from tuner.study import ENDED, UNFINISHED, in_view, read_study, table
 from tuner.summary import Promoted, Summary
+from tuner.vae.parameters import Parameters
 
 LOG_COLUMNS = 160
 LIVE_SECONDS, PLAIN_SECONDS = 0.25, 10  # between two texts on a terminal, and in a log
@@ -137,13 +138,15 @@ def promotion_rows(promotion: Sequence[Promoted], metric: str) -> list[list[str]
     return rows
 
 
-def chosen_words(promotion: Sequence[Promoted]) -> str:
-    """Which trial was chosen, and which others may be as good: their intervals overlap with its own."""
+def chosen_words(promotion: Sequence[Promoted], objective: Objective) -> str:
+    """Which trial was chosen, and which others may be as good: their intervals overlap with its own. Of another
+    objective than the Frechet distance no errors are known."""
     first, *others = promotion
     level = [
         str(other.trial)
         for other in others
-        if first.gap_closed["search"] - other.gap_closed["search"] <= (first.error or 0) + (other.error or 0)
+        if objective == DRAWN_BEST
+        and first.gap_closed["search"] - other.gap_closed["search"] <= (first.error or 0) + (other.error or 0)
     ]
     listed = " and ".join([", ".join(level[:-1]), level[-1]] if level[1:] else level)
     beside = f", not clearly before {listed}" if level else ""
@@ -163,7 +166,9 @@ def edges(found: Mapping[str, Any], spec: Spec) -> list[str]:
         if isinstance(entry, Choices):
             continue
         end = entry.end_near(found[name])
-        if end:
+        limits = Parameters.model_fields[name].metadata if name in Parameters.model_fields else []
+        allowed = [getattr(limit, "ge", getattr(limit, "le", None)) for limit in limits]
+        if end and {"low": entry.low, "high": entry.high}[end] not in allowed:  # beyond which there is nothing
             notes.append(f"{name} {text(found[name])} is at the {end} end of {entry.low:g}..{entry.high:g}: widen it")
     return notes
 

@@ -49,6 +49,16 @@ def test_shards_are_splits(tmp_path):
     assert _splits(tmp_path, labels="none")[0].labels is None
 
 
+def test_folders_are_splits_and_a_column_may_hold_the_bytes_themselves(tmp_path):
+    """As Hugging Face lays out what it has converted."""
+    for split, first, last in (("train", 0, 250), ("validation", 300, 370), ("testing", 400, 470)):
+        path = tmp_path / "default" / split / "0000.parquet"
+        path.parent.mkdir(parents=True)
+        pq.write_table(pa.table({"picture": pa.array(_images(first, last), pa.binary())}), path)
+    for split, expected in zip(_splits(tmp_path), (range(250), range(300, 370), range(400, 470)), strict=True):
+        assert sorted(numbers(split.images.numpy())) == list(expected)
+
+
 @pytest.mark.parametrize("group", [7, 100_000])
 @pytest.mark.parametrize("column", ["image", "img", "photo"])
 def test_one_table_is_split_by_content(tmp_path, group, column):

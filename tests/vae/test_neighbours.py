@@ -14,13 +14,23 @@ def _line(*values: float) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float32).unsqueeze(1)
 
 
-def test_nearest_is_what_brute_force_finds():
-    points, references = _points(1_200, 0), _points(70, 1)  # more than one chunk
+@pytest.mark.parametrize(("ours", "theirs"), [(1_200, 70), (40, 10_300)])
+def test_nearest_is_what_brute_force_finds(ours, theirs):
+    points, references = _points(ours, 0), _points(theirs, 1)  # more than one chunk
     distances, indices = nearest(points, references, 4)
     everything = (points.unsqueeze(1) - references).square().sum(2).sqrt()
     expected, order = everything.sort(1)
     torch.testing.assert_close(distances, expected[:, :4], rtol=1e-4, atol=1e-5)
     assert (indices == order[:, :4]).double().mean() > 0.999
+
+
+def test_bytes_are_numbers_from_0_to_1():
+    references = torch.randint(256, (10_300, 5), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    points = references[[4, 10_200]].float() / 255
+    distances, indices = nearest(points, references, 3)
+    assert indices[:, 0].tolist() == [4, 10_200]
+    torch.testing.assert_close((distances, indices), nearest(points, references.float() / 255, 3))
+    assert copied(points, references) == 1
 
 
 def test_a_radius_leaves_out_the_point_itself():

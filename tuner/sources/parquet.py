@@ -19,7 +19,7 @@ LABEL = "label"
 
 
 def pictures(spec: ParquetSpec) -> list[Picture]:
-    """Every row of every table, in the split that a shard's name begins with.
+    """Every row of every table, in the split that a shard's name begins with, else the nearest folder's.
 
     Raises Refused where there is no table or a damaged one, no column of images, or labels that are no classes.
     """
@@ -30,15 +30,16 @@ def pictures(spec: ParquetSpec) -> list[Picture]:
     def content(path: Path, group: int, row: int) -> bytes:
         with lock:  # so that threads don't read the same group at once
             found = rows(path, group)[row].as_py()
-        if not found or found["bytes"] is None:
+        encoded = found["bytes"] if isinstance(found, dict) else found
+        if encoded is None:
             raise ValueError("no bytes")
-        return bytes(found["bytes"])
+        return bytes(encoded)
 
     listed: list[Picture] = []
     for path in paths:
-        begins = re.match("[a-z]*", path.stem.lower())
-        split = NAMES.get(begins[0]) if begins else None
-        name = path.relative_to(place) if place.is_dir() else path.name
+        name = path.relative_to(place) if place.is_dir() else Path(path.name)
+        begins = (re.split("[^a-z]", part.lower(), maxsplit=1)[0] for part in (path.stem, *reversed(name.parts[:-1])))
+        split = next((NAMES[word] for word in begins if word in NAMES), None)
         try:
             table = pq.ParquetFile(path)
             _image_column(table, path)
@@ -59,19 +60,25 @@ def pictures(spec: ParquetSpec) -> list[Picture]:
 
 def _image_column(table: pq.ParquetFile, path: Path) -> str:
     """`image`, `img`, or the first with bytes of its own. Raises Refused without one."""
-    found = [
-        field.name
-        for field in table.schema_arrow
-        if pa.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0
-    ]
+    found = [field.name for field in table.schema_arrow if _is_bytes(field.type) or _has_bytes(field.type)]
     if not found:
         raise Refused(f"{path}: no column of images with bytes among {', '.join(table.schema_arrow.names)}")
     return next((name for name in ("image", "img") if name in found), found[0])
 
 
+def _is_bytes(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _has_bytes(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
+
+
 def _rows(path: Path, group: int) -> Any:
     table = pq.ParquetFile(path)
-    return table.read_row_group(group, columns=[f"{_image_column(table, path)}.bytes"]).column(0)
+    name = _image_column(table, path)
+    part = name if _is_bytes(table.schema_arrow.field(name).type) else f"{name}.bytes"
+    return table.read_row_group(group, columns=[part]).column(0)
 
 
 def _check_labels(listed: list[Picture], place: Path) -> None:

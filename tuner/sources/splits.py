@@ -18,7 +18,8 @@ Array = np.ndarray[Any, Any]
 
 SPLIT_SEED = 0  # part of the data's definition: a run's own seed never moves an image to another split
 MOST_VALIDATION = 10_000
-NAMES = {"train": "train", "validation": "validation", "val": "validation", "valid": "validation", "test": "test"}
+NAMES = {"train": "train", "validation": "validation", "test": "test", "training": "train", "testing": "test"}
+NAMES |= {"val": "validation", "valid": "validation"}
 TENTHS = {0: "test", 1: "validation"}  # of the training images, where no others are given
 LEAST = {"train": 200, "validation": 65, "test": 65}  # the covariance of 64 features takes more images than features
 ENOUGH = 900  # for a tenth to be `LEAST` but for one time in a hundred

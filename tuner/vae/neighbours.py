@@ -1,18 +1,33 @@
 """Scores that look at nearest neighbours: how much of the data samples cover, and whether they are copies.
 
-Points are rows, (N, D) and (M, D): pixels, an extractor's features or latents. Distances are Euclidean.
+Points are rows, (N, D) and (M, D): pixels, an extractor's features or latents. Distances are Euclidean. Training images
+may be given as bytes, which are made numbers in [0, 1] a part at a time: all at once they may take more than there is.
 """
 
 import torch
 from torch import Tensor
 
-CHUNK = 1_000  # rows at a time
+from tuner.vae.data import as_floats
+
+CHUNK, MOST = 1_000, 10_000  # points and references at a time
 
 
 def nearest(points: Tensor, references: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Distances and indices, (N, k) each and nearest first, of the k references nearest to each point."""
-    found = [torch.cdist(part, references).topk(k, largest=False) for part in points.split(CHUNK)]
-    return torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
+    parts = []
+    for first in range(0, len(references), MOST):
+        some = _numbers(references[first : first + MOST])
+        found = [torch.cdist(part, some).topk(min(k, len(some)), largest=False) for part in points.split(CHUNK)]
+        parts.append((torch.cat([part.values for part in found]), torch.cat([part.indices for part in found]) + first))
+    distances, indices = (torch.cat(each, 1) for each in zip(*parts, strict=True))
+    if len(parts) == 1:
+        return distances, indices
+    distances, order = distances.topk(k, largest=False)
+    return distances, indices.gather(1, order)
+
+
+def _numbers(points: Tensor) -> Tensor:
+    return as_floats(points) if points.dtype == torch.uint8 else points
 
 
 def radii(points: Tensor, k: int) -> Tensor:
@@ -39,7 +54,7 @@ def copied(samples: Tensor, train: Tensor) -> float:
     """
     distances, indices = nearest(samples, train, 1)
     closest, where = indices[:, 0].unique(return_inverse=True)
-    own = nearest(train[closest], train, 2)[0][:, 1]
+    own = nearest(_numbers(train[closest]), train, 2)[0][:, 1]
     return (distances[:, 0] < own[where]).double().mean().item()
 
 
