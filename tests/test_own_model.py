@@ -171,6 +171,12 @@ def test_both_ends_of_what_is_searched_are_tried(module):
     ("changes", "words"),
     [
         ([("return Linear(shape, latent_dim, depth)", "return lambda images: images")], "gives a function, expected a"),
+        ([(".unflatten(1", ".sigmoid().unflatten(1")], "decode gives numbers from 0 to 1 for latents of any size"),
+        (
+            [("return mean, log_variance", "return mean.long(), log_variance")],
+            "the mean of encode is not finite, or of t",
+        ),
+        ([("return mean, log_variance", "return mean * math.nan, log_variance")], "the mean of encode is not finite"),
         ([("return mean, log_variance", "return mean")], "encode gives a Tensor, expected (mean, log_variance), or"),
         ([("2 * latent_dim", "latent_dim")], "the mean of encode is (2, 1), expected (2, 2) for two images"),
         ([("return mean, log_variance", "return mean, log_variance[:, 1:]")], "the log_variance of encode is (2, 1)"),
@@ -189,7 +195,7 @@ def test_both_ends_of_what_is_searched_are_tried(module):
         ),
     ],
 )
-def test_a_model_is_tried_on_two_blank_images(module, changes, words):
+def test_a_model_is_tried_on_two_images_of_noise(module, changes, words):
     assert words in refusal(module(LINEAR, *changes))
 
 

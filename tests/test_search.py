@@ -54,12 +54,13 @@ def test_that_a_run_is_new_is_the_first_thing_it_says(finished_run):
     assert not any("new run" in line for line in others)
 
 
-def test_points_for_which_there_are_too_few_trials_are_counted_where_a_run_begins():
+def test_points_for_which_there_are_too_few_trials_are_counted_where_a_run_begins(workspace):
     run, points = RunFiles(Path("runs/x")), [{"latent_dim": latents} for latents in range(4, 9)]
     for trials, flag in ((6, []), (3, ["2 of 5"]), (1, ["0 of 5"])):
         asked = request(parse(["mnist", f"--trials={trials}", f"--set=points_to_evaluate={points}"]))
-        first, *notes = new_run_lines(run, load_spec(run, asked), asked)
+        first, images, *notes = new_run_lines(run, load_spec(run, asked), asked, workspace.data)
         assert first == "new run  runs/x: mnist"
+        assert images == "images   997 to train on, 400 to choose by; 10 classes"
         said = f"points_to_evaluate are run: trials is {trials}, the baseline among them"
         assert notes == [f"note     {count} {said}" for count in flag]
 

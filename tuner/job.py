@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tuner import spec as specs
 from tuner.run import RunFiles, write_atomic
@@ -14,6 +14,9 @@ from tuner.spec import OwnModelSpec, Spec
 from tuner.study import BASELINE, UNFINISHED, open_study, read_study, table
 from tuner.terminal import console
 from tuner.vae.errors import Refused
+
+if TYPE_CHECKING:
+    from tuner.vae.data import Data
 
 SHORT = {name: f"budget.{name}" for name in ("trials", "max_epochs", "time_limit")}  # as flags and calls say it
 
@@ -40,10 +43,13 @@ def new_run(spec: Path | None) -> str:
     return f"runs/{(spec or specs.DEFAULT).stem}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
-def new_run_lines(run: RunFiles, spec: Spec, request: Request) -> Iterator[str]:
-    """What is begun, for whoever meant to go on with something, and what of the spec won't be."""
+def new_run_lines(run: RunFiles, spec: Spec, request: Request, data: "Data") -> Iterator[str]:
+    """What is begun, for whoever meant to go on with something, on which images, and what of the spec won't be."""
     given = specs.DEFAULT.stem if request.spec is None else request.spec
     yield f"new run  {run.shown}: {'a spec from Python' if isinstance(given, Mapping) else given}"
+    labels = data.train.labels
+    classes = "no labels" if labels is None else f"{len(labels.unique()):,} classes"
+    yield f"images   {len(data.train):,} to train on, {len(data.validation):,} to choose by; {classes}"
     points, most = len(spec.points_to_evaluate), spec.budget.trials - 1
     if points > most:
         yield f"note     {most} of {points} points_to_evaluate are run: trials is {most + 1}, the baseline among them"
@@ -87,7 +93,7 @@ def work(run: RunFiles, request: Request) -> Spec:
                 begins = "search" if "best" in outgrown else "retrain"
                 console().print(f"{run.shown}: goes on with its {begins}, and the stages after it are done anew")
             if not run.spec.exists():
-                for line in new_run_lines(run, spec, request):
+                for line in new_run_lines(run, spec, request, data):
                     console().print(line, soft_wrap=True)
             # seconds in which a first worker comes up
             from tuner.export import export_stage

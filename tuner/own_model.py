@@ -58,7 +58,8 @@ def load(given: str | OwnModel | None) -> tuple[OwnModel | None, OwnModelSpec | 
 
 
 def check(spec: Spec, shape: ImageShape, own: OwnModel | None) -> None:
-    """Make the smallest and the largest model that a search can ask for, and take a step on two blank images with each.
+    """Make the smallest and the largest model that a search can ask for, and take a step on two images of noise with
+    each.
 
     Raises Refused where a model of the user's own is not what the protocol says, or the spec not what it takes.
     """
@@ -83,7 +84,8 @@ def _try(own: OwnModel, shape: ImageShape, parameters: Parameters, spec: Spec) -
         takes.bind(shape, parameters.latent_dim, **parameters.options)
     except TypeError as error:
         raise Refused(f"takes {takes}, gets shape, latent_dim and the spec's model.NAME: {error}") from error
-    images, latents = torch.zeros(2, *shape), (2, parameters.latent_dim)
+    generator, latents = torch.Generator().manual_seed(0), (2, parameters.latent_dim)
+    images = torch.rand(2, *shape, generator=generator)
     model = Builder(shape, own)(parameters, seed=0)
     encoded: Any = model.encode(images)
     if not isinstance(encoded, tuple) or len(encoded) != 2:
@@ -96,6 +98,11 @@ def _try(own: OwnModel, shape: ImageShape, parameters: Parameters, spec: Spec) -
         if log_variance is None and METRICS[objective.metric].needs_vae:
             raise Refused(f"encode gives no log_variance, without which {objective.metric} is not defined")
     _require("what decode gives", model.decode(mean), images.shape)
+    low, high = model.decode(100 * torch.randn(latents, generator=generator)).aminmax()
+    if 0 <= low < high <= 1:
+        raise Refused(
+            "decode gives numbers from 0 to 1 for latents of any size, expected logits: leave the sigmoid out"
+        )
     model.eval()
     twice = [model.decode(model.encode(images)[0]) for _ in range(2)]
     if not torch.equal(*twice):
@@ -113,6 +120,8 @@ def _require(what: str, found: Any, shape: tuple[int, ...]) -> None:
     said = tuple(found.shape) if isinstance(found, Tensor) else f"a {type(found).__name__}"
     if said != tuple(shape):
         raise Refused(f"{what} is {said}, expected {tuple(shape)} for two images")
+    if not (found.is_floating_point() and found.isfinite().all()):
+        raise Refused(f"{what} is not finite, or of {found.dtype}, for two images of noise")
 
 
 def told(error: BaseException) -> str:
