@@ -60,7 +60,7 @@ def test_points_for_which_there_are_too_few_trials_are_counted_where_a_run_begin
         asked = request(parse(["mnist", f"--trials={trials}", f"--set=points_to_evaluate={points}"]))
         first, images, *notes = new_run_lines(run, load_spec(run, asked), asked, workspace.data)
         assert first == "new run  runs/x: mnist"
-        assert images == "images   997 to train on, 400 to choose by; 10 classes"
+        assert images == "images   997 to train on, 400 to choose by; classes: 10"
         said = f"points_to_evaluate are run: trials is {trials}, the baseline among them"
         assert notes == [f"note     {count} {said}" for count in flag]
 

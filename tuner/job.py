@@ -48,7 +48,7 @@ def new_run_lines(run: RunFiles, spec: Spec, request: Request, data: "Data") -> 
     given = specs.DEFAULT.stem if request.spec is None else request.spec
     yield f"new run  {run.shown}: {'a spec from Python' if isinstance(given, Mapping) else given}"
     labels = data.train.labels
-    classes = "no labels" if labels is None else f"{len(labels.unique()):,} classes"
+    classes = "no labels" if labels is None else f"classes: {len(labels.unique()):,}"
     yield f"images   {len(data.train):,} to train on, {len(data.validation):,} to choose by; {classes}"
     points, most = len(spec.points_to_evaluate), spec.budget.trials - 1
     if points > most:
