@@ -329,21 +329,17 @@ def test_a_result_that_is_repeated_after_a_worker_was_lost_stops_nobody(tmp_path
         assert decide(again, 1, 5.0) == "CONTINUE"
 
 
-def waiting(*names: str) -> SimpleNamespace:
-    """A controller with trials that wait for workers."""
-    return SimpleNamespace(get_live_trials=lambda: {RayTrial("fake", trial_id=name, stub=True) for name in names})
-
-
 def test_a_free_worker_is_for_the_newest_trial_but_at_the_start_and_where_the_oldest_waits_in_vain(tmp_path):
-    spec, four = spec_with(), waiting("x_00009", "x_00010", "x_00011", "x_00012")
-    rule = SuccessiveHalving(study_in(tmp_path, spec), spec)
-    assert rule.choose_trial_to_run(waiting()) is None
-    assert rule.choose_trial_to_run(four).trial_id == "x_00009"
-    decide(rule, 1, 5.0)
-    assert rule.choose_trial_to_run(four).trial_id == "x_00012"
-    hasty = SuccessiveHalving(study_in(tmp_path, spec), spec, patience=0)
-    decide(hasty, 1, 5.0)
-    assert [hasty.choose_trial_to_run(four).trial_id for _ in range(2)] == ["x_00012", "x_00009"]
+    spec, trials = spec_with(), [RayTrial("fake", trial_id=name, stub=True) for name in "dbca"]
+    controller = SimpleNamespace(get_trials=lambda: trials)
+    rule, hasty = (SuccessiveHalving(study_in(tmp_path, spec), spec, patience) for patience in (60, 0))
+    assert rule.choose_trial_to_run(controller) is trials[0]
+    trials[0].set_status(RayTrial.RUNNING)
+    assert [rule.choose_trial_to_run(controller) for _ in range(2)] == [trials[3]] * 2
+    assert [hasty.choose_trial_to_run(controller) for _ in range(2)] == [trials[3], trials[1]]
+    for trial in trials:
+        trial.set_status(RayTrial.TERMINATED)
+    assert rule.choose_trial_to_run(controller) is None
 
 
 def test_when_more_is_better_the_rule_stops_those_with_less(tmp_path):

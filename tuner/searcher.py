@@ -334,16 +334,16 @@ class SuccessiveHalving(FIFOScheduler):
         """The newest that waits: for all others a worker is starting already, so this one is to have one that is free.
 
         Tune's rule gives that to the oldest and stops the worker that starts for it, so that where trials end before a
-        worker is up no further one ever comes up. The oldest is next before any result, and where it has waited for
+        worker is up no further one ever comes up. The oldest is next before any has begun, and where it has waited for
         longer than a worker takes to start: the cluster may have no room for its own.
         """
-        pending = (trial for trial in tune_controller.get_live_trials() if trial.status == RayTrial.PENDING)
-        waiting, now = sorted(pending, key=lambda trial: trial.trial_id), time.monotonic()
+        known, now = tune_controller.get_trials(), time.monotonic()
+        waiting = [trial for trial in known if trial.status == RayTrial.PENDING]
         self.since = {trial.trial_id: self.since.get(trial.trial_id, now) for trial in waiting}
         if not waiting:
             return None
         in_vain = now - self.since[waiting[0].trial_id] > self.patience
-        return waiting[0] if in_vain or not self.counted else waiting[-1]
+        return waiting[0] if in_vain or len(waiting) == len(known) else waiting[-1]
 
     @fatal
     def on_trial_error(self, tune_controller: Any, trial: RayTrial) -> None:
