@@ -88,12 +88,19 @@ class Bowl(Fake):
 
 
 class SlowToStart(Bowl):
-    """A bowl whose worker takes longer to start than a trial; each leaves a file in `started`."""
+    """A bowl whose worker takes longer to start than a trial, and leaves files in `started` and `up`; the later trials
+    wait until two are up."""
 
     def setup(self, config: dict[str, Any], **options: Any) -> None:
         (options["started"] / str(os.getpid())).touch()
         time.sleep(2)
         super().setup(config, **options)
+        (options["up"] / str(os.getpid())).touch()
+
+    def step(self) -> dict[str, Any]:
+        while self.number > 8 and len(list(self.options["up"].iterdir())) < 2:
+            time.sleep(0.05)
+        return super().step()
 
 
 class Planned(Fake):
@@ -257,9 +264,10 @@ def test_where_a_core_comes_free_later_a_second_worker_starts_although_trials_en
     ray_cluster, tmp_path
 ):
     spec = spec_with(budget=ONE_RUNG | {"trials": 16})
-    study, started = study_in(tmp_path, spec), tmp_path / "started"
+    study, started, up = study_in(tmp_path, spec), tmp_path / "started", tmp_path / "up"
     started.mkdir()
-    trainable = tune.with_parameters(SlowToStart, pause=0.4, started=started)
+    up.mkdir()
+    trainable = tune.with_parameters(SlowToStart, pause=0.4, started=started, up=up)
 
     def others() -> int:
         return int(all(trial.state != TrialState.COMPLETE for trial in study.trials))
