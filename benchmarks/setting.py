@@ -84,12 +84,13 @@ def spec_file(data_dir: Path | None, images: str = "mnist") -> Path:
 
 def load_data(data_dir: Path | None, images: str = "mnist") -> Data:
     """What the spec names where there is a directory, else the embedded digits."""
-    return sources.load(specs.load(spec_file(data_dir, images)).with_data_at(data_dir).data)
+    return load_spec(data_dir, images)[1]
 
 
 def load_spec(data_dir: Path | None, images: str = "mnist") -> tuple[Spec, Data]:
     """A shipped spec and its data."""
-    return specs.load(spec_file(data_dir, images)), load_data(data_dir, images)
+    spec = specs.load(spec_file(data_dir, images))
+    return spec, sources.load(spec.with_data_at(data_dir).data)
 
 
 def repeated(data: Data, images: int) -> Data:

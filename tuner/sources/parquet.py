@@ -59,26 +59,24 @@ def pictures(spec: ParquetSpec) -> list[Picture]:
 
 
 def _image_column(table: pq.ParquetFile, path: Path) -> str:
-    """`image`, `img`, or the first with bytes of its own. Raises Refused without one."""
-    found = [field.name for field in table.schema_arrow if _is_bytes(field.type) or _has_bytes(field.type)]
+    """Where the bytes are: in `image`, `img`, or the first column that has any. Raises Refused without one."""
+    found = {field.name: part for field in table.schema_arrow if (part := _bytes_of(field))}
     if not found:
         raise Refused(f"{path}: no column of images with bytes among {', '.join(table.schema_arrow.names)}")
-    return next((name for name in ("image", "img") if name in found), found[0])
+    return next(found[name] for name in ("image", "img", *found) if name in found)
 
 
-def _is_bytes(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
-
-
-def _has_bytes(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
+def _bytes_of(field: pa.Field) -> str | None:
+    """A column that is bytes, or its field of that name."""
+    if pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type):
+        return str(field.name)
+    held = pa.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0
+    return f"{field.name}.bytes" if held else None
 
 
 def _rows(path: Path, group: int) -> Any:
     table = pq.ParquetFile(path)
-    name = _image_column(table, path)
-    part = name if _is_bytes(table.schema_arrow.field(name).type) else f"{name}.bytes"
-    return table.read_row_group(group, columns=[part]).column(0)
+    return table.read_row_group(group, columns=[_image_column(table, path)]).column(0)
 
 
 def _check_labels(listed: list[Picture], place: Path) -> None:
